@@ -1,0 +1,108 @@
+"""Runs a KernelSpec as written: decode every weight, multiply in float32, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from lowbit.codegen.backend import Backend, Launcher, Source
+from lowbit.codegen.decode import decode_program
+from lowbit.codegen.reference.torch_ops import TORCH
+from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.ir.layout import plane_bits
+from lowbit.compiler.ir.target import Target
+from lowbit.quantizers.qtensor import PackedWeight, column_map, padded_columns
+
+__all__ = ["ReferenceBackend", "decode_weight", "run_reference"]
+
+_TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def decode_weight(weight: PackedWeight) -> torch.Tensor:
+    """The packed weight as float32 [sum(segments), K], by running the format's decode program on the packed words."""
+    fmt, layout, rows = weight.fmt, weight.layout, weight.rows
+    cols = padded_columns(fmt, weight.k)
+    args: dict[str, torch.Tensor] = {}
+    for i, (bits, plane) in enumerate(zip(plane_bits(fmt.bits), weight.planes, strict=True)):
+        index, shift = layout.address(bits, rows, cols)
+        words = plane.cpu().to(torch.int64) & (2**layout.container - 1)
+        args[f"w{i}"], args[f"s{i}"] = words[index], shift
+    where = column_map(fmt, weight.k)
+    group = torch.arange(weight.k) // fmt.granularity.group_size(weight.k)
+    args = {name: value[:, where] for name, value in args.items()}
+    args["scale"] = layout.unpack_side(weight.scale.cpu()).float()[:, group]
+    if weight.zero is not None:
+        args["zero"] = layout.unpack_side(weight.zero.cpu()).float()[:, group]
+    dense = decode_program(fmt).run(TORCH, args)
+    tile, start, keep = layout.row_tile, 0, []
+    for n in weight.segments:
+        keep.append(dense[start : start + n])
+        start += -(-n // tile) * tile
+    return torch.cat(keep)
+
+
+def run_reference(
+    spec: KernelSpec,
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """epilogue(x @ W.T) in float32, rounded to the spec's output dtype: what every kernel is compared with."""
+    y = x.float() @ decode_weight(weight).to(x.device).T
+    for step in spec.epilogue:
+        if step == "bias":
+            assert bias is not None
+            y = y + bias.float()
+        elif step == "silu_mul":
+            gate, up = y.chunk(2, dim=1)
+            y = torch.nn.functional.silu(gate) * up
+        else:
+            assert residual is not None
+            y = y + residual.float()
+    return y.to(_TORCH_DTYPES[spec.out_dtype])
+
+
+class ReferenceBackend(Backend):
+    """Always there, on any device, for any spec; nothing is compiled."""
+
+    name = "reference"
+    kinds = ("cpu", "cuda", "ref")
+    layout = "panel16"
+
+    def available(self, target: Target) -> str | None:
+        return None
+
+    def supports(self, spec: KernelSpec, target: Target) -> str | None:
+        return None
+
+    def schedules(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
+        yield Schedule()
+
+    def predict(self, spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> float:
+        """A weight is gathered, decoded and multiplied at about 50 million a second: never the fastest."""
+        return spec.rows * spec.k / 5e7
+
+    def emit(self, spec: KernelSpec, schedule: Schedule, target: Target) -> Source:
+        return Source(spec.key(), ".json")
+
+    def compile(self, source: Source, out: Path) -> None:
+        out.write_text(source.text)
+
+    def toolchain(self) -> str:
+        return f"torch {torch.__version__}"
+
+    def load(self, artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launcher:
+        def launch(
+            x: torch.Tensor,
+            weight: PackedWeight,
+            bias: torch.Tensor | None,
+            residual: torch.Tensor | None,
+            out: torch.Tensor,
+        ) -> None:
+            out.copy_(run_reference(spec, x, weight, bias, residual))
+
+        return launch

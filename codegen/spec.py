@@ -1,0 +1,126 @@
+"""`KernelSpec`: what a kernel computes, free of any backend. Its canonical JSON is the tuning key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Literal
+
+from lowbit.compiler.errors import KernelError
+from lowbit.compiler.ir.layout import Layout
+from lowbit.quantizers.formats import K_ALIGN, Format, parse_format
+from lowbit.quantizers.qtensor import padded_columns, padded_group
+
+__all__ = ["COMPUTE", "DTYPES", "EPILOGUES", "Compute", "KernelSpec"]
+
+Compute = Literal["float", "int16", "int8"]
+COMPUTE = ("float", "int16", "int8")
+DTYPES = ("f32", "bf16", "f16")
+EPILOGUES = ("bias", "silu_mul", "residual")
+CHUNK_BLOCKS = 4  # columns that share an activation scale: at most 4 x 32
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """y = epilogue(x @ dequantize(w).T) for one (possibly fused) linear layer.
+
+    segments: output rows of each sibling matrix. compute: how products are formed. `float`: weights are decoded to
+    float32 and multiplied as such. `int8`: activations are rounded to int8, one scale per token and chunk, products
+    are exact int32 sums. `int16`: the same with two int8 digits per activation (16 bits, error about 2**-16 of the
+    chunk's largest value), which stands for "A16" on machines whose fast path is an int8 dot product.
+    epilogue: in order, from `bias`, `silu_mul` (two equal segments in, one out), `residual`.
+    """
+
+    segments: tuple[int, ...]
+    k: int
+    format: str
+    layout: str
+    compute: Compute
+    x_dtype: str = "f32"
+    out_dtype: str = "f32"
+    epilogue: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.compute not in COMPUTE or self.x_dtype not in DTYPES or self.out_dtype not in DTYPES:
+            raise KernelError("LB0401", f"no such kernel: {self.compute} {self.x_dtype} -> {self.out_dtype}")
+        if self.compute != "float" and not self.fmt.element.integer:
+            raise KernelError("LB0402", f"{self.format} cannot be multiplied as integers")
+        if any(e not in EPILOGUES for e in self.epilogue):
+            raise KernelError("LB0403", f"unknown epilogue in {self.epilogue}")
+        if "silu_mul" in self.epilogue and (len(self.segments) != 2 or len(set(self.segments)) != 1):
+            raise KernelError("LB0404", f"silu_mul needs two equal segments, not {self.segments}")
+
+    @cached_property
+    def fmt(self) -> Format:
+        """The weight format, parsed."""
+        return parse_format(self.format)
+
+    @cached_property
+    def layout_(self) -> Layout:
+        """The packed layout, parsed."""
+        return Layout.parse(self.layout)
+
+    @property
+    def limbs(self) -> int:
+        """int8 digits per activation; 0 for float products."""
+        return {"float": 0, "int8": 1, "int16": 2}[self.compute]
+
+    @property
+    def n_out(self) -> int:
+        """Columns of the output."""
+        return self.segments[0] if "silu_mul" in self.epilogue else sum(self.segments)
+
+    @property
+    def rows(self) -> int:
+        """Packed rows: every segment padded to the layout's row tile."""
+        tile = self.layout_.row_tile
+        return sum(math.ceil(n / tile) * tile for n in self.segments)
+
+    @property
+    def blocks(self) -> int:
+        """32-column blocks of the packed matrix."""
+        return padded_columns(self.fmt, self.k) // K_ALIGN
+
+    @property
+    def group(self) -> int:
+        """Columns of one scale group in the unpacked matrix."""
+        return min(self.fmt.granularity.group_size(self.k), self.k)
+
+    @property
+    def group_blocks(self) -> int:
+        """32-column blocks of one full scale group; the last group may have fewer."""
+        return padded_group(self.fmt, self.k) // K_ALIGN
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return self.fmt.granularity.groups(self.k)
+
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks that share one activation scale: the largest divisor of `group_blocks` up to 4.
+
+        Chunks never cross groups; the last chunk of the matrix may be shorter.
+        """
+        return next(c for c in range(CHUNK_BLOCKS, 0, -1) if self.group_blocks % c == 0)
+
+    @property
+    def chunks(self) -> int:
+        """Activation scales per token."""
+        return math.ceil(self.blocks / self.chunk_blocks)
+
+    @property
+    def scale_dtype(self) -> str:
+        """dtype of packed scales: `f16` or `f32` (bfloat16 scales are widened when packed)."""
+        return "f16" if self.fmt.scale == "f16" else "f32"
+
+    def key(self) -> str:
+        """Canonical JSON: equal specs, equal text."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> str:
+        """16 hex digits that name the kernel in generated source: never a string from a checkpoint."""
+        return hashlib.sha256(self.key().encode()).hexdigest()[:16]

@@ -1,0 +1,101 @@
+"""Which kernel runs a call: a table over token counts per kernel spec, filled ahead of time or on first use.
+
+`freeze()` ends building: from then on a call that would need a new kernel is an error, never a compile inside a
+request.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from lowbit.codegen.schedule import M_CLASSES, m_class
+from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.errors import KernelError
+from lowbit.compiler.ir.target import Target, host_target
+from lowbit.compiler.runtime.build import BuiltKernel, build_kernel
+from lowbit.compiler.runtime.cache import KernelCache
+
+__all__ = ["classes_up_to", "device_target", "freeze", "kernel_for", "loaded_kernels", "parse_spec", "warm"]
+
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_table: dict[tuple[str, torch.dtype, str, int], BuiltKernel] = {}
+_by_artifact: dict[tuple[str, str, str], BuiltKernel] = {}
+_lock = threading.Lock()
+_frozen = False
+
+
+@cache
+def parse_spec(key: str) -> KernelSpec:
+    """The spec written as canonical JSON by `KernelSpec.key`."""
+    values: dict[str, Any] = json.loads(key)
+    values["segments"], values["epilogue"] = tuple(values["segments"]), tuple(values["epilogue"])
+    return KernelSpec(**values)
+
+
+@cache
+def _cuda_target(index: int) -> Target:
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target("cuda", f"sm_{major}{minor}")
+
+
+def device_target(device: torch.device) -> Target:
+    """The target of a torch device: this machine's CPU, or the GPU's architecture."""
+    return _cuda_target(device.index or 0) if device.type == "cuda" else host_target()
+
+
+def kernel_for(key: str, dtype: torch.dtype, device: torch.device, m: int) -> BuiltKernel:
+    """The kernel of spec `key` for activations of `dtype` and `m` tokens on `device`.
+
+    Raises KernelError LB0409 when frozen and the kernel was not built before.
+    """
+    slot = (key, dtype, device.type, m_class(m))
+    if (kernel := _table.get(slot)) is not None:
+        return kernel
+    with _lock:
+        return _table.get(slot) or _build(slot, device)
+
+
+def _build(slot: tuple[str, torch.dtype, str, int], device: torch.device) -> BuiltKernel:
+    key, dtype, _, m = slot
+    if _frozen:
+        raise KernelError(
+            "LB0409",
+            f"no kernel was built for {m} tokens of {dtype}",
+            where=parse_spec(key).format,
+            hint="call lowbit.compile with a larger max_tokens, or without frozen=True",
+        )
+    spec = replace(parse_spec(key), x_dtype=_NAMES[dtype], out_dtype=_NAMES[dtype])
+    kernel = build_kernel(spec, device_target(device), m, KernelCache())
+    # Neighbouring token classes often share one schedule: keep one loaded artifact.
+    same = (spec.key(), kernel.backend, json.dumps(kernel.schedule.to_dict(), sort_keys=True))
+    _table[slot] = kernel = _by_artifact.setdefault(same, kernel)
+    return kernel
+
+
+def classes_up_to(max_tokens: int) -> tuple[int, ...]:
+    """Token classes a model that sees up to `max_tokens` at once can ask for."""
+    top = m_class(max_tokens)
+    return tuple(m for m in M_CLASSES if m <= top)
+
+
+def warm(key: str, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+    """Build every kernel spec `key` can need for up to `max_tokens` tokens."""
+    for m in classes_up_to(max_tokens):
+        kernel_for(key, dtype, device, m)
+
+
+def freeze(frozen: bool = True) -> None:
+    """From now on (until `freeze(False)`) a missing kernel is an error instead of a compile."""
+    global _frozen
+    _frozen = frozen
+
+
+def loaded_kernels() -> list[tuple[int, BuiltKernel]]:
+    """(token class, kernel) of everything loaded in this process."""
+    return [(slot[3], kernel) for slot, kernel in _table.items()]

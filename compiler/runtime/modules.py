@@ -1,0 +1,220 @@
+"""Drop-in modules: `QuantLinear` for `nn.Linear`, `QuantGatedMLP` for gate/up/down with SiLU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+import lowbit.compiler.runtime.ops  # noqa: F401  (defines torch.ops.lowbit.linear)
+from lowbit.codegen.spec import Compute, KernelSpec
+from lowbit.compiler.errors import FormatError
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.runtime.dispatch import device_target
+from lowbit.quantizers.bitstream import pack_bits, unpack_bits
+from lowbit.quantizers.formats import Format
+from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack, unpack
+
+__all__ = ["PackedLinear", "QuantGatedMLP", "QuantLinear", "default_compute"]
+
+_CANONICAL = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+def default_compute(fmt: Format, device: torch.device) -> Compute:
+    """How products are formed unless the user says otherwise.
+
+    On CPUs integer formats use 16-bit activations as two int8 digits, which is as exact as bfloat16 activations and
+    runs on the byte dot product; elsewhere weights are decoded to floats.
+    """
+    vector = device.type == "cpu" and device_target(device).arch != "generic"
+    return "int16" if vector and fmt.element.integer else "float"
+
+
+class PackedLinear(nn.Module):
+    """Packed weights of one or more sibling linear layers, and the kernel call that reads them.
+
+    The packed tensors are the only copy in memory and are never cast when the model's dtype changes.
+    """
+
+    def __init__(self, packed: PackedWeight, compute: Compute, epilogue: tuple[str, ...]) -> None:
+        super().__init__()
+        self._meta = (packed.fmt, packed.layout, packed.segments, packed.k)
+        self._count = len(packed.planes)
+        for i, plane in enumerate(packed.planes):
+            self.register_buffer(f"plane{i}", plane, persistent=False)
+        self.register_buffer("scale", packed.scale, persistent=False)
+        self.register_buffer("zero", packed.zero, persistent=False)
+        self.compute: Compute = compute
+        self._specs: dict[tuple[str, ...], str] = {}
+        self.key = self.spec_key(epilogue)
+
+    def spec_key(self, epilogue: tuple[str, ...]) -> str:
+        """The kernel spec with this weight and `epilogue`, as text (dtypes are filled in by the dispatcher)."""
+        fmt, layout, segments, k = self._meta
+        return KernelSpec(segments, k, str(fmt), str(layout), self.compute, epilogue=epilogue).key()
+
+    def packed(self) -> PackedWeight:
+        """The weight as a value."""
+        fmt, layout, segments, k = self._meta
+        zero = cast("torch.Tensor | None", self.zero)
+        return PackedWeight(fmt, layout, segments, k, tuple(self._planes()), cast(torch.Tensor, self.scale), zero)
+
+    def _planes(self) -> list[torch.Tensor]:
+        return [getattr(self, f"plane{i}") for i in range(self._count)]
+
+    def forward(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[..., K] -> [..., n_out]."""
+        out: torch.Tensor = torch.ops.lowbit.linear(x, self._planes(), self.scale, self.zero, bias, residual, self.key)
+        return out
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        """Move with the model, but keep every dtype: scales are data, not parameters of the model's precision."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with weights stored in `fmt`; the drop-in for `nn.Linear`.
+
+    Built empty (shapes only), it has the tensors of a checkpoint as buffers: `weight_packed` int32
+    [N, ceil(K*b/32)] (dense bit stream per row), `weight_scale` [N or 1, groups], `weight_zero_point` int32
+    [ceil(N*b/32), groups] (packed along N; asymmetric formats), `weight_shape` int64 [2]. `prepare` turns them into
+    the kernel's layout, after which that is the only copy; `state_dict` still gives the checkpoint's tensors.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        fmt: Format,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        fmt.check(out_features, in_features, "QuantLinear")
+        self.in_features, self.out_features, self.fmt = in_features, out_features, fmt
+        rows, groups = fmt.side_shape(out_features, in_features)
+        words = math.ceil(in_features * fmt.bits / 32)
+        self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32, device=device))
+        self.register_buffer("weight_scale", torch.zeros(rows, groups, dtype=fmt.scale_dtype, device=device))
+        if fmt.zero:
+            zero_words = math.ceil(rows * fmt.bits / 32)
+            self.register_buffer("weight_zero_point", torch.zeros(zero_words, groups, dtype=torch.int32, device=device))
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.inner: PackedLinear | None = None
+
+    @classmethod
+    def from_qtensor(
+        cls, q: QTensor, bias: torch.Tensor | None = None, *, compute: Compute | None = None
+    ) -> QuantLinear:
+        """A prepared layer holding `q`."""
+        n, k = q.shape
+        layer = cls(k, n, q.fmt, bias is not None, device="meta")
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer._adopt(pack([q], LAYOUTS[_layout_for(bias.device if bias is not None else q.codes.device)]), compute)
+        return layer
+
+    @property
+    def prepared(self) -> bool:
+        """True once the weights are in the kernel's layout."""
+        return self.inner is not None
+
+    def qtensor(self) -> QTensor:
+        """The weights in canonical form."""
+        if self.inner is not None:
+            return unpack(self.inner.packed())[0]
+        n, k = self.out_features, self.in_features
+        packed = cast(torch.Tensor, self.weight_packed)
+        zero = None
+        if self.fmt.zero:
+            rows, _ = self.fmt.side_shape(n, k)
+            words = cast(torch.Tensor, self.weight_zero_point)
+            zero = unpack_bits(words.t().contiguous(), self.fmt.bits, rows).t().contiguous()
+        scale = cast(torch.Tensor, self.weight_scale).to(self.fmt.scale_dtype)
+        return QTensor(self.fmt, unpack_bits(packed, self.fmt.bits, k), scale, zero)
+
+    def prepare(self, *, compute: Compute | None = None) -> QuantLinear:
+        """Pack the checkpoint's tensors for this device's kernels and drop them; does nothing the second time."""
+        if self.inner is None:
+            device = cast(torch.Tensor, self.weight_packed).device
+            if device.type == "meta":
+                raise FormatError("LB0224", "the layer has no weights yet", hint="load a state dict first")
+            cpu = self.cpu() if device.type != "cpu" else self
+            packed = pack([cpu.qtensor()], LAYOUTS[_layout_for(device)])
+            self._adopt(packed, compute, device)
+        return self
+
+    def _adopt(self, packed: PackedWeight, compute: Compute | None, device: torch.device | None = None) -> None:
+        device = device or packed.scale.device
+        epilogue = ("bias",) if self.bias is not None else ()
+        self.inner = PackedLinear(packed, compute or default_compute(self.fmt, device), epilogue).to(device)
+        for name in _CANONICAL:
+            self._buffers.pop(name, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N], in x's dtype."""
+        if self.inner is None:
+            self.prepare()
+        assert self.inner is not None
+        return cast(torch.Tensor, self.inner(x, self.bias))
+
+    def canonical(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors by name."""
+        if self.inner is None:
+            return {name: self._buffers[name] for name in _CANONICAL if name in self._buffers}  # type: ignore[misc]
+        q = self.qtensor()
+        tensors = {
+            "weight_packed": pack_bits(q.codes, q.fmt.bits),
+            "weight_scale": q.scale.contiguous(),
+            "weight_shape": torch.tensor(list(q.shape)),
+        }
+        if q.zero is not None:
+            tensors["weight_zero_point"] = pack_bits(q.zero.t().contiguous(), q.fmt.bits).t().contiguous()
+        return tensors
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.inner is not None:
+            destination.update({prefix + name: value for name, value in self.canonical().items()})
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.fmt}, bias={self.bias is not None}"
+
+
+class QuantGatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) with gate and up as one kernel whose epilogue is silu-mul."""
+
+    def __init__(self, gate: QuantLinear, up: QuantLinear, down: nn.Module) -> None:
+        super().__init__()
+        parts = [gate.qtensor(), up.qtensor()]
+        device = cast(PackedLinear, gate.prepare().inner).scale.device
+        assert isinstance(device, torch.device)
+        compute = cast(PackedLinear, gate.inner).compute
+        packed = pack(parts, LAYOUTS[_layout_for(device)])
+        self.gate_up = PackedLinear(packed, compute, ("silu_mul",)).to(device)
+        self.down_proj = down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., K]."""
+        return cast(torch.Tensor, self.down_proj(self.gate_up(x)))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, q in zip(("gate_proj", "up_proj"), unpack(self.gate_up.packed()), strict=True):
+            tensors = QuantLinear.from_qtensor(q).canonical()
+            destination.update({f"{prefix}{name}.{key}": value for key, value in tensors.items()})
+
+
+def _layout_for(device: torch.device) -> str:
+    return "words" if device.type == "cuda" else "panel16"

@@ -1,0 +1,172 @@
+"""Quantized matrices: `QTensor`, the exact meaning, and `PackedWeight`, the same codes in a kernel's layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.compiler.errors import FormatError
+from lowbit.compiler.ir.layout import Layout
+from lowbit.quantizers.formats import K_ALIGN, Format
+
+__all__ = ["PackedWeight", "QTensor", "column_map", "pack", "padded_columns", "padded_group", "unpack"]
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """One quantized [N, K] matrix in canonical form.
+
+    codes: uint8 [N, K]. scale: [rows, groups] in the format's scale dtype, rows = N (1 for per-tensor formats).
+    zero: uint8 [rows, groups] (a code offset), present exactly when the format is asymmetric.
+    """
+
+    fmt: Format
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        side = self.fmt.side_shape(n, k)
+        if tuple(self.scale.shape) != side or self.scale.dtype != self.fmt.scale_dtype:
+            raise FormatError(
+                "LB0220", f"{self.fmt} of {n}x{k} needs {self.fmt.scale} scales {side}, "
+                f"not {self.scale.dtype} {tuple(self.scale.shape)}",
+            )  # fmt: skip
+        if (self.zero is not None) != self.fmt.zero:
+            raise FormatError("LB0221", f"{self.fmt} {'needs' if self.fmt.zero else 'has no'} zero points")
+        if self.zero is not None and tuple(self.zero.shape) != side:
+            raise FormatError("LB0222", f"{self.fmt} of {n}x{k} needs zero points {side}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales and zero points included."""
+        return self.fmt.bits_per_weight(*self.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The [N, K] matrix of numbers these codes stand for: the oracle every kernel is compared with."""
+        n, k = self.shape
+        values = self.fmt.element.levels()[self.codes.long()]
+        if self.zero is not None:
+            values = values - self._spread(self.zero.float(), n, k)
+        return (values * self._spread(self.scale.float(), n, k)).to(dtype)
+
+    def _spread(self, side: torch.Tensor, n: int, k: int) -> torch.Tensor:
+        wide = side.repeat_interleave(self.fmt.granularity.group_size(k), dim=1)[:, :k]
+        return wide.expand(n, k)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """Codes and side values in a kernel's layout.
+
+    segments: rows of each sibling matrix, one after the other; each is padded to the layout's row tile. planes: one
+    1-D tensor of containers per plane (low bits first). scale: laid out by `Layout.pack_side`, float16 or float32.
+    zero: uint8 beside the scales, or None. Padded columns hold code 0 and meet zero activations; padded rows hold
+    scale 0.
+    """
+
+    fmt: Format
+    layout: Layout
+    segments: tuple[int, ...]
+    k: int
+    planes: tuple[torch.Tensor, ...]
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+    @property
+    def n(self) -> int:
+        """Output features of all segments together."""
+        return sum(self.segments)
+
+    @property
+    def rows(self) -> int:
+        """Rows with padding."""
+        return sum(_round_up(n, self.layout.row_tile) for n in self.segments)
+
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        parts = [*self.planes, self.scale, *([self.zero] if self.zero is not None else [])]
+        return sum(p.numel() * p.element_size() for p in parts)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return math.ceil(value / multiple) * multiple
+
+
+def padded_group(fmt: Format, k: int) -> int:
+    """Columns one group takes in packed form: the group size rounded up to K_ALIGN."""
+    return _round_up(min(fmt.granularity.group_size(k), k), K_ALIGN)
+
+
+def padded_columns(fmt: Format, k: int) -> int:
+    """Columns of the packed matrix: every group padded to K_ALIGN, the ragged last one to its own multiple."""
+    g = fmt.granularity.group_size(k)
+    full, rest = divmod(k, g)
+    return full * padded_group(fmt, k) + _round_up(rest, K_ALIGN)
+
+
+def column_map(fmt: Format, k: int) -> torch.Tensor:
+    """int64 [k]: where each column of the matrix stands in the packed matrix."""
+    cols, g = torch.arange(k), fmt.granularity.group_size(k)
+    return cols // g * padded_group(fmt, k) + cols % g
+
+
+def pack(tensors: list[QTensor], layout: Layout) -> PackedWeight:
+    """Pack sibling matrices (same format, same K; rows one after the other) for kernels that use `layout`."""
+    fmt, (_, k) = tensors[0].fmt, tensors[0].shape
+    if any(t.fmt != fmt or t.shape[1] != k for t in tensors):
+        raise FormatError("LB0223", "matrices packed together must share format and input columns")
+    cols, where = padded_columns(fmt, k), column_map(fmt, k)
+    codes, scales, zeros = [], [], []
+    for t in tensors:
+        n = t.shape[0]
+        rows = _round_up(n, layout.row_tile)
+        padded = torch.zeros(rows, cols, dtype=torch.uint8)
+        padded[:n, where] = t.codes
+        codes.append(padded)
+        scales.append(_pad_side(t.scale, n, rows))
+        if t.zero is not None:
+            zeros.append(_pad_side(t.zero, n, rows))
+    scale = torch.cat(scales)
+    if scale.dtype == torch.bfloat16:
+        scale = scale.float()  # exact; kernels read float16 and float32
+    return PackedWeight(
+        fmt,
+        layout,
+        tuple(t.shape[0] for t in tensors),
+        k,
+        tuple(layout.pack(torch.cat(codes), fmt.bits)),
+        layout.pack_side(scale),
+        layout.pack_side(torch.cat(zeros)) if zeros else None,
+    )
+
+
+def unpack(packed: PackedWeight) -> list[QTensor]:
+    """Inverse of `pack`, bit-exact (per-tensor scales come back one per row, as a per-channel format)."""
+    fmt, layout, k = packed.fmt, packed.layout, packed.k
+    codes = layout.unpack(list(packed.planes), fmt.bits, packed.rows, padded_columns(fmt, k))
+    codes = codes[:, column_map(fmt, k)]
+    scale = layout.unpack_side(packed.scale).to(fmt.scale_dtype)
+    zero = layout.unpack_side(packed.zero) if packed.zero is not None else None
+    rows = 1 if fmt.granularity.kind == "t" else None
+    out, start = [], 0
+    for n in packed.segments:
+        side = slice(start, start + (rows or n))
+        out.append(QTensor(fmt, codes[start : start + n], scale[side], zero[side] if zero is not None else None))
+        start += _round_up(n, layout.row_tile)
+    return out
+
+
+def _pad_side(side: torch.Tensor, n: int, rows: int) -> torch.Tensor:
+    """Side values of one matrix, [n or 1, groups] -> [rows, groups], zero in padded rows."""
+    out = torch.zeros(rows, side.shape[1], dtype=side.dtype)
+    out[:n] = side
+    return out
