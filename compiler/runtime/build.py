@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 
-from lowbit.codegen import BACKENDS, load_backend
 from lowbit.codegen.backend import Backend, Launcher
 from lowbit.codegen.reference.backend import decode_weight, run_reference
 from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.select import candidates, say_once
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
 from lowbit.compiler.runtime.cache import KernelCache
 from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack
 
-__all__ = ["TOLERANCE", "BuiltKernel", "build_kernel", "candidates", "check_kernel", "sample_weight"]
-
-_log = logging.getLogger("lowbit")
+__all__ = ["TOLERANCE", "BuiltKernel", "build_kernel", "check_kernel", "sample_weight"]
 
 TOLERANCE = {"float": 2e-5, "int16": 2e-4, "int8": 2e-2}
 """Largest allowed root-mean-square error relative to the reference's, by how products are formed (float32 output)."""
@@ -42,28 +37,6 @@ class BuiltKernel:
     error: float
 
 
-def candidates(spec: KernelSpec, target: Target, m: int) -> list[tuple[float, Backend, Schedule]]:
-    """Every (predicted seconds, backend, schedule) that can run `spec` for `m` tokens, best first.
-
-    A backend that cannot is left out and named once in the log. The reference is always last.
-    """
-    found: list[tuple[float, Backend, Schedule]] = []
-    for name in BACKENDS:
-        backend = load_backend(name)
-        if target.kind not in backend.kinds or (name != "reference" and spec.layout_ != LAYOUTS[backend.layout]):
-            continue
-        if why := backend.available(target) or backend.supports(spec, target):
-            _say_once(f"backend {name} cannot run {spec.format} on {target}: {why}")
-            continue
-        found += [(backend.predict(spec, s, target, m), backend, s) for s in backend.schedules(spec, target, m)]
-    return sorted(found, key=lambda c: (c[1].name == "reference", c[0]))
-
-
-@cache
-def _say_once(message: str) -> None:
-    _log.warning("%s", message)
-
-
 def build_kernel(spec: KernelSpec, target: Target, m: int, cache_: KernelCache) -> BuiltKernel:
     """The best kernel for `m` tokens that compiles and agrees with the reference.
 
@@ -78,7 +51,7 @@ def build_kernel(spec: KernelSpec, target: Target, m: int, cache_: KernelCache) 
             return _build_with(backend, spec, schedule, target, cache_)
         except KernelError as e:
             failed.add(backend.name)
-            _say_once(f"backend {backend.name} is left out for {spec.format} on {target}: {e.message}")
+            say_once(f"backend {backend.name} is left out for {spec.format} on {target}: {e.message}")
     raise KernelError("LB0407", f"no backend runs {spec.format} with layout {spec.layout} on {target}")
 
 
@@ -86,7 +59,7 @@ def _build_with(
     backend: Backend, spec: KernelSpec, schedule: Schedule, target: Target, cache_: KernelCache
 ) -> BuiltKernel:
     if backend.name == "reference":
-        _say_once(f"{spec.format} runs on the reference backend on {target}: correct, but slow")
+        say_once(f"{spec.format} runs on the reference backend on {target}: correct, but slow")
         return BuiltKernel(spec, backend.name, schedule, backend.load(cache_.root, spec, schedule), 0.0)
     source = backend.emit(spec, schedule, target)
     key = cache_.key(spec, schedule, target, source, backend.toolchain())

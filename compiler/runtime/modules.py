@@ -1,4 +1,4 @@
-"""Drop-in modules: `QuantLinear` for `nn.Linear`, `QuantGatedMLP` for gate/up/down with SiLU."""
+"""Drop-in modules: `QuantLinear` for `nn.Linear`, on packed weights held once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowbit.quantizers.bitstream import pack_bits, unpack_bits
 from lowbit.quantizers.formats import Format
 from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack, unpack
 
-__all__ = ["PackedLinear", "QuantGatedMLP", "QuantLinear", "default_compute"]
+__all__ = ["PackedLinear", "QuantLinear", "default_compute", "layout_for"]
 
 _CANONICAL = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
@@ -122,7 +122,7 @@ class QuantLinear(nn.Module):
         layer = cls(k, n, q.fmt, bias is not None, device="meta")
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        layer._adopt(pack([q], LAYOUTS[_layout_for(bias.device if bias is not None else q.codes.device)]), compute)
+        layer._adopt(pack([q], LAYOUTS[layout_for(bias.device if bias is not None else q.codes.device)]), compute)
         return layer
 
     @property
@@ -151,7 +151,7 @@ class QuantLinear(nn.Module):
             if device.type == "meta":
                 raise FormatError("LB0224", "the layer has no weights yet", hint="load a state dict first")
             cpu = self.cpu() if device.type != "cpu" else self
-            packed = pack([cpu.qtensor()], LAYOUTS[_layout_for(device)])
+            packed = pack([cpu.qtensor()], LAYOUTS[layout_for(device)])
             self._adopt(packed, compute, device)
         return self
 
@@ -192,29 +192,6 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.fmt}, bias={self.bias is not None}"
 
 
-class QuantGatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) with gate and up as one kernel whose epilogue is silu-mul."""
-
-    def __init__(self, gate: QuantLinear, up: QuantLinear, down: nn.Module) -> None:
-        super().__init__()
-        parts = [gate.qtensor(), up.qtensor()]
-        device = cast(PackedLinear, gate.prepare().inner).scale.device
-        assert isinstance(device, torch.device)
-        compute = cast(PackedLinear, gate.inner).compute
-        packed = pack(parts, LAYOUTS[_layout_for(device)])
-        self.gate_up = PackedLinear(packed, compute, ("silu_mul",)).to(device)
-        self.down_proj = down
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., K]."""
-        return cast(torch.Tensor, self.down_proj(self.gate_up(x)))
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, q in zip(("gate_proj", "up_proj"), unpack(self.gate_up.packed()), strict=True):
-            tensors = QuantLinear.from_qtensor(q).canonical()
-            destination.update({f"{prefix}{name}.{key}": value for key, value in tensors.items()})
-
-
-def _layout_for(device: torch.device) -> str:
+def layout_for(device: torch.device) -> str:
+    """Name of the packed layout that kernels on `device` read."""
     return "words" if device.type == "cuda" else "panel16"

@@ -1,0 +1,127 @@
+"""`lowbit.compile`: run the pipeline on a quantized model, fuse its modules, build every kernel it can need."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.codegen.spec import Compute, KernelSpec
+from lowbit.compiler.errors import IRError, RunError
+from lowbit.compiler.frontend.trace import import_model
+from lowbit.compiler.ir.text import print_module
+from lowbit.compiler.pipeline import run_pipeline
+from lowbit.compiler.runtime.dispatch import classes_up_to, device_target, freeze, kernel_for, warm
+from lowbit.compiler.runtime.fused import fuse_gated_mlp, fuse_siblings
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, default_compute
+from lowbit.passes.canonicalize import Canonicalize
+from lowbit.passes.choose_layout import ChooseLayout
+from lowbit.passes.emit import Emit
+from lowbit.passes.fuse_epilogue import FuseEpilogue
+from lowbit.passes.fuse_siblings import FuseSiblings
+from lowbit.passes.lower_kernels import LowerKernels
+from lowbit.passes.pack import Pack
+from lowbit.passes.select_schedule import SelectSchedule
+from lowbit.passes.session import PassContext
+from lowbit.quantizers.formats import Format
+
+__all__ = ["CompileReport", "compile_model"]
+
+_log = logging.getLogger("lowbit")
+
+
+@dataclass
+class CompileReport:
+    """What `compile_model` did: kernels built (text per spec), module paths fused, and the final IR."""
+
+    kernels: list[str] = field(default_factory=list)
+    fused: list[tuple[str, ...]] = field(default_factory=list)
+    ir: str = ""
+
+
+class _ModelSession:
+    """The data side of the pipeline: packs and fuses modules of a live model."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+        self.model, self.dtype, self.device, self.max_tokens = model, dtype, device, max_tokens
+        self.report = CompileReport()
+
+    def quantize(self, path: str, fmt: Format) -> str:
+        raise RunError("LB0502", "the model is not quantized yet", where=path, hint="call lowbit.quantize first")
+
+    def pack(self, paths: tuple[str, ...], layout: str, epilogue: tuple[str, ...]) -> None:
+        if len(paths) == 1:
+            done = True
+        elif "silu_mul" in epilogue:
+            done = len(paths) == 2 and fuse_gated_mlp(self.model, *paths)
+        else:
+            done = fuse_siblings(self.model, paths)
+        if not done:
+            _log.warning("%s stay separate modules: their parent is not one lowbit can replace", ", ".join(paths))
+        elif len(paths) > 1:
+            self.report.fused.append(paths)
+
+    def build(self, spec: KernelSpec, schedules: dict[str, Any]) -> str:
+        key = spec.key()
+        warm(key, self.dtype, self.device, self.max_tokens)
+        built = [kernel_for(key, self.dtype, self.device, m) for m in classes_up_to(self.max_tokens)]
+        names = sorted({k.backend for k in built})
+        text = f"{' and '.join(names)}: worst error {max(k.error for k in built):.1e}"
+        self.report.kernels.append(f"{spec.format} {spec.segments}x{spec.k} {'+'.join(spec.epilogue)}: {text}")
+        return text
+
+
+def compile_model(model: nn.Module, *, max_tokens: int = 512, frozen: bool = False) -> nn.Module:
+    """Fuse and build everything a quantized model needs for calls of up to `max_tokens` tokens; returns the model.
+
+    The model is changed in place. With `frozen`, a call that would need another kernel afterwards is an error
+    (LB0409) instead of a compile. `model.lowbit_report` says what was done. Raises RunError LB0503 for a model without
+    quantized layers.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    if not layers and not any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise RunError(
+            "LB0503", "the model has no quantized layers", where=type(model).__name__, hint="call lowbit.quantize first"
+        )
+    for layer in layers:
+        layer.prepare()
+    device = next(m.scale.device for m in model.modules() if isinstance(m, PackedLinear))
+    assert isinstance(device, torch.device)
+    session = _ModelSession(model, _activation_dtype(model), device, max_tokens)
+    if layers:
+        _run(model, session, default_compute(layers[0].fmt, device), str(device_target(device)))
+    for module in model.modules():  # layers the graph did not show
+        if isinstance(module, PackedLinear):
+            warm(module.key, session.dtype, device, max_tokens)
+    if frozen:
+        freeze()
+    model.lowbit_report = session.report  # type: ignore[assignment]
+    return model
+
+
+def _run(model: nn.Module, session: _ModelSession, compute: Compute, target: str) -> None:
+    try:
+        graph = import_model(model)
+    except IRError as e:
+        _log.warning("modules are not fused: %s", e)
+        return
+    passes = [
+        Canonicalize(),
+        FuseSiblings(),
+        FuseEpilogue(residual=False),
+        ChooseLayout(target),
+        Pack(),
+        LowerKernels(compute),
+        SelectSchedule(session.max_tokens, target),
+        Emit(),
+    ]
+    run_pipeline(graph, passes, PassContext.create(session))
+    session.report.ir = print_module(graph)
+
+
+def _activation_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype activations have: that of the model's remaining float parameters."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,0 +1,128 @@
+"""Modules that run several quantized layers as one kernel: siblings on one input, and gate/up with silu-mul.
+
+They take the place of ordinary submodules, so that a model's own `forward` stays as it is and its state dict keeps
+the names and tensors of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, layout_for
+from lowbit.quantizers.qtensor import QTensor, pack, unpack
+
+__all__ = ["QuantGatedMLP", "SiblingLinear", "fuse_gated_mlp", "fuse_siblings"]
+
+
+def _stack(layers: list[QuantLinear], epilogue: tuple[str, ...]) -> PackedLinear:
+    """The layers' weights, stacked by rows, on the device of the first."""
+    inner = cast(PackedLinear, layers[0].prepare().inner)
+    device = cast(torch.Tensor, inner.scale).device
+    tensors = [layer.qtensor() for layer in layers]
+    return PackedLinear(pack(tensors, LAYOUTS[layout_for(device)]), inner.compute, epilogue).to(device)
+
+
+def _canonical(q: QTensor, prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in QuantLinear.from_qtensor(q).canonical().items()}
+
+
+class _Siblings:
+    """Results of the last call, waiting for the siblings that have not asked yet."""
+
+    def __init__(self, packed: PackedLinear, widths: list[int]) -> None:
+        self.packed, self.widths = packed, widths
+        self.pending: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None
+
+    def take(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of sibling `index` for `x`; computes all of them the first time `x` is seen."""
+        held = self.pending
+        if held is None or held[0] is not x or index not in held[1]:
+            held = (x, dict(enumerate(self.packed(x).split(self.widths, dim=-1))))
+        out = held[1].pop(index)
+        self.pending = held if held[1] else None
+        return out
+
+
+class SiblingLinear(nn.Module):
+    """One of several linear layers that read the same input and run as one kernel (q, k, v).
+
+    The first to be called with an input computes all; the others pick their part up. Siblings are recognised by the
+    identity of the input tensor, so a call out of order only costs time.
+    """
+
+    def __init__(self, shared: _Siblings, index: int, in_features: int) -> None:
+        super().__init__()
+        self._shared, self._index = shared, index
+        if index == 0:
+            self.packed = shared.packed
+        self.in_features, self.out_features = in_features, shared.widths[index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        return self._shared.take(self._index, x)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(_canonical(unpack(self._shared.packed.packed())[self._index], prefix))
+
+
+class QuantGatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) with gate and up as one kernel whose epilogue is silu-mul."""
+
+    def __init__(self, gate: QuantLinear, up: QuantLinear, down: nn.Module, names: tuple[str, str, str]) -> None:
+        super().__init__()
+        self.gate_up, self._names = _stack([gate, up], ("silu_mul",)), names
+        self.add_module(names[2], down)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., K]."""
+        return cast(torch.Tensor, getattr(self, self._names[2])(self.gate_up(x)))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, q in zip(self._names, unpack(self.gate_up.packed()), strict=False):
+            destination.update(_canonical(q, f"{prefix}{name}."))
+
+
+def fuse_siblings(model: nn.Module, paths: tuple[str, ...]) -> bool:
+    """Replace the layers at `paths` by siblings of one kernel; False when they are not plain quantized layers."""
+    layers = [model.get_submodule(p) for p in paths]
+    if not all(isinstance(m, QuantLinear) and m.bias is None for m in layers):
+        return False
+    linears = cast("list[QuantLinear]", layers)
+    shared = _Siblings(_stack(linears, ()), [m.out_features for m in linears])
+    for i, path in enumerate(paths):
+        _replace(model, path, SiblingLinear(shared, i, linears[i].in_features))
+    return True
+
+
+def fuse_gated_mlp(model: nn.Module, gate: str, up: str) -> bool:
+    """Replace the parent of `gate` and `up` by a QuantGatedMLP.
+
+    False unless the parent consists of exactly two quantized layers without bias, one more linear layer that reads
+    their product, and an activation: then its forward can only be the gated MLP the graph showed.
+    """
+    parent_path, _, gate_name = gate.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    up_name = up.rpartition(".")[2]
+    children = dict(parent.named_children())
+    g, u = children.pop(gate_name, None), children.pop(up_name, None)
+    downs = [n for n, m in children.items() if isinstance(m, (QuantLinear, nn.Linear))]
+    plain = isinstance(g, QuantLinear) and isinstance(u, QuantLinear) and g.bias is None and u.bias is None
+    if not plain or len(downs) != 1 or not up.startswith(f"{parent_path}."):
+        return False
+    down = children.pop(downs[0])
+    if any(list(m.parameters()) for m in children.values()) or getattr(down, "in_features", 0) != g.out_features:  # type: ignore[union-attr]
+        return False
+    _replace(model, parent_path, QuantGatedMLP(g, u, down, (gate_name, up_name, downs[0])))  # type: ignore[arg-type]
+    return True
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent_path, _, name = path.rpartition(".")
+    new.train(model.training)
+    setattr(model.get_submodule(parent_path), name, new)

@@ -1,0 +1,126 @@
+"""lower-kernels: quantized linear layers become calls of `lbk.kernel`, one kernel per distinct spec.
+
+    %y = lb.linear %x, %w : (..., !lb.q<64x64, "int4.g64.sym", "panel16">) -> ...
+    -> lbk.kernel @k_<digest> {decode program, body};  %y = lb.call %x, %w {kernel = @k_<digest>}
+
+Linear layers with dense weights stay as they are: torch runs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import (
+    ArrayAttr,
+    IntAttr,
+    IntegerAttr,
+    ModuleOp,
+    StringAttr,
+    SymbolRefAttr,
+    f32,
+)
+from xdsl.ir import Attribute, Block, Region
+from xdsl.passes import ModulePass
+from xdsl.rewriter import InsertPoint, Rewriter
+
+from lowbit.codegen.decode import decode_program
+from lowbit.codegen.spec import Compute, KernelSpec
+from lowbit.compiler.errors import IRError
+from lowbit.compiler.ir import kernel as lbk
+from lowbit.compiler.ir.graph import Call, Linear, at, path_of
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.ir.types import QType, tensor
+
+__all__ = ["LowerKernels", "kernel_op", "spec_of"]
+
+
+@dataclass(frozen=True)
+class LowerKernels(ModulePass):
+    """`compute`: how products are formed (`float`, `int16`, `int8`); formats that are not integers use `float`."""
+
+    name = "lower-kernels"
+    compute: str = "int16"
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        known: set[str] = set()
+        for linear in [f for f in op.walk() if isinstance(f, Linear)]:
+            if not isinstance(linear.args_[1].type, QType):
+                continue
+            spec = self.kernel_spec(linear)
+            name = f"k_{spec.digest()}"
+            if name not in known:
+                known.add(name)
+                Rewriter.insert_op(kernel_op(name, spec), InsertPoint.at_start(op.body.block))
+            call = Call(list(linear.args_), [linear.outs[0].type], {"kernel": SymbolRefAttr(name)})
+            Rewriter.replace_op(linear, at(call, path_of(linear)))
+
+    def kernel_spec(self, linear: Linear) -> KernelSpec:
+        """What kernel a linear layer needs."""
+        type_ = linear.args_[1].type
+        assert isinstance(type_, QType)
+        if not type_.layout.data:
+            raise IRError("LB0311", "a weight has no layout", where=path_of(linear), hint="run choose-layout first")
+        segments = tuple(cast(IntAttr, s).data for s in linear.segments.data) if linear.segments else (type_.n.data,)
+        layout = str(LAYOUTS[type_.layout.data])
+        float_only = KernelSpec(segments, type_.k.data, type_.fmt.data, layout, "float", epilogue=linear.steps())
+        if self.compute == "float" or not float_only.fmt.element.integer:
+            return float_only
+        compute = cast(Compute, self.compute)
+        return KernelSpec(segments, type_.k.data, type_.fmt.data, layout, compute, epilogue=linear.steps())
+
+
+def kernel_op(name: str, spec: KernelSpec) -> lbk.Kernel:
+    """The kernel as an operation: the format's decode program, and a body that says what is fused."""
+    x_type, w_type = tensor((None, spec.k), f32), QType.get(sum(spec.segments), spec.k, spec.format)
+    wide = tensor((None, sum(spec.segments)), f32)
+    side = {"bias": tensor((sum(spec.segments),), f32), "residual": tensor((None, spec.n_out), f32)}
+    extra = [side[e] for e in spec.epilogue if e in side]
+    block = Block(arg_types=[x_type, w_type, *extra])
+    x, w, *rest = block.args
+    value = x
+    if spec.limbs:
+        quantize = lbk.QuantizeActivation(x, spec.limbs)
+        block.add_op(quantize)
+        value = quantize.res  # type: ignore[assignment]
+    mma = lbk.Mma(value, w, wide)
+    block.add_op(mma)
+    acc = mma.res
+    for step in spec.epilogue:
+        cls = {"bias": lbk.AddBias, "silu_mul": lbk.SiluMul, "residual": lbk.Residual}[step]
+        operands = [acc, rest.pop(0)] if step in side else [acc]
+        done = cls(*operands, result=tensor((None, spec.n_out), f32) if step == "silu_mul" else acc.type)
+        block.add_op(done)
+        acc = done.res
+    block.add_op(lbk.Yield(acc))
+    return lbk.Kernel(name, _spec_attributes(spec), decode_program(spec.fmt).clone(), Region(block))
+
+
+def _spec_attributes(spec: KernelSpec) -> dict[str, Attribute]:
+    return {
+        "segments": ArrayAttr(IntegerAttr(n, 64) for n in spec.segments),
+        "k": IntegerAttr(spec.k, 64),
+        "format": StringAttr(spec.format),
+        "layout": StringAttr(spec.layout),
+        "compute": StringAttr(spec.compute),
+        "x_dtype": StringAttr(spec.x_dtype),
+        "out_dtype": StringAttr(spec.out_dtype),
+        "epilogue": ArrayAttr(StringAttr(e) for e in spec.epilogue),
+    }
+
+
+def spec_of(kernel: lbk.Kernel) -> KernelSpec:
+    """The KernelSpec a kernel operation was made from."""
+    d = kernel.spec.data
+    text = {name: cast(StringAttr, d[name]).data for name in ("format", "layout", "x_dtype", "out_dtype")}
+    return KernelSpec(
+        tuple(cast("IntegerAttr", s).value.data for s in cast(ArrayAttr, d["segments"]).data),
+        cast("IntegerAttr", d["k"]).value.data,
+        text["format"],
+        text["layout"],
+        cast(Compute, cast(StringAttr, d["compute"]).data),
+        text["x_dtype"],
+        text["out_dtype"],
+        tuple(cast(StringAttr, e).data for e in cast(ArrayAttr, d["epilogue"]).data),
+    )

@@ -1,0 +1,37 @@
+"""pack: bring the weights' bytes into the layout their types name.
+
+The IR does not change: `choose-layout` already said which layout, this pass makes it so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.passes import ModulePass
+
+from lowbit.compiler.errors import IRError
+from lowbit.compiler.ir.graph import Linear, Weight, path_of
+from lowbit.compiler.ir.types import QType
+from lowbit.passes.session import session_of
+
+__all__ = ["Pack"]
+
+
+@dataclass(frozen=True)
+class Pack(ModulePass):
+    """Needs a session; refuses a weight without a layout (LB0311)."""
+
+    name = "pack"
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        session = session_of(ctx, self.name)
+        for linear in [f for f in op.walk() if isinstance(f, Linear)]:
+            weight, type_ = linear.args_[1].owner, linear.args_[1].type
+            if not isinstance(type_, QType) or not isinstance(weight, Weight):
+                continue
+            if not type_.layout.data:
+                raise IRError("LB0311", "a weight has no layout", where=path_of(linear), hint="run choose-layout first")
+            paths = tuple(n.data.removesuffix(".weight") for n in weight.names.data)
+            session.pack(paths, type_.layout.data, linear.steps())

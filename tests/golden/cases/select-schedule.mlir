@@ -1,0 +1,10 @@
+// PASSES: lower-kernels,select-schedule{max_tokens=2 target="ref"}
+builtin.module {
+  "lb.graph"() ({
+  ^bb0(%x: tensor<1x?x64xf32>):
+    %a = lb.weight {names = ["l.0.q.weight"]} : () -> !lb.q<32x64, "int4.g32.sym", "panel16"> loc("l.0.q")
+    %ya = lb.linear %x, %a : (tensor<1x?x64xf32>, !lb.q<32x64, "int4.g32.sym", "panel16">) -> tensor<1x?x32xf32> loc("l.0.q")
+    lb.return %ya : (tensor<1x?x32xf32>) -> ()
+  }) {sym_name = "m"} : () -> ()
+}
+// -----
