@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 
 from lowbit.codegen import BACKENDS, load_backend
@@ -20,10 +21,11 @@ _log = logging.getLogger("lowbit")
 def candidates(spec: KernelSpec, target: Target, m: int) -> list[tuple[float, Backend, Schedule]]:
     """Every (predicted seconds, backend, schedule) that can run `spec` for `m` tokens, best first.
 
-    A backend that cannot is left out and named once in the log. The reference is always last.
+    A backend that cannot is left out and named once in the log. The reference is always last. The environment variable
+    LOWBIT_BACKENDS, a list of names, leaves the others out.
     """
     found: list[tuple[float, Backend, Schedule]] = []
-    for name in BACKENDS:
+    for name in os.environ.get("LOWBIT_BACKENDS", ",".join(BACKENDS)).split(","):
         backend = load_backend(name)
         if target.kind not in backend.kinds or (name != "reference" and spec.layout_ != LAYOUTS[backend.layout]):
             continue

@@ -26,6 +26,6 @@ class Emit(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         session = session_of(ctx, self.name)
-        for kernel in [k for k in op.walk() if isinstance(k, Kernel)]:
-            schedule = dict(kernel.schedule.data) if kernel.schedule else {}
-            kernel.artifact = StringAttr(session.build(spec_of(kernel), schedule))
+        kernels = [k for k in op.walk() if isinstance(k, Kernel)]
+        for kernel, built in zip(kernels, session.build([spec_of(k) for k in kernels]), strict=True):
+            kernel.artifact = StringAttr(built)

@@ -6,8 +6,9 @@ without one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from xdsl.context import Context
 
@@ -30,8 +31,8 @@ class Session(Protocol):
         """Bring the layers' weights, stacked by rows, into a packed layout."""
         ...
 
-    def build(self, spec: KernelSpec, schedules: dict[str, Any]) -> str:
-        """Build every kernel of `spec`; returns what was built, for the IR."""
+    def build(self, specs: Sequence[KernelSpec]) -> list[str]:
+        """Build every kernel of every spec, in parallel; returns what was built, one text per spec, for the IR."""
         ...
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from lowbit.codegen.backend import Backend, Launcher
+from lowbit.codegen.backend import Backend, Launcher, Source
 from lowbit.codegen.reference.backend import decode_weight, run_reference
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.select import candidates, say_once
@@ -24,6 +25,9 @@ TOLERANCE = {"float": 2e-5, "int16": 2e-4, "int8": 2e-2}
 
 _OUT_EPS = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-11}
 _TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+_locks: dict[str, threading.Lock] = {}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,19 @@ def _build_with(
         return BuiltKernel(spec, backend.name, schedule, backend.load(cache_.root, spec, schedule), 0.0)
     source = backend.emit(spec, schedule, target)
     key = cache_.key(spec, schedule, target, source, backend.toolchain())
+    with _locks.setdefault(key, threading.Lock()):  # token classes that share a schedule share one build
+        return _find_or_compile(backend, spec, schedule, target, cache_, source, key)
+
+
+def _find_or_compile(
+    backend: Backend,
+    spec: KernelSpec,
+    schedule: Schedule,
+    target: Target,
+    cache_: KernelCache,
+    source: Source,
+    key: str,
+) -> BuiltKernel:
     if found := cache_.lookup(key):
         artifact, meta = found
         return BuiltKernel(spec, backend.name, schedule, backend.load(artifact, spec, schedule), float(meta["error"]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -64,10 +64,12 @@ class _ModelSession:
         elif len(paths) > 1:
             self.report.fused.append(paths)
 
-    def build(self, spec: KernelSpec, schedules: dict[str, Any]) -> str:
-        key = spec.key()
-        warm(key, self.dtype, self.device, self.max_tokens)
-        built = [kernel_for(key, self.dtype, self.device, m) for m in classes_up_to(self.max_tokens)]
+    def build(self, specs: Sequence[KernelSpec]) -> list[str]:
+        warm([s.key() for s in specs], self.dtype, self.device, self.max_tokens)
+        return [self._describe(s) for s in specs]
+
+    def _describe(self, spec: KernelSpec) -> str:
+        built = [kernel_for(spec.key(), self.dtype, self.device, m) for m in classes_up_to(self.max_tokens)]
         names = sorted({k.backend for k in built})
         text = f"{' and '.join(names)}: worst error {max(k.error for k in built):.1e}"
         self.report.kernels.append(f"{spec.format} {spec.segments}x{spec.k} {'+'.join(spec.epilogue)}: {text}")
@@ -93,9 +95,8 @@ def compile_model(model: nn.Module, *, max_tokens: int = 512, frozen: bool = Fal
     session = _ModelSession(model, _activation_dtype(model), device, max_tokens)
     if layers:
         _run(model, session, default_compute(layers[0].fmt, device), str(device_target(device)))
-    for module in model.modules():  # layers the graph did not show
-        if isinstance(module, PackedLinear):
-            warm(module.key, session.dtype, device, max_tokens)
+    # Layers the graph did not show are built too; those it did are there already.
+    warm([m.key for m in model.modules() if isinstance(m, PackedLinear)], session.dtype, device, max_tokens)
     if frozen:
         freeze()
     model.lowbit_report = session.report  # type: ignore[assignment]

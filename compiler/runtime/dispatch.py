@@ -7,7 +7,10 @@ request.
 from __future__ import annotations
 
 import json
+import os
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -21,12 +24,12 @@ from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime.build import BuiltKernel, build_kernel
 from lowbit.compiler.runtime.cache import KernelCache
 
-__all__ = ["classes_up_to", "device_target", "freeze", "kernel_for", "loaded_kernels", "parse_spec", "warm"]
+__all__ = ["classes_up_to", "device_target", "freeze", "kernel_for", "loaded_kernels", "parse_spec", "reset", "warm"]
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _table: dict[tuple[str, torch.dtype, str, int], BuiltKernel] = {}
 _by_artifact: dict[tuple[str, str, str], BuiltKernel] = {}
-_lock = threading.Lock()
+_locks: dict[tuple[str, torch.dtype, str, int], threading.Lock] = {}
 _frozen = False
 
 
@@ -57,7 +60,7 @@ def kernel_for(key: str, dtype: torch.dtype, device: torch.device, m: int) -> Bu
     slot = (key, dtype, device.type, m_class(m))
     if (kernel := _table.get(slot)) is not None:
         return kernel
-    with _lock:
+    with _locks.setdefault(slot, threading.Lock()):
         return _table.get(slot) or _build(slot, device)
 
 
@@ -84,16 +87,25 @@ def classes_up_to(max_tokens: int) -> tuple[int, ...]:
     return tuple(m for m in M_CLASSES if m <= top)
 
 
-def warm(key: str, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
-    """Build every kernel spec `key` can need for up to `max_tokens` tokens."""
-    for m in classes_up_to(max_tokens):
-        kernel_for(key, dtype, device, m)
+def warm(keys: Iterable[str], dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+    """Build every kernel the specs can need for up to `max_tokens` tokens, as many at once as there are cores."""
+    jobs = [(key, m) for key in dict.fromkeys(keys) for m in classes_up_to(max_tokens)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        for job in [pool.submit(kernel_for, key, dtype, device, m) for key, m in jobs]:
+            job.result()
 
 
 def freeze(frozen: bool = True) -> None:
     """From now on (until `freeze(False)`) a missing kernel is an error instead of a compile."""
     global _frozen
     _frozen = frozen
+
+
+def reset() -> None:
+    """Forget every loaded kernel (the cache on disk stays) and thaw: for tests and for changed settings."""
+    _table.clear()
+    _by_artifact.clear()
+    freeze(False)
 
 
 def loaded_kernels() -> list[tuple[int, BuiltKernel]]:

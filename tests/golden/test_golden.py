@@ -5,8 +5,8 @@ A file reads `// PASSES: a,b{x=1}`, IR, a line `// -----`, IR. `pytest --update-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,8 +31,8 @@ class FakeSession:
     def pack(self, paths: tuple[str, ...], layout: str, epilogue: tuple[str, ...]) -> None:
         self.packed.append((paths, layout, epilogue))
 
-    def build(self, spec: KernelSpec, schedules: dict[str, Any]) -> str:
-        return f"fake kernel {spec.k}x{spec.n_out}"
+    def build(self, specs: Sequence[KernelSpec]) -> list[str]:
+        return [f"fake kernel {s.k}x{s.n_out}" for s in specs]
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)

@@ -1,0 +1,136 @@
+"""QuantLinear and its operator: right numbers, one copy of the weights, and everything torch does to modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from _models import random_qtensor
+from torch import nn
+
+from lowbit.compiler.errors import FormatError
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.runtime import dispatch
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
+from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.qtensor import pack
+
+
+@pytest.fixture(autouse=True)
+def _reference_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Most cases are independent of the backend; `test_forward_is_x_times_the_oracle` uses the real one."""
+    dispatch.reset()
+    if "real_kernels" not in request.keywords:
+        monkeypatch.setenv("LOWBIT_BACKENDS", "reference")
+    yield
+    dispatch.reset()
+
+
+RTOL = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want).norm() / want.norm())
+
+
+@pytest.mark.real_kernels
+@pytest.mark.parametrize(
+    ("fmt", "dtype"),
+    [
+        ("int4.g64.sym", torch.float32),
+        ("int4.g64.sym", torch.bfloat16),
+        ("int3.g48.asym", torch.float16),
+        ("int1.ch.sym", torch.float32),
+        ("int8.t.sym", torch.float32),
+        ("int2.g32.asym.bf16", torch.bfloat16),
+    ],
+)
+def test_forward_is_x_times_the_oracle(fmt: str, dtype: torch.dtype) -> None:
+    q = random_qtensor(fmt, 40, 100)
+    layer = QuantLinear.from_qtensor(q)
+    x = torch.randn(2, 3, 100, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert relative(y, x.float() @ q.dequantize().T) < RTOL[dtype]
+
+
+def test_bias_empty_input_and_wrong_width() -> None:
+    q, bias = random_qtensor("int4.g32.sym", 24, 64), torch.randn(24)
+    layer = QuantLinear.from_qtensor(q, bias)
+    x = torch.randn(5, 64)
+    assert relative(layer(x), x @ q.dequantize().T + bias) < 1e-3
+    assert layer(x[:0]).shape == (0, 24)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(5, 63))
+
+
+@pytest.mark.parametrize("fmt", ["int4.g64.sym", "int3.g48.asym", "int5.t.asym", "int1.g32.sym"])
+def test_state_dict_round_trips_before_and_after_preparing(fmt: str) -> None:
+    q = random_qtensor(fmt, 21, 100)
+    layer = QuantLinear.from_qtensor(q, torch.randn(21))
+    saved = layer.state_dict()
+    other = QuantLinear(100, 21, parse_format(fmt), bias=True)
+    assert {k: (v.shape, v.dtype) for k, v in other.state_dict().items()} == {
+        k: (v.shape, v.dtype) for k, v in saved.items()
+    }
+    other.load_state_dict(saved)
+    assert not other.prepared
+    again = other.prepare().state_dict()
+    assert all(torch.equal(saved[k], again[k]) for k in saved)
+    x = torch.randn(3, 100)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_weights_are_held_once() -> None:
+    layer = QuantLinear(256, 64, parse_format("int4.g64.sym"))
+    layer.prepare()
+    held = sum(b.numel() * b.element_size() for b in layer.buffers())
+    assert held == 64 * 256 // 2 + 64 * 4 * 2
+
+
+def test_changing_the_models_dtype_keeps_the_scales() -> None:
+    q = random_qtensor("int4.g32.sym", 32, 64)
+    layer = nn.Sequential(QuantLinear.from_qtensor(q, torch.randn(32)))
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer[0].qtensor().scale, q.scale)
+    assert layer[0].bias.dtype == torch.bfloat16
+    assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_layer_without_weights_says_so() -> None:
+    with pytest.raises(FormatError, match="LB0224"):
+        QuantLinear(64, 32, parse_format("int4.g32.sym"), device="meta").prepare()
+    with pytest.raises(FormatError, match="LB0213"):
+        QuantLinear(16, 32, parse_format("int4.g32.sym"))
+
+
+def test_deepcopy_gives_an_equal_layer() -> None:
+    layer = QuantLinear.from_qtensor(random_qtensor("int4.g32.asym", 32, 64))
+    x = torch.randn(2, 64)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_operator_passes_torchs_own_checks() -> None:
+    q = random_qtensor("int4.g32.asym", 32, 64)
+    inner = PackedLinear(pack([q], LAYOUTS["panel16"]), "float", ("bias", "residual"))
+    p = inner.packed()
+    args = (torch.randn(2, 3, 64), list(p.planes), p.scale, p.zero, torch.randn(32), torch.randn(2, 3, 32), inner.key)
+    torch.library.opcheck(torch.ops.lowbit.linear, args)
+
+
+def test_survives_compile_and_export() -> None:
+    model = nn.Sequential(
+        QuantLinear.from_qtensor(random_qtensor("int4.g32.sym", 48, 64)),
+        nn.SiLU(),
+        QuantLinear.from_qtensor(random_qtensor("int3.g48.asym", 16, 48), torch.randn(16)),
+    )
+    x = torch.randn(4, 64)
+    want = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), want)
+    assert torch.equal(compiled(x[:3]), model(x[:3]))
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: tokens},))
+    assert torch.equal(program.module()(torch.cat([x, x])), model(torch.cat([x, x])))
