@@ -22,14 +22,15 @@ __all__ = ["AssignFormats"]
 
 @dataclass(frozen=True)
 class AssignFormats(ModulePass):
-    """`scheme` is a preset or TOML file, `format` replaces its weight format."""
+    """`scheme` is a preset or TOML file, `format` replaces its weight format; without either the context's scheme."""
 
     name = "assign-formats"
-    scheme: str = "w4a16"
+    scheme: str = ""
     format: str = ""
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        scheme = load_scheme(self.scheme, format=self.format or None)
+        held = getattr(ctx, "scheme", None)
+        scheme = held if held and not self.scheme else load_scheme(self.scheme or "w4a16", format=self.format or None)
         for weight in [w for w in op.walk() if isinstance(w, Weight)]:
             if isinstance(weight.outs[0].type, QType) or not _multiplied(weight):
                 continue

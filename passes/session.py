@@ -16,6 +16,7 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import IRError
 from lowbit.compiler.ir.text import new_context
 from lowbit.quantizers.formats import Format
+from lowbit.quantizers.scheme import Scheme
 
 __all__ = ["PassContext", "Session", "session_of"]
 
@@ -38,14 +39,15 @@ class Session(Protocol):
 
 @dataclass
 class PassContext(Context):
-    """A context with the three dialects and, when a model is at hand, its session."""
+    """A context with the three dialects and, when a model is at hand, its session and scheme."""
 
     session: Session | None = field(default=None)
+    scheme: Scheme | None = field(default=None)
 
     @staticmethod
-    def create(session: Session | None = None) -> PassContext:
+    def create(session: Session | None = None, scheme: Scheme | None = None) -> PassContext:
         """A context ready for parsing and for passes."""
-        ctx = PassContext(session=session)
+        ctx = PassContext(session=session, scheme=scheme)
         for dialect in new_context().loaded_dialects:
             ctx.load_dialect(dialect)
         return ctx

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowbit.compiler.errors import KernelError
 
-__all__ = ["CPU_ISAS", "Target", "host_target"]
+__all__ = ["CPU_ISAS", "Target", "host_target", "isa_runs_here"]
 
 CPU_ISAS = ("avx512vnni", "avx512", "avx2vnni", "avx2", "generic")
 """Instruction sets kernels are emitted for, best first."""
@@ -56,6 +56,13 @@ def host_target() -> Target:
         return Target("cpu", "generic")
     flags = _cpu_flags()
     return Target("cpu", next(isa for isa in CPU_ISAS if _NEEDS[isa] <= flags))
+
+
+def isa_runs_here(isa: str) -> bool:
+    """True when this machine has everything kernels for `isa` use."""
+    if isa == "generic":
+        return True
+    return platform.machine() in ("x86_64", "AMD64") and _NEEDS[isa] <= _cpu_flags()
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -1,0 +1,70 @@
+"""The C++ backend: generated kernels on x86 vector units, compiled by the system's compiler."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from lowbit.codegen.backend import Backend, Launcher, Source
+from lowbit.codegen.cpp.emit import ISA_FLAGS, emit_text
+from lowbit.codegen.cpp.launch import load_kernel
+from lowbit.codegen.cpp.plan import Plan
+from lowbit.codegen.cpp.schedules import predict, schedules
+from lowbit.codegen.cpp.toolchain import FLAGS, compile_shared, compiler_version, find_compiler
+from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.ir.target import Target, isa_runs_here
+
+__all__ = ["CppBackend"]
+
+
+class CppBackend(Backend):
+    """Serves every CPU target. Kernels read layout `panel16`; see `direct` and `buffered` for the two shapes."""
+
+    name = "cpp"
+    kinds = ("cpu",)
+    layout = "panel16"
+
+    def available(self, target: Target) -> str | None:
+        if target.kind != "cpu":
+            return f"C++ kernels run on CPUs, not {target.kind}"
+        if not isa_runs_here(target.arch):
+            return f"this machine does not have {target.arch}"
+        return None if find_compiler() else "no C++ compiler was found; install g++ or set CXX"
+
+    def supports(self, spec: KernelSpec, target: Target) -> str | None:
+        if spec.layout_ != LAYOUTS[self.layout]:
+            return f"the C++ kernels read layout {LAYOUTS[self.layout]}"
+        steps = spec.epilogue
+        if len(set(steps)) != len(steps):
+            return f"an epilogue step appears twice in {steps}"
+        if "silu_mul" in steps:
+            at = steps.index("silu_mul")
+            if "bias" in steps[at:] or "residual" in steps[:at]:
+                return f"with silu_mul, bias comes before it and residual after it, not {steps}"
+        return None
+
+    def schedules(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
+        found = list(schedules(spec, target.arch, m))
+        return sorted(found, key=lambda s: self.predict(spec, s, target, m))
+
+    def predict(self, spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> float:
+        return predict(Plan(spec, schedule), target.arch, m)
+
+    def emit(self, spec: KernelSpec, schedule: Schedule, target: Target) -> Source:
+        text = emit_text(Plan(spec, schedule), target.arch)
+        return Source(text, ".so", (*FLAGS, *ISA_FLAGS[target.arch]))
+
+    def compile(self, source: Source, out: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
+            text = Path(folder) / "kernel.cpp"
+            text.write_text(source.text)
+            compile_shared(text, source.flags, out)
+
+    def toolchain(self) -> str:
+        return compiler_version()
+
+    def load(self, artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launcher:
+        return load_kernel(artifact, Plan(spec, schedule))

@@ -1,0 +1,171 @@
+"""Decode programs printed as C++ vector expressions.
+
+A program is run with a table whose values are small expression nodes; building a node applies the peepholes, and
+`text` prints it in the primitives of `text/<isa>.h`. Two readings of the same program:
+
+- *bytes*: a vector holds one code per byte. Masks are repeated in every byte, and a shift of a byte is a shift of the
+  32-bit lane: bits that stray in from the neighbouring byte are removed by the mask that always follows.
+- *words*: a vector holds one code per 32-bit lane, for arithmetic on floats.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lowbit.compiler.errors import KernelError
+from lowbit.compiler.ir.program import Program
+
+__all__ = ["Node", "Printer", "build", "name", "number"]
+
+Reading = Literal["bytes", "words"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation. `op`: name (text), int or float (constants), shift (by > 0 to the right), mask, or a primitive."""
+
+    op: str
+    args: tuple[Node, ...] = ()
+    value: str | int | float | tuple[float, ...] = 0
+
+
+def name(text: str) -> Node:
+    """A C++ expression the program's argument stands for."""
+    return Node("name", value=text)
+
+
+def number(value: int) -> Node:
+    """An integer known when the kernel is generated, such as a shift."""
+    return Node("int", value=value)
+
+
+def _int(node: Node) -> int:
+    if node.op != "int" or not isinstance(node.value, int):
+        raise KernelError("LB0411", f"a shift or mask must be a constant, not {node.op}")
+    return node.value
+
+
+def _shift(x: Node, by: int) -> Node:
+    """x moved right by `by` bits (left when negative); no movement prints nothing."""
+    return Node("shift", (x,), by) if by else x
+
+
+def _shr(x: Node, by: Node) -> Node:
+    return _shift(x, _int(by))
+
+
+def _shl(x: Node, by: Node) -> Node:
+    """Peephole: ((w >> s) & m) << l is (w >> (s - l)) & (m << l), one shift instead of two."""
+    left = _int(by)
+    if x.op == "mask":
+        inner, moved = x.args[0], 0
+        if inner.op == "shift":
+            moved, inner = int(inner.value), inner.args[0]  # type: ignore[arg-type]
+        return Node("mask", (_shift(inner, moved - left),), int(x.value) << left & 0xFFFFFFFF)  # type: ignore[arg-type]
+    return _shift(x, -left)
+
+
+def _and(x: Node, y: Node) -> Node:
+    if y.op == "int":
+        return Node("mask", (x,), _int(y))
+    return Node("mask", (y,), _int(x))
+
+
+def _or(x: Node, y: Node) -> Node:
+    """Peephole: x | (y & m) is one operation where the machine has three-operand logic."""
+    if y.op == "mask":
+        return Node("and_or", (y.args[0], x), y.value)
+    return Node("and_or", (x.args[0], y), x.value) if x.op == "mask" else Node("vor", (x, y))
+
+
+def _primitive(op: str) -> Callable[..., Node]:
+    return lambda *args: Node(op, args)
+
+
+_TABLE: dict[str, Callable[..., Node]] = {
+    "const": lambda value: Node("float", value=value),
+    "int": number,
+    "shr": _shr,
+    "shl": _shl,
+    "and": _and,
+    "or": _or,
+    "bitcast": _primitive("bitcast"),
+    "int_to_float": _primitive("cvt"),
+    "lut": lambda x, table: Node("lut", (x,), table),
+    "add": _primitive("fadd"),
+    "sub": _primitive("fsub"),
+    "mul": _primitive("fmul"),
+    "fma": _primitive("fma_"),
+}
+
+
+def build(program: Program, args: Mapping[str, Node]) -> Node:
+    """The program as one expression; raises KernelError (LB0411) when it uses what vectors cannot do."""
+    try:
+        return program.run(_TABLE, args)
+    except KeyError as e:
+        raise KernelError("LB0411", f"the decode operation {e} has no C++ form") from e
+
+
+class Printer:
+    """Prints nodes and collects the lookup tables they need (`tables`: C++ definitions)."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self._tables: dict[tuple[float, ...], str] = {}
+
+    @property
+    def tables(self) -> str:
+        """Definitions of the tables printed so far."""
+        return "".join(
+            f"alignas(64) static const float {label}[{len(values)}] = {{{', '.join(map(_float, values))}}};\n"
+            for values, label in self._tables.items()
+        )
+
+    def text(self, node: Node) -> str:
+        """The node as a C++ expression."""
+        args = [self.text(a) for a in node.args]
+        if node.op == "name":
+            return str(node.value)
+        if node.op == "int":
+            return f"set1({node.value}u)"
+        if node.op == "float":
+            return f"fset1({_float(float(node.value))})"  # type: ignore[arg-type]
+        if node.op == "shift":
+            by = int(node.value)  # type: ignore[arg-type]
+            return f"shr<{by}>({args[0]})" if by > 0 else f"shl<{-by}>({args[0]})"
+        if node.op == "mask":
+            return self._mask(node, args[0])
+        if node.op == "and_or":
+            return f"and_or({args[0]}, {self._constant(int(node.value))}, {args[1]})"  # type: ignore[arg-type]
+        if node.op == "lut":
+            return self._lut(node, args[0])
+        return f"{node.op}({', '.join(args)})"
+
+    def _mask(self, node: Node, inner: str) -> str:
+        """Peephole: a mask that keeps everything the shift left over is dropped."""
+        mask, x = int(node.value), node.args[0]  # type: ignore[arg-type]
+        kept = 8 if self.reading == "bytes" else 32 - (int(x.value) if x.op == "shift" else 0)  # type: ignore[arg-type]
+        if mask == 2**kept - 1 and (self.reading == "words" or x.op == "name"):
+            return inner
+        return f"vand({inner}, {self._constant(mask)})"
+
+    def _constant(self, mask: int) -> str:
+        return f"set1(0x{mask * (0x01010101 if self.reading == 'bytes' else 1):08x}u)"
+
+    def _lut(self, node: Node, index: str) -> str:
+        values = node.value
+        assert isinstance(values, tuple)
+        size = 1 << (len(values) - 1).bit_length()
+        values = values + (0.0,) * (size - len(values))
+        label = self._tables.setdefault(values, f"kTable{len(self._tables)}")
+        return f"lut<{size}>({index}, {label})"
+
+
+def _float(value: float) -> str:
+    """A float literal that reads back exactly."""
+    single = struct.unpack("<f", struct.pack("<f", value))[0]
+    return f"{float(single).hex()}f"

@@ -1,0 +1,159 @@
+"""The fixed numbers of one kernel: everything that follows from spec and schedule before any text is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.errors import KernelError
+from lowbit.compiler.ir.layout import plane_bits
+
+__all__ = ["PANEL", "Plan"]
+
+PANEL = 16
+"""Rows of a panel: the int32 lanes of one 64-byte vector."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one kernel. Schedule fields it reads:
+
+    tile_m: tokens of one register tile. tile_n: rows of one register tile, a multiple of 16. extra `buffered`: 0 to
+    decode into registers (few tokens), 1 to decode a chunk into a buffer once and reuse it for many tokens. extra
+    `accs`: independent accumulators per sum (direct kernels). extra `prefetch`: bytes fetched ahead (direct kernels,
+    0 = none). extra `tokens`: tokens that share one decoded chunk (buffered kernels).
+    """
+
+    spec: KernelSpec
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        if self.tile_m < 1 or self.schedule.tile_n % PANEL or self.np < 1 or (self.silu and self.np % 2):
+            raise KernelError("LB0412", f"no C++ kernel has tiles of {self.tile_m} x {self.schedule.tile_n}")
+
+    @property
+    def tile_m(self) -> int:
+        """Tokens of one register tile."""
+        return self.schedule.tile_m
+
+    @property
+    def np(self) -> int:
+        """Panels of one register tile."""
+        return self.schedule.tile_n // PANEL
+
+    @property
+    def silu(self) -> bool:
+        """True when gate and up panels are processed in pairs."""
+        return "silu_mul" in self.spec.epilogue
+
+    @property
+    def buffered(self) -> bool:
+        """True for the many-token kernel."""
+        return bool(self.schedule.get("buffered", 0))
+
+    @property
+    def accs(self) -> int:
+        """Accumulators each sum is split over."""
+        return 1 if self.buffered else self.schedule.get("accs", 1)
+
+    @property
+    def prefetch(self) -> int:
+        """Bytes ahead of the current position that a direct kernel fetches."""
+        return self.schedule.get("prefetch", 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that share one decoded chunk, a multiple of `tile_m`."""
+        return max(1, self.schedule.get("tokens", 96) // self.tile_m) * self.tile_m
+
+    @property
+    def integer(self) -> bool:
+        """True when products are formed on codes as integers."""
+        return self.spec.limbs > 0
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of each plane."""
+        return plane_bits(self.spec.fmt.bits)
+
+    @property
+    def chunk_cols(self) -> int:
+        """Packed columns that share an activation scale."""
+        return self.spec.chunk_blocks * 32
+
+    @property
+    def last_blocks(self) -> int:
+        """32-column blocks of the matrix's last chunk."""
+        return self.spec.blocks - (self.spec.chunks - 1) * self.spec.chunk_blocks
+
+    @property
+    def group_chunks(self) -> int:
+        """Chunks of one full scale group."""
+        return self.spec.group_blocks // self.spec.chunk_blocks
+
+    @property
+    def token_stride(self) -> int:
+        """Elements (int8 or float) of one token in one chunk of the prepared activations."""
+        return max(1, self.spec.limbs) * self.chunk_cols
+
+    @property
+    def panels(self) -> int:
+        """Packed panels, all segments together."""
+        return self.spec.rows // PANEL
+
+    @property
+    def slots(self) -> int:
+        """Panels that units count: half of them when gate and up go together."""
+        return self.panels // 2 if self.silu else self.panels
+
+    @property
+    def unit(self) -> int:
+        """Slots of one unit of work."""
+        return self.np // 2 if self.silu else self.np
+
+    @property
+    def units(self) -> int:
+        """Units of work the panels split into; the last may be smaller."""
+        return math.ceil(self.slots / self.unit)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Panels per register tile that occur: the full tile, and single slots when the tile does not divide."""
+        single = 2 if self.silu else 1
+        found = [self.np] if self.slots >= self.unit else []
+        return tuple(dict.fromkeys([*found, *([single] if self.slots % self.unit else [])]))
+
+    @cached_property
+    def heights(self) -> tuple[int, ...]:
+        """Tokens per register tile that occur, largest first. Direct kernels decode again for every tile, so tiles
+        between half and full size exist and anything smaller is left to single tokens; buffered tiles are small."""
+        low = 1 if self.buffered else self.tile_m // 2 + 1
+        return tuple(dict.fromkeys([*range(self.tile_m, low - 1, -1), 1]))
+
+    @property
+    def token_bytes(self) -> int:
+        """Scratch bytes per token, shared by all threads: activations, scales, starting values."""
+        item = 1 if self.integer else 4
+        return self.spec.chunks * (self.token_stride * item + 8)
+
+    @property
+    def code_bytes(self) -> int:
+        """Scratch bytes of one decoded chunk for one unit of work."""
+        return self.np * PANEL * self.chunk_cols * (1 if self.integer else 4)
+
+    @property
+    def row_bytes(self) -> int:
+        """Scratch bytes of one gathered row of activations."""
+        return _align(self.spec.blocks * 32 * 4)
+
+    @property
+    def thread_bytes(self) -> int:
+        """Scratch bytes per thread: one gathered row, then for buffered kernels a decoded chunk and partial sums."""
+        return self.row_bytes + (self.code_bytes + self.tokens * self.np * 64 if self.buffered else 0)
+
+
+def _align(size: int) -> int:
+    return (size + 63) // 64 * 64

@@ -1,0 +1,106 @@
+"""Which tiles to try for a number of tokens, and how long a call should take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lowbit.codegen.cpp.plan import PANEL, Plan
+from lowbit.codegen.schedule import Schedule, m_class
+from lowbit.codegen.spec import KernelSpec
+
+__all__ = ["Machine", "predict", "schedules"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Assumed speed of one core.
+
+    ghz: clock under vector load. bandwidth: GB/s from memory with four or more streams. ops, loads: vector operations
+    and loads a cycle, in 64-byte units. dot: operations one dot product takes. sums: running sums that fit in
+    registers beside what decoding needs.
+    """
+
+    ghz: float
+    bandwidth: float
+    ops: float
+    loads: float
+    dot: float
+    sums: int
+
+
+_MACHINES = {
+    # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
+    "avx512vnni": Machine(2.7, 12.0, 2.0, 2.0, 2.0, 16),
+    "avx512": Machine(2.7, 12.0, 2.0, 2.0, 5.0, 16),
+    "avx2vnni": Machine(3.0, 12.0, 1.5, 1.0, 1.0, 4),
+    "avx2": Machine(3.0, 12.0, 1.5, 1.0, 3.0, 4),
+    "generic": Machine(3.0, 12.0, 0.5, 0.5, 24.0, 2),
+}
+_TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((2, 2), (4, 1), (1, 2)), 2: ((2, 1), (1, 2))}
+"""Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
+loop, AVX-512 holds 24 sums beside 4 weights."""
+
+
+def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
+    """Legal schedules for `m` tokens: direct kernels for up to 8, buffered ones from 4 on.
+
+    The generic instruction set has no direct kernels: unrolled vectors that the machine lacks take minutes to compile.
+    """
+    pair = 2 if "silu_mul" in spec.epilogue else 1
+    tokens = m_class(m)
+    if tokens <= 8 and arch != "generic":
+        yield from _direct(spec, arch, tokens, pair)
+    if tokens > 2 or arch == "generic":
+        yield from _buffered(spec, arch, tokens, pair)
+
+
+def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
+    room, digits = _MACHINES[arch].sums, max(1, spec.limbs)
+    height = max(1, min(tokens, room // digits // pair))
+    panels = [p for p in (4, 2, 1) if p % pair == 0 and (p == pair or p * height * digits <= room)]
+    # Few panels are better split evenly over threads than streamed side by side.
+    panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]
+    for p in panels[:2]:
+        accs = max(1, min(2, room // (p * height * digits) // 2))
+        for prefetch in (1024, 0):
+            yield Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
+
+
+def _buffered(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
+    for height, panels in _TILES[_MACHINES[arch].sums]:
+        shape = (min(height, tokens), max(pair, panels) * PANEL)
+        yield Schedule(*shape, spec.chunk_blocks * 32).with_extra(buffered=1, tokens=192)
+
+
+def predict(plan: Plan, arch: str, m: int) -> float:
+    """Seconds of one call on one core with cold weights, from the bytes read and the operations issued."""
+    cpu, spec = _MACHINES[arch], plan.spec
+    weights = spec.rows * spec.blocks * 32
+    read = weights * spec.fmt.bits / 8 + spec.rows * spec.groups * (2 + spec.fmt.zero)
+    # One stream leaves the memory system a fifth idle; fetching ahead bridges page boundaries.
+    streams = plan.np * len(plan.planes)
+    memory = read / (cpu.bandwidth * 1e9 * (1 - 0.2 / streams) * (1.0 if plan.prefetch else 0.93))
+    compute = _cycles(plan, cpu, m, weights) / (cpu.ghz * 1e9)
+    activations = m * spec.k * 1e-10
+    return max(memory, compute) + 0.3 * min(memory, compute) + activations + 2e-6
+
+
+def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
+    """Cycles of decoding and multiplying `weights` padded weights with `m` tokens."""
+    digits, tiles = max(1, plan.spec.limbs), math.ceil(m / plan.tile_m)
+    vectors = weights / (64 if plan.integer else 16)
+    decode = 2.0 * len(plan.planes) + (0 if plan.integer else 3)
+    products = m * digits * (cpu.dot if plan.integer else 1.0)
+    sums = plan.np * plan.tile_m * digits * plan.accs
+    if plan.buffered:
+        operations = vectors * (math.ceil(m / plan.tokens) * (decode + 2) + products)
+        loads = vectors * tiles * digits * (1 + plan.tile_m / plan.np)
+    else:
+        # Sums that do not fit in registers are stored and loaded for every block.
+        spill = 1.0 if sums <= 1.5 * cpu.sums else 1.4
+        operations = vectors * (tiles * decode + products) * spill
+        loads = vectors * tiles * (plan.spec.fmt.bits / 8 + plan.tile_m * digits)
+    ends = plan.spec.rows / PANEL * plan.spec.chunks * m * 6
+    return max((operations + ends) / cpu.ops, loads / cpu.loads)

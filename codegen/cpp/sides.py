@@ -1,0 +1,61 @@
+"""Text that both kernel shapes share: pointers, scales and zero points, sums to floats, and the call of a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lowbit.codegen.cpp.plan import Plan
+
+__all__ = ["dispatch", "indent", "panel_of", "pointers", "scale_and_zero", "start_value"]
+
+
+def indent(lines: list[str]) -> str:
+    """Lines joined, indented by the braces they open and close."""
+    out, depth = [], 0
+    for line in lines:
+        depth -= line.startswith("}")
+        out.append("  " * depth + line)
+        depth += line.endswith("{")
+    return "\n".join(out) + "\n"
+
+
+def panel_of(plan: Plan, width: int, i: int) -> str:
+    """The packed panel behind panel `i` of a tile of `width`: gate panels first, then up panels, half a matrix on."""
+    if plan.silu and i >= width // 2:
+        return f"kSlots + slot + {i - width // 2}"
+    return f"slot + {i}"
+
+
+def pointers(plan: Plan, width: int, block: str = "0") -> list[str]:
+    """Declarations of `p<panel>w<plane>`, at packed block `block` of each panel of the tile."""
+    return [
+        f"const uint8_t* p{i}w{j} = a.plane[{j}] + (({panel_of(plan, width, i)}) * kBlocks + {block}) * {64 * bits};"
+        for i in range(width)
+        for j, bits in enumerate(plan.planes)
+    ]
+
+
+def scale_and_zero(plan: Plan, width: int, group: str) -> list[str]:
+    """Declarations of `s<panel>` (scales of 16 rows) and, for formats with zero points, `z<panel>`."""
+    out = []
+    for i in range(width):
+        at = f"(({panel_of(plan, width, i)}) * kGroups + {group}) * 16"
+        out.append(f"const F s{i} = load_scale((const ST*)a.scale + {at});")
+        if plan.spec.fmt.zero:
+            load = f"load_u8(a.zero + {at})"
+            out.append(f"const V z{i} = zero_pair({load});" if plan.integer else f"const F z{i} = cvt({load});")
+    return out
+
+
+def start_value(plan: Plan, i: int, word: str) -> str:
+    """-(zero point or bias) * (sum of the chunk's activations), exact: see `zero_pair` and `round_chunk`."""
+    return f"madd16(z{i}, set1(uint32_t({word})))" if plan.spec.fmt.zero else f"set1(uint32_t({word}))"
+
+
+def dispatch(heights: tuple[int, ...], first: str, last: str, call: Callable[[int], str]) -> list[str]:
+    """A loop over tokens [first, last) that calls the largest tile that fits."""
+    out = [f"for (int64_t t = {first}; t < {last};) {{"]
+    for n, height in enumerate(heights):
+        guard = f"if (t + {height} <= {last}) {{" if height > 1 else "{"
+        out += [("else " if n else "") + guard, call(height), f"t += {height};", "}"]
+    return [*out, "}"]

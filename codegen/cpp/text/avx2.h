@@ -1,0 +1,74 @@
+// AVX2 with FMA and F16C (with LB_VNNI also AVX-VNNI): a vector is two 32-byte registers.
+#include <immintrin.h>
+
+struct V {
+  __m256i a, b;
+};
+struct F {
+  __m256 a, b;
+};
+
+LB_INLINE V vload(const void* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+LB_INLINE void vstore(void* p, V x) {
+  _mm256_storeu_si256((__m256i*)p, x.a);
+  _mm256_storeu_si256((__m256i*)p + 1, x.b);
+}
+LB_INLINE V both(__m256i x) { return {x, x}; }
+LB_INLINE V vzero() { return both(_mm256_setzero_si256()); }
+LB_INLINE V set1(uint32_t x) { return both(_mm256_set1_epi32(int(x))); }
+LB_INLINE V bcast4(const void* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return both(_mm256_set1_epi32(x));
+}
+template <int N> LB_INLINE V shr(V x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
+template <int N> LB_INLINE V shl(V x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
+LB_INLINE V vand(V x, V y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+LB_INLINE V vor(V x, V y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+LB_INLINE V and_or(V x, V mask, V y) { return vor(vand(x, mask), y); }
+LB_INLINE V vadd(V x, V y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+LB_INLINE V madd16(V x, V y) { return {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)}; }
+LB_INLINE V load_u8(const uint8_t* p) {
+  const __m128i x = _mm_loadu_si128((const __m128i*)p);
+  return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
+}
+
+LB_INLINE F fset1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+LB_INLINE F fzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+LB_INLINE F fload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+LB_INLINE void fstore(float* p, F x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+LB_INLINE F fadd(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+LB_INLINE F fsub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+LB_INLINE F fmul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+LB_INLINE F fma_(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+LB_INLINE F cvt(V x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+LB_INLINE F bitcast(V x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+LB_INLINE F load_f16(const void* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+LB_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+template <int N> LB_INLINE F lut(V x, const float* table) {
+  return {_mm256_i32gather_ps(table, x.a, 4), _mm256_i32gather_ps(table, x.b, 4)};
+}
+
+LB_INLINE __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
+#if LB_VNNI
+  return _mm256_dpbusd_avx_epi32(acc, codes, x);
+#elif LB_CODE_BITS < 8
+  // Pairs stay within 2 * 127 * 128 < 2**15, so the saturating 16-bit sum never saturates.
+  const __m256i pairs = _mm256_maddubs_epi16(codes, x);
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi32(0x00ff00ff)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(x, 8));
+  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+#endif
+}
+// acc + sum of 4 unsigned codes x 4 signed activations in each 32-bit lane, exact.
+LB_INLINE V dot(V acc, V codes, V x) { return {dot_half(acc.a, codes.a, x.a), dot_half(acc.b, codes.b, x.b)}; }

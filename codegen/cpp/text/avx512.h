@@ -1,0 +1,61 @@
+// AVX-512 (F, BW, DQ, VL; with LB_VNNI also VNNI): a vector is one 64-byte register.
+#include <immintrin.h>
+
+typedef __m512i V;
+typedef __m512 F;
+
+LB_INLINE V vload(const void* p) { return _mm512_loadu_si512(p); }
+LB_INLINE void vstore(void* p, V x) { _mm512_storeu_si512(p, x); }
+LB_INLINE V vzero() { return _mm512_setzero_si512(); }
+LB_INLINE V set1(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+LB_INLINE V bcast4(const void* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return _mm512_set1_epi32(x);
+}
+template <int N> LB_INLINE V shr(V x) { return _mm512_srli_epi32(x, N); }
+template <int N> LB_INLINE V shl(V x) { return _mm512_slli_epi32(x, N); }
+LB_INLINE V vand(V x, V y) { return _mm512_and_si512(x, y); }
+LB_INLINE V vor(V x, V y) { return _mm512_or_si512(x, y); }
+LB_INLINE V and_or(V x, V mask, V y) { return _mm512_ternarylogic_epi32(x, mask, y, 0xEA); }
+LB_INLINE V vadd(V x, V y) { return _mm512_add_epi32(x, y); }
+LB_INLINE V madd16(V x, V y) { return _mm512_madd_epi16(x, y); }
+LB_INLINE V load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+
+LB_INLINE F fzero() { return _mm512_setzero_ps(); }
+LB_INLINE F fset1(float x) { return _mm512_set1_ps(x); }
+LB_INLINE F fload(const float* p) { return _mm512_loadu_ps(p); }
+LB_INLINE void fstore(float* p, F x) { _mm512_storeu_ps(p, x); }
+LB_INLINE F fadd(F x, F y) { return _mm512_add_ps(x, y); }
+LB_INLINE F fsub(F x, F y) { return _mm512_sub_ps(x, y); }
+LB_INLINE F fmul(F x, F y) { return _mm512_mul_ps(x, y); }
+LB_INLINE F fma_(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+LB_INLINE F cvt(V x) { return _mm512_cvtepi32_ps(x); }
+LB_INLINE F bitcast(V x) { return _mm512_castsi512_ps(x); }
+LB_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+LB_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+// N is a power of two; codes index the table directly.
+template <int N> LB_INLINE F lut(V x, const float* table) {
+  if (N <= 16) {
+    return _mm512_permutexvar_ps(x, _mm512_maskz_loadu_ps(__mmask16((1u << (N & 31)) - 1), table));
+  }
+  return N == 32 ? _mm512_permutex2var_ps(fload(table), x, fload(table + (N == 32 ? 16 : 0)))
+                 : _mm512_i32gather_ps(x, table, 4);
+}
+
+// acc + sum of 4 unsigned codes x 4 signed activations in each 32-bit lane, exact.
+LB_INLINE V dot(V acc, V codes, V x) {
+#if LB_VNNI
+  // As assembly: GCC 12 copies and spills the accumulators of the intrinsic when many are live.
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
+  return acc;
+#elif LB_CODE_BITS < 8
+  // Pairs stay within 2 * 127 * 128 < 2**15, so the saturating 16-bit sum never saturates.
+  return vadd(acc, madd16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
+#else
+  const V even = madd16(vand(codes, set1(0x00ff00ff)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+  const V odd = madd16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(x, 8));
+  return vadd(acc, vadd(even, odd));
+#endif
+}
