@@ -1,8 +1,9 @@
 """The canonical storage of codes: a dense little-endian bit stream per row, in int32 words.
 
 Code i of a row occupies bits [i*b, (i+1)*b) of the stream, low bits first; codes may straddle words. This is also the
-layout of compressed-tensors' `pack-quantized` files for every width that divides 32, and for the others up to their
-padding per word, which `compiler.io` handles.
+layout of compressed-tensors' `pack-quantized` files (of its versions from 0.18 on, for widths that do not divide 32).
+
+32 codes fill exactly b words, so both directions walk over the 32 positions of such a run, for all runs at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn.functional import pad
 
 __all__ = ["pack_bits", "unpack_bits"]
 
@@ -17,18 +19,28 @@ __all__ = ["pack_bits", "unpack_bits"]
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [R, C] below 2**bits -> int32 words [R, ceil(C * bits / 32)]."""
     rows, cols = codes.shape
-    words = math.ceil(cols * bits / 32)
-    stream = torch.zeros(rows, words * 32, dtype=torch.uint8)
-    unpacked = (codes[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
-    stream[:, : cols * bits] = unpacked.reshape(rows, cols * bits)
-    weights = 1 << torch.arange(32, dtype=torch.int64)
-    value = (stream.reshape(rows, words, 32).to(torch.int64) * weights).sum(-1)
-    return torch.where(value >= 2**31, value - 2**32, value).to(torch.int32)
+    runs = math.ceil(cols / 32)
+    padded = pad(codes, (0, runs * 32 - cols)).reshape(rows, runs, 32).to(torch.int32)
+    words = torch.zeros(rows, runs, bits, dtype=torch.int32, device=codes.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[..., word] |= padded[..., i] << shift
+        if shift + bits > 32:
+            words[..., word + 1] |= padded[..., i] >> (32 - shift)
+    return words.reshape(rows, runs * bits).narrow_copy(1, 0, math.ceil(cols * bits / 32))
 
 
 def unpack_bits(words: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
     """Inverse of `pack_bits`: uint8 codes [R, cols]."""
-    rows = words.shape[0]
-    stream = (words[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
-    stream = stream.reshape(rows, -1)[:, : cols * bits].reshape(rows, cols, bits)
-    return (stream << torch.arange(bits, dtype=torch.int32)).sum(-1).to(torch.uint8)
+    rows, stored = words.shape
+    runs = math.ceil(cols / 32)
+    padded = pad(words, (0, runs * bits - stored)).reshape(rows, runs, bits)
+    codes = torch.empty(rows, runs, 32, dtype=torch.uint8, device=words.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        code = padded[..., word] >> shift
+        if shift + bits > 32:
+            # The shift copies the sign bit: drop the copies before the next word's bits are put in their place.
+            code = (code & ((1 << (32 - shift)) - 1)) | (padded[..., word + 1] << (32 - shift))
+        codes[..., i] = code & (2**bits - 1)
+    return codes.reshape(rows, runs * 32).narrow_copy(1, 0, cols)

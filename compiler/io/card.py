@@ -1,0 +1,102 @@
+"""The model card of a quantized checkpoint: README.md with front matter that the hub understands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lowbit.compiler.io.source import ModelSource
+from lowbit.quantizers.formats import Format
+from lowbit.quantizers.scheme import Scheme
+
+__all__ = ["model_card"]
+
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def model_card(
+    source: ModelSource,
+    scheme: Scheme,
+    formats: Mapping[str, Format],
+    shapes: Mapping[str, tuple[int, int]],
+    layout: str,
+    report: Mapping[str, Any],
+) -> str:
+    """Text of the card. Names and licence come from the source model and are shown only as plain words."""
+    name = _plain(source.base_model or source.origin)
+    sections = [
+        _front_matter(source, layout),
+        f"# {name}, quantized with lowbit",
+        f"Linear layers are stored as `{scheme.weight}` "
+        f"(scheme `{_plain(scheme.name)}`, method `{_plain(scheme.method)}`).",
+        _formats_table(formats, shapes),
+        _report_table(report),
+        _usage(layout),
+    ]
+    return "\n\n".join(s for s in sections if s) + "\n"
+
+
+def _front_matter(source: ModelSource, layout: str) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if source.base_model and _HUB_ID.fullmatch(source.base_model):
+        lines += [f"base_model: {source.base_model}", "base_model_relation: quantized"]
+    if source.licence.name and _WORD.fullmatch(source.licence.name):
+        lines.append(f"license: {source.licence.name.lower()}")
+    tags = ["lowbit", "quantized", *(["compressed-tensors"] if layout == "compressed-tensors" else [])]
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _formats_table(formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]]) -> str:
+    """Layers, weights and stored bits per weight of every format."""
+    counts: dict[str, tuple[int, int, float]] = {}
+    for path, fmt in formats.items():
+        n, k = shapes[path]
+        layers, weights, bits = counts.get(str(fmt), (0, 0, 0.0))
+        counts[str(fmt)] = (layers + 1, weights + n * k, bits + fmt.bits_per_weight(n, k) * n * k)
+    rows = [
+        f"| `{name}` | {layers} | {weights:,} | {bits / weights:.3f} |"
+        for name, (layers, weights, bits) in counts.items()
+    ]
+    return "\n".join(["| format | layers | weights | bits per weight |", "|---|---:|---:|---:|", *rows])
+
+
+def _report_table(report: Mapping[str, Any]) -> str:
+    """The report's totals: its plain values, and those of its `totals`."""
+    totals = report.get("totals")
+    values = {**report, **(totals if isinstance(totals, Mapping) else {})}
+    rows = [
+        f"| {_plain(str(key).replace('_', ' '))} | {_value(value)} |"
+        for key, value in values.items()
+        if isinstance(value, (str, int, float))
+    ]
+    return "\n".join(["| figure | value |", "|---|---:|", *rows]) if rows else ""
+
+
+def _value(value: str | int | float) -> str:
+    if isinstance(value, bool) or isinstance(value, str):
+        return _plain(str(value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _plain(text: str) -> str:
+    """Text that is not markup, whatever the model's files called themselves."""
+    return re.sub(r"[^\w .,:/@+()=%-]", "_", text)[:120].strip() or "model"
+
+
+def _usage(layout: str) -> str:
+    note = (
+        "vLLM and transformers (with compressed-tensors 0.18 or newer) load it as it is; with `import lowbit`, "
+        "`lowbit.load` runs it on compiled kernels."
+        if layout == "compressed-tensors"
+        else "The format needs lowbit: `import lowbit` before loading. Without it, loading fails."
+    )
+    code = [
+        "```python",
+        "import lowbit",
+        "",
+        'model = lowbit.compile(lowbit.load("path/to/this/folder"), max_tokens=512)',
+        "```",
+    ]
+    return "\n".join(["## Use", "", note, "", *code])

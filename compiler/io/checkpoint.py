@@ -1,0 +1,301 @@
+"""Quantized checkpoints: `write_checkpoint` and `read_checkpoint`.
+
+A checkpoint is a model folder as transformers writes it: safetensors, config.json with a `quantization_config`,
+tokenizer and licence, a model card, and lowbit.json, which says how it was made. Where compressed-tensors can hold
+every layer's format that layout is used, so that transformers and vLLM read it without lowbit; otherwise the native
+one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lowbit.compiler.errors import CheckpointError, FormatError
+from lowbit.compiler.io import compressed_tensors as ct
+from lowbit.compiler.io import gptq, native
+from lowbit.compiler.io.card import model_card
+from lowbit.compiler.io.safetensors_file import SafetensorsFile
+from lowbit.compiler.io.source import ModelSource
+from lowbit.compiler.io.source_folder import contained, load_json, open_shards
+from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
+from lowbit.quantizers.formats import Format, parse_format
+from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.scheme import Scheme
+
+__all__ = ["Checkpoint", "checkpoint_layout", "export_layout", "read_checkpoint", "write_checkpoint"]
+
+Layout = Literal["compressed-tensors", "lowbit"]
+
+_SHARD_BYTES = 2_000_000_000
+_MARGIN = 1_000_000
+"""Bytes for headers, configs and the card, on top of tensors and carried files."""
+
+
+def export_layout(fmt: Format, n: int | None = None, k: int | None = None) -> Layout:
+    """The layout a checkpoint gets when it holds an [n, k] matrix in `fmt`."""
+    return "lowbit" if ct.can_express(fmt, n, k) else "compressed-tensors"
+
+
+def write_checkpoint(
+    out: Path,
+    source: ModelSource,
+    quantized: Mapping[str, Callable[[], QTensor]],
+    scheme: Scheme,
+    *,
+    report: Mapping[str, Any],
+    shard_bytes: int = _SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the model of `source` to the folder `out`, with the weights of some modules replaced.
+
+    quantized: loader of the quantized weight by module path, called when the weight is written (and once before, where
+    the scheme has no format for the module). report: figures of the run, for report.json and the card. dtype: of the
+    other float tensors and of config.json; theirs when None. The folder appears complete or not at all. Raises
+    CheckpointError: LB0110 `out` is not empty, LB0111 disk full, LB0114 a module or tensor that does not fit, LB0115
+    not writable.
+    """
+    formats = {path: _planned_format(path, load, scheme) for path, load in quantized.items()}
+    shapes = {path: _matrix_shape(source, path) for path in quantized}
+    layout = checkpoint_layout(formats, shapes)
+    parts = _parts(source, quantized, formats, shapes, dtype)
+    extras = source.extras()
+    needed = sum(p.nbytes for p in parts) + sum(e.stat().st_size for e in extras) + _MARGIN
+    config = _config(source, formats, layout, dtype)
+    with staged_folder(out, needed) as stage:
+        write_shards(stage, parts, shard_bytes)
+        _copy_extras(extras, stage)
+        if layout == "lowbit":
+            config = native.guard(config, auto_map=True)
+            (stage / native.CONFIG_FILE).write_text(native.CONFIG_SOURCE, encoding="utf-8")
+        write_json(stage / "config.json", config)
+        write_json(stage / "lowbit.json", _provenance(source, scheme, formats, layout))
+        if report:
+            write_json(stage / "report.json", json.loads(json.dumps(report, default=str)))
+        card = model_card(source, scheme, formats, shapes, layout, report)
+        (stage / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+def checkpoint_layout(formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]]) -> Layout:
+    """The layout of a checkpoint whose modules, by path, have these formats and (N, K)."""
+    native_only = any(export_layout(fmt, *shapes[path]) == "lowbit" for path, fmt in formats.items())
+    return "lowbit" if native_only or ct.config_problem(formats.values()) else "compressed-tensors"
+
+
+def _planned_format(path: str, load: Callable[[], QTensor], scheme: Scheme) -> Format:
+    """The scheme's format, which is checked again when the weight is written; the weight's own when it is ignored."""
+    return scheme.format_for(path) or load().fmt
+
+
+def _matrix_shape(source: ModelSource, path: str) -> tuple[int, int]:
+    name = f"{path}.weight"
+    shape = source.shape(name) if name in source.names() else ()
+    if len(shape) != 2:
+        raise CheckpointError("LB0114", "is not a linear layer with weights of its own", where=path)
+    return (shape[0], shape[1])
+
+
+def _parts(
+    source: ModelSource,
+    quantized: Mapping[str, Callable[[], QTensor]],
+    formats: Mapping[str, Format],
+    shapes: Mapping[str, tuple[int, int]],
+    dtype: torch.dtype | None,
+) -> list[Part]:
+    parts = []
+    for name in source.names():
+        path = name.removesuffix(".weight")
+        if name.endswith(".weight") and path in quantized:
+            parts.append(_quantized_part(path, quantized[path], formats[path], *shapes[path]))
+        else:
+            parts.append(_plain_part(source, name, dtype))
+    return parts
+
+
+def _quantized_part(path: str, load: Callable[[], QTensor], fmt: Format, n: int, k: int) -> Part:
+    def tensors() -> dict[str, torch.Tensor]:
+        q = load()
+        if q.fmt != fmt or q.shape != (n, k):
+            raise CheckpointError(
+                "LB0114", f"expected {fmt} {n}x{k}, got {q.fmt} {q.shape[0]}x{q.shape[1]}", where=path
+            )
+        return {f"{path}.{name}": tensor for name, tensor in ct.to_tensors(q).items()}
+
+    shapes = ct.tensor_shapes(fmt, n, k)
+    return Part(tuple(Blob(f"{path}.{name}", dtype, shape) for name, (dtype, shape) in shapes.items()), tensors)
+
+
+def _plain_part(source: ModelSource, name: str, dtype: torch.dtype | None) -> Part:
+    stored = source.dtype(name)
+    target = dtype if dtype is not None and stored.is_floating_point else stored
+    blob = Blob(name, target, source.shape(name))
+    return Part((blob,), lambda: {name: source.tensor(name).to(target)})
+
+
+def _config(
+    source: ModelSource, formats: Mapping[str, Format], layout: Layout, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Values of config.json, without the guard of native checkpoints."""
+    values: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=True))
+    for key in [k for k in values if k.startswith("_") or k in ("transformers_weights", "auto_map")]:
+        del values[key]  # names of files and folders that this checkpoint does not have
+    model = source.empty_model()
+    values["architectures"] = [type(model).__name__]
+    kept_dtype = dtype or getattr(source.config, "dtype", None) or _common_dtype(source)
+    values["dtype"] = str(kept_dtype).removeprefix("torch.")
+    if layout == "lowbit":
+        values["quantization_config"] = native.quantization_config(formats)
+    else:
+        linears = [p for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, torch.nn.Linear)]
+        values["quantization_config"] = ct.quantization_config(formats, set(linears) - set(formats))
+    return values
+
+
+def _common_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype that holds most of the model's numbers."""
+    counts: dict[torch.dtype, int] = {}
+    for name in source.names():
+        counts[source.dtype(name)] = counts.get(source.dtype(name), 0) + math.prod(source.shape(name))
+    floats = {dtype: count for dtype, count in counts.items() if dtype.is_floating_point}
+    return max(floats, key=lambda dtype: floats[dtype], default=torch.float32)
+
+
+def _copy_extras(extras: list[Path], stage: Path) -> None:
+    for path in extras:
+        folder = stage / path.parent.name if path.parent.name == "additional_chat_templates" else stage
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / path.name)
+
+
+def _provenance(source: ModelSource, scheme: Scheme, formats: Mapping[str, Format], layout: Layout) -> dict[str, Any]:
+    """Values of lowbit.json: how the checkpoint was made, and the format of every module."""
+    return {
+        "schema": native.SCHEMA,
+        "lowbit": importlib.metadata.version("lowbit"),
+        "layout": layout,
+        "scheme": scheme.to_dict(),
+        "formats": {path: str(fmt) for path, fmt in formats.items()},
+        "source": {"model": source.base_model or source.origin, "digest": source.digest()},
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A quantized checkpoint on disk, whose headers are validated and whose tensors are read on request.
+
+    config: values of config.json (without the guard of native checkpoints). modules: format by module path.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    quantization_config: dict[str, Any]
+    modules: dict[str, Format]
+    _files: dict[str, SafetensorsFile]
+    _gptq: gptq.GPTQLayout | None = None
+
+    @property
+    def method(self) -> str:
+        """`compressed-tensors`, `lowbit` or `gptq`."""
+        return str(self.quantization_config["quant_method"])
+
+    def names(self) -> list[str]:
+        """Names of all stored tensors."""
+        return list(self._files)
+
+    def plain_names(self) -> list[str]:
+        """Names of the tensors that belong to no quantized weight."""
+        suffixes = (
+            gptq.SUFFIXES if self._gptq else ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+        )
+        taken = {f"{path}.{suffix}" for path in self.modules for suffix in suffixes}
+        return [name for name in self._files if name not in taken]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one stored tensor; raises CheckpointError (LB0114) when there is none of that name."""
+        if name not in self._files:
+            raise CheckpointError("LB0114", f"has no tensor {name[:200]!r}", where=str(self.folder))
+        return self._files[name].tensor(name)
+
+    def qtensor(self, path: str) -> QTensor:
+        """The quantized weight of a module, exactly as stored.
+
+        Raises CheckpointError: LB0113 when its columns are permuted (GPTQ activation order), LB0114 when its tensors
+        do not fit its format.
+        """
+        tensors = self.module_tensors(path)
+        where = f"{self.folder}: {path}"
+        if self._gptq:
+            return gptq.to_qtensor(self._gptq, self.modules[path], tensors, where)
+        return ct.from_tensors(self.modules[path], tensors, where)
+
+    def module_tensors(self, path: str) -> dict[str, torch.Tensor]:
+        """The stored tensors of a quantized module's weight, by their name in the module."""
+        if path not in self.modules:
+            raise CheckpointError("LB0114", "is not a quantized module", where=f"{self.folder}: {path}")
+        fmt = self.modules[path]
+        names = gptq.SUFFIXES if self._gptq else tuple(ct.tensor_shapes(fmt, 1, max(1, fmt.granularity.group)))
+        return {name: self.tensor(f"{path}.{name}") for name in names if f"{path}.{name}" in self._files}
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized) or GPTQ.
+
+    Raises CheckpointError: LB0101 no such folder, LB0102 broken file, LB0103 bad index, LB0108 bad config.json, LB0113
+    GPTQ of a kind that is not supported, LB0114 not a quantized checkpoint, or one that contradicts itself.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError("LB0101", "no such folder", where=str(folder))
+    config = load_json(contained(folder, "config.json"), "LB0108")
+    quant = config.get("quantization_config")
+    if not isinstance(quant, dict):
+        raise CheckpointError("LB0114", "is not a quantized checkpoint", where=str(folder), hint="run `quantize run`")
+    files = open_shards(folder)
+    method = quant.get("quant_method")
+    if method == "lowbit":
+        config = native.unguard(config) if config.get("model_type") == "lowbit" else config
+        return Checkpoint(folder, config, quant, native.formats_from_config(quant, str(folder)), files)
+    if method == "compressed-tensors":
+        return Checkpoint(folder, config, quant, _ct_formats(folder, quant, files), files)
+    if method == "gptq":
+        layout = gptq.layout(quant, str(folder))
+        return Checkpoint(folder, config, quant, gptq.formats(layout, files, str(folder)), files, layout)
+    raise CheckpointError(
+        "LB0114", f"quantization method {str(method)[:40]!r} is not supported", where=str(folder),
+        hint="lowbit reads lowbit, compressed-tensors (pack-quantized) and gptq checkpoints",
+    )  # fmt: skip
+
+
+def _ct_formats(folder: Path, quant: dict[str, Any], files: dict[str, SafetensorsFile]) -> dict[str, Format]:
+    """Formats of a compressed-tensors checkpoint: from its config, which must agree with lowbit.json if that exists."""
+    paths = [name.removesuffix(".weight_packed") for name in files if name.endswith(".weight_packed")]
+    scales = {}
+    for path in paths:
+        name = f"{path}.weight_scale"
+        if name not in files:
+            raise CheckpointError("LB0114", "weight_scale is missing", where=f"{folder}: {path}")
+        scales[path] = files[name].header.tensors[name].dtype
+    formats = ct.formats_from_config(quant, scales, str(folder))
+    if (folder / "lowbit.json").exists():
+        _check_provenance(folder, formats)
+    return formats
+
+
+def _check_provenance(folder: Path, formats: Mapping[str, Format]) -> None:
+    values = load_json(contained(folder, "lowbit.json"), "LB0114")
+    declared = values.get("formats")
+    try:
+        known = {path: parse_format(text) for path, text in declared.items()} if isinstance(declared, dict) else None
+    except (FormatError, AttributeError) as e:
+        raise CheckpointError("LB0114", f"lowbit.json has a bad format: {e}", where=str(folder)) from e
+    if known != formats:
+        raise CheckpointError("LB0114", "lowbit.json and config.json disagree about formats", where=str(folder))

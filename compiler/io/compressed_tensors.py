@@ -1,0 +1,242 @@
+"""The `pack-quantized` layout of compressed-tensors, written and read without the package.
+
+Per linear layer [N, K] with b-bit integers: `weight_packed` int32 [N, ceil(K*b/32)], a dense stream of offset-binary
+codes per row, low bits first; `weight_scale` [N, groups]; for asymmetric formats `weight_zero_point` int32
+[ceil(N*b/32), groups], the same stream along N; `weight_shape` int64 [2]. lowbit's native layout uses the same tensors
+for every format, so only the config differs.
+
+Readers differ. compressed-tensors before 0.18 spread 3, 5, 6 and 7 bit codes over words without straddling (10, 6, 5
+and 4 codes a word), and refuses the dense stream by its shape; 2, 4 and 8 bits are the same in every version. From 0.18
+on, transformers (5.23) cannot place packed zero points in a compressed module and refuses them by shape, so checkpoints
+with zero points ask for `dequantize`, which decodes while loading. That path decodes every layer by the first group, so
+zero points and several formats do not go together (`config_problem`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from lowbit.compiler.errors import CheckpointError, FormatError
+from lowbit.quantizers.bitstream import pack_bits, unpack_bits
+from lowbit.quantizers.formats import SCALE_DTYPES, Format, Granularity, IntElement
+from lowbit.quantizers.qtensor import QTensor
+
+__all__ = [
+    "can_express",
+    "config_problem",
+    "formats_from_config",
+    "from_tensors",
+    "quantization_config",
+    "scale_note",
+    "tensor_shapes",
+    "to_tensors",
+]
+
+_VERSION = "0.18.0"
+"""The oldest compressed-tensors that reads every width densely packed."""
+
+_SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+
+
+def can_express(fmt: Format, n: int | None = None, k: int | None = None) -> str | None:
+    """None when pack-quantized files can hold `fmt` (for an [n, k] matrix, when given), else the reason."""
+    if not isinstance(fmt.element, IntElement):
+        return f"pack-quantized holds integers, not {fmt.element.name}"
+    if fmt.bits == 1 and fmt.element.symmetric:
+        return "one-bit codes stand for -1 and 0 in compressed-tensors, not for -1 and +1"
+    if fmt.granularity.kind == "t":
+        return "pack-quantized needs scales per channel or per group"
+    if k is not None and fmt.granularity.kind == "g" and k % fmt.granularity.group:
+        return f"groups of {fmt.granularity.group} do not divide {k} columns"
+    return None
+
+
+def config_problem(formats: Iterable[Format]) -> str | None:
+    """None when one pack-quantized checkpoint can hold all `formats` for every reader, else the reason."""
+    distinct = set(formats)
+    if len(distinct) > 1 and any(fmt.zero for fmt in distinct):
+        return "transformers decodes all layers of a checkpoint with zero points by one format"
+    return None
+
+
+def scale_note(fmt: Format, dtype: torch.dtype) -> str | None:
+    """What other loaders lose: they cast scales to the model's dtype, where lowbit keeps the stored one.
+
+    Measured with transformers 5.23: the scales of a float32 model stay exact, those of a bfloat16 model are rounded
+    to 8 significant bits unless the format stores bfloat16. Weights with zero points are decoded in the scales' dtype.
+    """
+    exact = fmt.scale_dtype == dtype if fmt.zero else torch.promote_types(fmt.scale_dtype, dtype) == dtype
+    if exact:
+        return None
+    want, model = _SCALE_NAMES.get(dtype), str(dtype).removeprefix("torch.")
+    hint = f"; with .{want} scales it loads exactly" if want else ""
+    if fmt.zero:
+        return f"transformers decodes {fmt} in {fmt.scale} before it casts to the model's {model}{hint}"
+    return f"transformers casts the {fmt.scale} scales of {fmt} to the model's {model}{hint}"
+
+
+def tensor_shapes(fmt: Format, n: int, k: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of each stored tensor of an [n, k] matrix in `fmt`, by name."""
+    rows, groups = fmt.side_shape(n, k)
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight_packed": (torch.int32, (n, math.ceil(k * fmt.bits / 32))),
+        "weight_scale": (fmt.scale_dtype, (rows, groups)),
+        "weight_shape": (torch.int64, (2,)),
+    }
+    if fmt.zero:
+        shapes["weight_zero_point"] = (torch.int32, (math.ceil(rows * fmt.bits / 32), groups))
+    return shapes
+
+
+def to_tensors(q: QTensor) -> dict[str, torch.Tensor]:
+    """The stored tensors of `q`."""
+    tensors = {
+        "weight_packed": pack_bits(q.codes, q.fmt.bits),
+        "weight_scale": q.scale.contiguous(),
+        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+    }
+    if q.zero is not None:
+        tensors["weight_zero_point"] = pack_bits(q.zero.t().contiguous(), q.fmt.bits).t().contiguous()
+    return tensors
+
+
+def from_tensors(fmt: Format, tensors: Mapping[str, torch.Tensor], where: str) -> QTensor:
+    """Inverse of `to_tensors`, bit-exact.
+
+    Raises CheckpointError (LB0114), naming `where`, when a tensor is missing or has the wrong shape or type.
+    """
+    n, k = _matrix_shape(tensors, where)
+    for name, (dtype, shape) in tensor_shapes(fmt, n, k).items():
+        actual = tensors.get(name)
+        if actual is None:
+            raise CheckpointError("LB0114", f"{name} is missing", where=where)
+        if actual.dtype != dtype or tuple(actual.shape) != shape:
+            found = f"{actual.dtype} {list(actual.shape)}"
+            raise CheckpointError(
+                "LB0114", f"{name} of {fmt} {n}x{k} must be {dtype} {list(shape)}, not {found}", where=where
+            )
+    zero = None
+    if fmt.zero:
+        rows, _ = fmt.side_shape(n, k)
+        zero = unpack_bits(tensors["weight_zero_point"].t().contiguous(), fmt.bits, rows).t().contiguous()
+    return QTensor(fmt, unpack_bits(tensors["weight_packed"], fmt.bits, k), tensors["weight_scale"], zero)
+
+
+def _matrix_shape(tensors: Mapping[str, torch.Tensor], where: str) -> tuple[int, int]:
+    shape = tensors.get("weight_shape")
+    if shape is None or shape.numel() != 2 or shape.is_floating_point():
+        raise CheckpointError("LB0114", "weight_shape must be two integers", where=where)
+    n, k = (int(v) for v in shape.reshape(-1))
+    packed = tensors.get("weight_packed")
+    # Bounded by the tensor that is there, so that a lie cannot ask for memory.
+    if packed is None or packed.ndim != 2 or n != packed.shape[0] or not 0 < k <= packed.shape[1] * 32:
+        raise CheckpointError("LB0114", f"weight_shape {n}x{k} does not fit weight_packed", where=where)
+    return n, k
+
+
+def quantization_config(formats: Mapping[str, Format], kept: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint: `formats` by module path, and the paths of linear layers kept as is.
+
+    One format is a group for every Linear, with the kept ones ignored; several formats are groups of named layers.
+    """
+    groups: dict[Format, list[str]] = {}
+    for path, fmt in formats.items():
+        groups.setdefault(fmt, []).append(path)
+    single = len(groups) == 1
+    asymmetric = {"dequantize": True} if any(fmt.zero for fmt in groups) else {}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": _group(fmt, ["Linear"] if single else paths) for i, (fmt, paths) in enumerate(groups.items())
+        },
+        "ignore": sorted(kept),
+        "kv_cache_scheme": None,
+        "version": _VERSION,
+        **asymmetric,
+    }
+
+
+def _group(fmt: Format, targets: list[str]) -> dict[str, Any]:
+    by_group = fmt.granularity.kind == "g"
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": fmt.bits,
+            "type": "int",
+            "symmetric": not fmt.zero,
+            "strategy": "group" if by_group else "channel",
+            "group_size": fmt.granularity.group if by_group else None,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+        "format": "pack-quantized",
+    }
+
+
+def formats_from_config(config: Mapping[str, Any], scales: Mapping[str, torch.dtype], where: str) -> dict[str, Format]:
+    """Format of every packed module of a checkpoint that any tool wrote.
+
+    scales: scale dtype by module path. Raises CheckpointError (LB0114) for what pack-quantized weights cannot be.
+    """
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        raise CheckpointError("LB0114", "quantization_config has no config_groups", where=where)
+    formats = {}
+    for path, dtype in scales.items():
+        group = next((g for match in (_named, _any_linear) for g in groups.values() if match(g, path)), None)
+        if group is None:
+            raise CheckpointError("LB0114", "no config group has this module as a target", where=f"{where}: {path}")
+        formats[path] = _format(group, dtype, f"{where}: {path}")
+    return formats
+
+
+def _targets(group: Mapping[str, Any]) -> list[str]:
+    targets = group.get("targets")
+    return [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
+
+
+def _named(group: Mapping[str, Any], path: str) -> bool:
+    return any(t == path or (t.startswith("re:") and _regex(t[3:], path)) for t in _targets(group))
+
+
+def _regex(pattern: str, path: str) -> bool:
+    # Patterns come from the checkpoint: a long one is a way to hang the matcher.
+    if len(pattern) > 500:
+        return False
+    try:
+        return re.match(pattern, path) is not None
+    except re.error:
+        return False
+
+
+def _any_linear(group: Mapping[str, Any], path: str) -> bool:
+    return "Linear" in _targets(group)
+
+
+def _format(group: Mapping[str, Any], scale: torch.dtype, where: str) -> Format:
+    weights = group.get("weights")
+    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or scale not in _SCALE_NAMES:
+        raise CheckpointError("LB0114", "only integer weights with float scales are supported", where=where)
+    if group.get("input_activations") is not None:
+        raise CheckpointError("LB0114", "quantized activations are not supported", where=where)
+    bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+    if type(bits) is not int or not 1 <= bits <= 8:
+        raise CheckpointError("LB0114", f"{bits!r} bits are not supported", where=where)
+    if strategy is None:
+        strategy = "group" if type(size) is int and size > 0 else "channel"
+    if strategy not in ("group", "channel") or (strategy == "group" and type(size) is not int):
+        raise CheckpointError("LB0114", f"strategy {strategy!r} with group size {size!r} is not supported", where=where)
+    columns = size if isinstance(size, int) else 0
+    granularity = Granularity("g", columns) if strategy == "group" else Granularity("ch")
+    try:
+        return Format(IntElement(bits, bool(weights.get("symmetric", True))), granularity, _SCALE_NAMES[scale])
+    except FormatError as e:
+        raise CheckpointError("LB0114", e.message, where=where) from e

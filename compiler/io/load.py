@@ -1,0 +1,181 @@
+"""Quantized checkpoints as models on lowbit's kernels, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lowbit.compiler.errors import CheckpointError
+from lowbit.compiler.io import compressed_tensors as ct
+from lowbit.compiler.io import native
+from lowbit.compiler.io.checkpoint import Checkpoint, checkpoint_layout, read_checkpoint
+from lowbit.compiler.io.source import skeleton
+from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
+from lowbit.compiler.runtime.fused import QuantGatedMLP, SiblingLinear
+from lowbit.compiler.runtime.modules import QuantLinear
+from lowbit.quantizers.formats import Format
+
+__all__ = ["load_quantized", "module_formats", "save_quantized"]
+
+_MARGIN = 20_000_000
+
+
+def load_quantized(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """The causal LM of a quantized checkpoint, with its quantized layers on lowbit's kernels, in eval mode.
+
+    Reads lowbit's, compressed-tensors (pack-quantized) and GPTQ checkpoints; weights stay quantized, one layer is
+    unpacked at a time. dtype: of everything else, the config's when None. Raises CheckpointError as `read_checkpoint`,
+    and LB0114 when tensors and architecture do not fit.
+    """
+    checkpoint = read_checkpoint(folder)
+    config = _base_config(checkpoint)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    model = skeleton(config, dtype)
+    _assign_plain(model, checkpoint, dtype)
+    _swap_layers(model, checkpoint, dtype)
+    model.tie_weights()  # type: ignore[operator]
+    empty = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.device.type == "meta"]
+    if empty:
+        raise CheckpointError("LB0114", f"no tensor for {', '.join(empty[:3])}", where=str(checkpoint.folder))
+    _set_generation_config(model, checkpoint.folder)
+    describe(model)
+    return model.requires_grad_(False).eval()
+
+
+def _base_config(checkpoint: Checkpoint) -> Any:
+    """The config without its quantization, so that transformers builds the plain architecture."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    values = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    try:
+        return CONFIG_MAPPING[values.get("model_type")].from_dict(values)
+    except Exception as e:  # config classes validate themselves with errors of many kinds
+        why = f"transformers cannot read config.json: {str(e)[:200]}"
+        raise CheckpointError("LB0108", why, where=str(checkpoint.folder)) from e
+
+
+def _swap_layers(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Put a prepared QuantLinear in the place of every quantized layer, one at a time."""
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for path in checkpoint.modules:
+        where, old = f"{checkpoint.folder}: {path}", linears.get(path)
+        if old is None:
+            raise CheckpointError("LB0114", "the model has no such linear layer", where=where)
+        q = checkpoint.qtensor(path)
+        if q.shape != (old.out_features, old.in_features):
+            why = f"is {list(q.shape)}, the config asks for {[old.out_features, old.in_features]}"
+            raise CheckpointError("LB0114", why, where=where)
+        bias = checkpoint.tensor(f"{path}.bias").to(dtype) if old.bias is not None else None
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, QuantLinear.from_qtensor(q, bias))
+
+
+def _assign_plain(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Read every tensor that belongs to no quantized weight into the model, one at a time, before layers are swapped.
+
+    (The state dict of a model with quantized layers would unpack them all.)
+    """
+    state = model.state_dict(keep_vars=True)
+    for name in checkpoint.plain_names():
+        if name not in state:
+            continue
+        value = checkpoint.tensor(name)
+        if value.shape != state[name].shape:
+            why = f"is {list(value.shape)}, the config asks for {list(state[name].shape)}"
+            raise CheckpointError("LB0114", why, where=f"{checkpoint.folder}: {name}")
+        value = value.to(dtype) if value.is_floating_point() else value
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+
+
+def _set_generation_config(model: nn.Module, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def module_formats(model: nn.Module) -> dict[str, Format]:
+    """Format by module path of every quantized layer, fused ones included."""
+    return {path: fmt for path, (fmt, _) in _layers(model).items()}
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[Format, tuple[int, int]]]:
+    """(format, (N, K)) by module path of every quantized layer."""
+    found: dict[str, tuple[Format, tuple[int, int]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found[path] = (module.fmt, (module.out_features, module.in_features))
+        elif isinstance(module, SiblingLinear):
+            found[path] = (module._shared.packed.packed().fmt, (module.out_features, module.in_features))
+        elif isinstance(module, QuantGatedMLP):
+            packed = module.gate_up.packed()
+            for name, n in zip(module._names, packed.segments, strict=False):
+                found[f"{path}.{name}"] = (packed.fmt, (n, packed.k))
+    return found
+
+
+def describe(model: nn.Module) -> None:
+    """Set the config of a model with quantized layers, so that `save_pretrained` writes what it is."""
+    from lowbit.compiler.io import hf_config
+
+    config: Any = model.config
+    config.quantization_config = _quantization_config(model)
+    config.__class__ = hf_config.guarded(config.__class__)
+
+
+def _quantization_config(model: nn.Module) -> dict[str, Any]:
+    layers = _layers(model)
+    formats = {path: fmt for path, (fmt, _) in layers.items()}
+    if checkpoint_layout(formats, {path: shape for path, (_, shape) in layers.items()}) == "lowbit":
+        return native.quantization_config(formats)
+    kept = {path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    return ct.quantization_config(formats, kept - set(formats))
+
+
+def save_quantized(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> Path:
+    """Write a model with quantized layers (compiled or not) as a checkpoint that `load_quantized` reads.
+
+    The folder appears complete or not at all. Raises CheckpointError: LB0110 `folder` is not empty, LB0111 disk full,
+    LB0114 the model has no quantized layers, LB0115 not writable.
+    """
+    if not module_formats(model):
+        raise CheckpointError("LB0114", "the model has no quantized layers", hint="call lowbit.quantize first")
+    describe(model)
+    parts = [_part(name, tensor) for name, tensor in _state(model).items()]
+    needed = sum(part.nbytes for part in parts) + _MARGIN
+    config: Any = model.config
+    values = config.to_diff_dict()
+    values["architectures"] = [type(model).__name__]
+    values["dtype"] = str(next(p.dtype for p in model.parameters())).removeprefix("torch.")
+    with staged_folder(Path(folder), needed) as stage:
+        write_shards(stage, parts, 2_000_000_000)
+        if values.get("model_type") == "lowbit":
+            values = native.guard(native.unguard(values), auto_map=True)
+            (stage / native.CONFIG_FILE).write_text(native.CONFIG_SOURCE, encoding="utf-8")
+        write_json(stage / "config.json", values)
+        if getattr(model, "generation_config", None) is not None:
+            cast(Any, model.generation_config).save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+    return Path(folder)
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with tied tensors once, under their first name."""
+    once: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        once.setdefault(id(tensor), name)
+    return {name: state[name].detach() for name in once.values()}
+
+
+def _part(name: str, tensor: torch.Tensor) -> Part:
+    return Part((Blob(name, tensor.dtype, tuple(tensor.shape)),), lambda: {name: tensor})

@@ -1,0 +1,43 @@
+"""lowbit: a quantization compiler and kernel generator.
+
+    import lowbit
+
+    model = lowbit.quantize(model, "w4a16", calibration="text.txt", tokenizer=tokenizer)
+    lowbit.save(model, "out")
+    model = lowbit.compile(lowbit.load("out"), max_tokens=512)
+
+Importing this package is cheap: torch and transformers are imported when a function is first used. It also makes
+transformers know checkpoints whose `quant_method` is `lowbit`, without importing transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lowbit import _hook
+
+if TYPE_CHECKING:
+    from lowbit.api import compare, compile, load, perplexity, quantize, save
+    from lowbit.compiler.errors import LowbitError
+
+__version__ = "0.1.0"
+
+__all__ = ["LowbitError", "__version__", "compare", "compile", "load", "perplexity", "quantize", "save"]
+
+_HOMES = {name: "lowbit.api" for name in ("compare", "compile", "load", "perplexity", "quantize", "save")}
+_HOMES["LowbitError"] = "lowbit.compiler.errors"
+
+_hook.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
