@@ -1,0 +1,287 @@
+"""CPU kernels side by side with torch, interleaved in one process, cold weights.
+
+Every kernel of one shape is visited in turn, and every visit uses the next of several copies of its weights, so that
+weights come from memory as they do in a model. One thread is timed with the thread's CPU clock, several with the wall
+clock. Medians and 5th percentiles are kept; ratios (of medians for one thread, of 5th percentiles for several) above 1
+mean that lowbit is faster. Rows of several threads are marked `contended` when those threads together read memory more
+slowly than one thread's CPU clock says it can: other processes held the cores, and the row says little.
+
+    python bench/cpu.py --quick --json bench/results/cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.codegen.cpp.backend import CppBackend
+from lowbit.codegen.cpp.emit import ISA_FLAGS
+from lowbit.codegen.cpp.launch import load_openmp
+from lowbit.codegen.cpp.toolchain import FLAGS, compile_shared
+from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.ir.target import host_target
+from lowbit.compiler.runtime.build import sample_weight
+from lowbit.quantizers.qtensor import PackedWeight
+
+BACKEND = CppBackend()
+COLD_BYTES = 128 << 20
+Call = Callable[[], object]
+
+_READ = """
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+// Sums `n` bytes in four streams per thread; fast enough that memory is what limits it.
+extern "C" __attribute__((visibility("default"))) uint64_t read_all(const char* p, int64_t n, int threads) {
+  uint64_t total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+  {
+    const int64_t share = n / omp_get_num_threads() / 4 / 4096 * 4096;
+    const char* base = p + share * 4 * omp_get_thread_num();
+    typedef uint64_t V __attribute__((vector_size(64)));
+    V sum[4] = {};
+    for (int64_t i = 0; i < share; i += 64)
+      for (int s = 0; s < 4; ++s) {
+        V v;
+        memcpy(&v, base + s * share + i, 64);
+        __builtin_prefetch(base + s * share + i + 2048);
+        sum[s] += v;
+      }
+    for (int s = 0; s < 4; ++s)
+      for (int j = 0; j < 8; ++j) total += sum[s][j];
+  }
+  return total;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One kernel: what it is, how to call it, how many bytes of weights a call reads."""
+
+    label: dict[str, Any]
+    call: Call
+    nbytes: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="time lowbit's CPU kernels and torch's")
+    parser.add_argument("--quick", action="store_true", help="fewer formats, shapes and repetitions")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--shape", nargs=2, type=int, action="append", metavar=("N", "K"), help="instead of the usual")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    options = parser.parse_args()
+    shapes = [(4096, 4096)] if options.quick else [(4096, 4096), (11008, 4096)]
+    shapes = [(n, k) for n, k in options.shape] if options.shape else shapes
+    formats = ["int4.g128.asym", "int4.g128.sym", "int8.ch.sym", "int2.g64.asym", "int3.g128.asym"]
+    formats = formats[:2] if options.quick else formats
+    tokens = [1, 512] if options.quick else [1, 8, 512]
+    rows: list[dict[str, Any]] = []
+    bandwidth = {t: read_bandwidth(t) for t in options.threads}
+    print("read bandwidth GB/s:", {t: round(b, 1) for t, b in bandwidth.items()})
+    for n, k in shapes:
+        for m in tokens:
+            if m == 512 and (n, k) != (4096, 4096):
+                continue
+            rows += measure(formats, n, k, m, bandwidth, options.quick)
+    result = {
+        "machine": machine(bandwidth),
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), "compiler": BACKEND.toolchain()},
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "kernels": rows,
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(
+    formats: list[str], n: int, k: int, m: int, bandwidth: dict[int, float], quick: bool
+) -> list[dict[str, Any]]:
+    """Rows of one shape and token count at every thread count, printed as they come."""
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kernels = [ours(fmt, compute, n, k, m, x) for fmt in formats for compute in ("int16", "int8")]
+    kernels += torch_kernels(n, k, m, x)
+    reps = (5 if quick else 9) if m >= 64 else (20 if quick else 40)
+    rows = []
+    alone = bandwidth.get(1, 0.0)
+    for threads, roof in bandwidth.items():
+        torch.set_num_threads(threads)
+        times = interleaved([t.call for t in kernels], reps, threads)
+        peers = {t.label["format"]: typical_us(us, threads) for t, us in zip(kernels, times, strict=True)}
+        for timed, us in zip(kernels, times, strict=True):
+            rows.append(
+                row(
+                    timed,
+                    us,
+                    {"M": m, "N": n, "K": k, "threads": threads, "cold": True, "contended": roof < alone},
+                    roof,
+                    peers,
+                )
+            )
+    return rows
+
+
+def row(timed: Timed, us: list[float], where: dict[str, Any], roof: float, peers: dict[str, float]) -> dict[str, Any]:
+    """One result: median and 5th percentile, share of the read bandwidth, and the peers' times over ours."""
+    median, best = statistics.median(us), low(us)
+    typical = typical_us(us, where["threads"])
+    found = {
+        **timed.label,
+        **where,
+        "us": round(median, 1),
+        "us_p5": round(best, 1),
+        "share_of_read_bandwidth": round(timed.nbytes / typical / 1e3 / roof, 3),
+        "gops": round(2e-3 * where["M"] * where["N"] * where["K"] / typical, 1),
+        "vs_torch_bf16": round(peers["torch bf16"] / typical, 2),
+        "vs_torch_f32": round(peers["torch f32"] / typical, 2),
+        "vs_torch_int4pack": round(peers["torch int4pack.g128"] / typical, 2),
+    }
+    shape = f"M={where['M']:<4d} {where['N']}x{where['K']} {where['threads']}t"
+    ratios = "  ".join(f"x{found['vs_torch_' + peer]:<5.2f} {peer}" for peer in ("bf16", "f32", "int4pack"))
+    print(
+        f"{found['format']:19s} {found['compute']:6s} {shape} {median:10.1f} us (p5 {best:10.1f}) "
+        f"{found['share_of_read_bandwidth']:5.2f} of bandwidth {found['gops']:6.1f} GOP/s  {ratios}",
+        flush=True,
+    )
+    return found
+
+
+def low(us: list[float]) -> float:
+    """The 5th percentile."""
+    return sorted(us)[len(us) // 20]
+
+
+def typical_us(us: list[float], threads: int) -> float:
+    """What ratios are made of: the median of CPU time, or the 5th percentile of wall time, because on a shared machine
+    the median of several threads is the time the others' processes took."""
+    return statistics.median(us) if threads == 1 else low(us)
+
+
+def ours(fmt: str, compute: str, n: int, k: int, m: int, x: torch.Tensor) -> Timed:
+    """The backend's first choice for the shape."""
+    layout = str(LAYOUTS["panel16"])
+    spec = KernelSpec((n,), k, fmt, layout, compute, x_dtype="bf16", out_dtype="bf16")  # type: ignore[arg-type]
+    target = host_target()
+    schedule = next(iter(BACKEND.schedules(spec, target, m)))
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = Path(folder) / "kernel.so"
+        BACKEND.compile(BACKEND.emit(spec, schedule, target), artifact)
+        launch = BACKEND.load(artifact, spec, schedule)
+    weight = sample_weight(spec)
+    copies = [clone(weight) for _ in range(max(2, COLD_BYTES // weight.nbytes() + 1))]
+    out, turn = torch.empty(m, n, dtype=torch.bfloat16), [0]
+
+    def call() -> None:
+        turn[0] += 1
+        launch(x, copies[turn[0] % len(copies)], None, None, out)
+
+    label = {"format": fmt, "compute": compute, "schedule": schedule.to_dict()}
+    return Timed(label, call, weight.nbytes())
+
+
+def clone(weight: PackedWeight) -> PackedWeight:
+    """The same weight elsewhere in memory."""
+    zero = None if weight.zero is None else weight.zero.clone()
+    return replace(weight, planes=tuple(p.clone() for p in weight.planes), scale=weight.scale.clone(), zero=zero)
+
+
+def torch_kernels(n: int, k: int, m: int, x: torch.Tensor) -> list[Timed]:
+    """torch's own: F.linear in bfloat16 and float32, and the 4-bit weight kernel with groups of 128."""
+    found = []
+    for name, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32)):
+        size = n * k * dtype.itemsize
+        weights = [torch.randn(n, k).to(dtype) for _ in range(COLD_BYTES // size + 1)]
+        call = rotate(torch.nn.functional.linear, x.to(dtype), [(w,) for w in weights])
+        found.append(Timed({"format": f"torch {name}", "compute": name}, call, size))
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+    side = torch.rand(k // 128, n, 2).bfloat16()
+    size = n * k // 2 + side.numel() * 2
+    copies = [(packed.clone(), 128, side.clone()) for _ in range(COLD_BYTES // size + 1)]
+    call = rotate(torch.ops.aten._weight_int4pack_mm_for_cpu, x, copies)
+    found.append(Timed({"format": "torch int4pack.g128", "compute": "bf16"}, call, size))
+    return found
+
+
+def rotate(function: Callable[..., object], x: torch.Tensor, copies: list[tuple[Any, ...]]) -> Call:
+    """A call that uses the next copy every time."""
+    turn = [0]
+
+    def call() -> None:
+        turn[0] += 1
+        function(x, *copies[turn[0] % len(copies)])
+
+    return call
+
+
+def interleaved(calls: list[Call], reps: int, threads: int) -> list[list[float]]:
+    """Microseconds of every visit to each call, visited in turn; the first two rounds are not counted."""
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    times: list[list[int]] = [[] for _ in calls]
+    for _ in range(reps + 2):
+        for call, found in zip(calls, times, strict=True):
+            start = clock()
+            call()
+            found.append(clock() - start)
+    return [[ns / 1e3 for ns in found[2:]] for found in times]
+
+
+def read_bandwidth(threads: int) -> float:
+    """GB/s that `threads` threads read from memory, best of 12."""
+    load_openmp()
+    with tempfile.TemporaryDirectory() as folder:
+        text, out = Path(folder) / "read.cpp", Path(folder) / "read.so"
+        text.write_text(_READ)
+        compile_shared(text, (*FLAGS, *ISA_FLAGS[host_target().arch]), out)
+        run = ctypes.CDLL(str(out)).read_all
+    run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64
+    data = torch.ones(512 << 20, dtype=torch.uint8)
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    best = 0.0
+    for _ in range(12):
+        start = clock()
+        run(data.data_ptr(), data.numel(), threads)
+        best = max(best, data.numel() / (clock() - start))
+    return best
+
+
+def machine(bandwidth: dict[int, float]) -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "target": str(host_target()),
+        "load_average": round(os.getloadavg()[0], 2),
+        "read_gb_per_s": {str(t): round(b, 1) for t, b in bandwidth.items()},
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, or `unknown`."""
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+if __name__ == "__main__":
+    main()
