@@ -1,0 +1,89 @@
+"""The Triton backend: kernels for NVIDIA GPUs from sm_80 on. The artifact is the generated module itself.
+
+Triton is imported only to load a kernel or to name its version, never by importing this module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from lowbit.codegen.backend import Backend, Launcher, Source
+from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.triton.emitter import emit_source
+from lowbit.codegen.triton.model import predict
+from lowbit.codegen.triton.space import candidates, illegal
+from lowbit.codegen.triton.tiles import Tiles
+from lowbit.compiler.errors import KernelError
+from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
+from lowbit.compiler.ir.target import Target
+
+__all__ = ["TritonBackend"]
+
+_OLDEST = 80
+
+
+class TritonBackend(Backend):
+    """Generated Triton kernels; compiled by Triton for the GPU that is there when a kernel is loaded."""
+
+    name = "triton"
+    kinds = ("cuda",)
+    layout = "words"
+
+    def available(self, target: Target) -> str | None:
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if int(target.arch.removeprefix("sm_").rstrip("a") or 0) < _OLDEST:
+            return f"{target} is older than sm_{_OLDEST}"
+        if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        return None
+
+    def supports(self, spec: KernelSpec, target: Target) -> str | None:
+        if spec.layout_ != LAYOUTS[self.layout]:
+            return f"reads the layout {LAYOUTS[self.layout]}, not {spec.layout}"
+        if spec.compute == "int16":
+            return "two-digit integer products are for CPUs; use compute='float' or 'int8'"
+        widest = max(plane_bits(spec.fmt.bits))
+        if spec.rows * spec.blocks * widest >= 2**31:
+            return "one plane has more than 2**31 words"
+        return None
+
+    def schedules(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
+        return candidates(spec, target, m)
+
+    def predict(self, spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> float:
+        return predict(spec, schedule, target, m)
+
+    def emit(self, spec: KernelSpec, schedule: Schedule, target: Target) -> Source:
+        if why := self.supports(spec, target) or illegal(spec, schedule, target):
+            raise KernelError("LB0440", f"no such Triton kernel: {why}", where=spec.format)
+        return Source(emit_source(spec, schedule), ".py", (str(target),))
+
+    def compile(self, source: Source, out: Path) -> None:
+        """Check that the text is Python and store it: Triton compiles it for the device when it is loaded."""
+        try:
+            compile(source.text, str(out), "exec")
+        except SyntaxError as e:
+            raise KernelError("LB0410", f"the generated module is not Python: {e}", where=str(out)) from e
+        out.write_text(source.text)
+
+    def toolchain(self) -> str:
+        try:
+            return f"triton {version('triton')}"
+        except PackageNotFoundError as e:
+            raise KernelError("LB0443", "triton is not installed", hint="install triton") from e
+
+    def load(self, artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launcher:
+        from lowbit.codegen.triton.launch import load_module, make_launcher
+
+        # Tiles is built first: a schedule that does not belong to the spec fails here, not inside a launch.
+        if Tiles(spec, schedule).steps < schedule.split_k:
+            raise KernelError("LB0440", f"{schedule.split_k} splits of {Tiles(spec, schedule).steps} steps")
+        return make_launcher(load_module(artifact), spec, schedule)

@@ -1,0 +1,185 @@
+"""Statements that load one K step of packed words, side values and activations, and decode the weights.
+
+A step covers `step_blocks` blocks of 32 columns. Every plane of `w` bits has `w` words a block, so one load per word
+gives a [rows, blocks] tile that is coalesced over rows, and each of the 32 columns of a block sits at a constant
+shift of one of these tiles: words are loaded once and decoded with immediate shifts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from lowbit.codegen.decode import decode_program, extract_program
+from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.triton.table import Printer
+from lowbit.compiler.ir.layout import plane_bits
+from lowbit.quantizers.formats import K_ALIGN
+
+__all__ = ["TRITON_TYPES", "Tiles", "tiles_of"]
+
+TRITON_TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+"""dtype of a spec -> Triton's signature name."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tile arithmetic of one (spec, schedule), and printers of loads and decodes.
+
+    Sources index rows with `n_<a>` / `n_<a>_ok` (a = accumulator: 1 is the `up` half of a gated MLP), blocks with
+    `block` / `block_ok`; loop variable `step`.
+    """
+
+    spec: KernelSpec
+    schedule: Schedule
+
+    @cached_property
+    def integer(self) -> bool:
+        """Products of integers (activations rounded to int8) instead of floats."""
+        return self.spec.compute == "int8"
+
+    @cached_property
+    def stride_blocks(self) -> int:
+        """Blocks one step covers: for integer products one activation chunk."""
+        return self.spec.chunk_blocks if self.integer else self.schedule.tile_k // K_ALIGN
+
+    @cached_property
+    def step_blocks(self) -> int:
+        """`stride_blocks` rounded up to a power of two: the tile's width in blocks."""
+        return 1 << (self.stride_blocks - 1).bit_length()
+
+    @cached_property
+    def step_columns(self) -> int:
+        """Columns of a step's tile."""
+        return self.step_blocks * K_ALIGN
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps that cover the packed matrix."""
+        return -(-self.spec.blocks // self.stride_blocks)
+
+    @cached_property
+    def accumulators(self) -> tuple[int, ...]:
+        """Output tiles held at once: two for a gated MLP."""
+        return (0, 1) if "silu_mul" in self.spec.epilogue else (0,)
+
+    @property
+    def n_acc(self) -> int:
+        """Rows of the weight that one accumulator ranges over."""
+        return self.spec.n_out
+
+    @cached_property
+    def block_mask(self) -> bool:
+        """Whether some step has blocks beyond its own or beyond the matrix."""
+        return self.step_blocks != self.stride_blocks or self.spec.blocks % self.step_blocks != 0
+
+    @cached_property
+    def row_mask(self) -> bool:
+        """Whether the last row tile is partial."""
+        return self.n_acc % self.schedule.tile_n != 0
+
+    @cached_property
+    def one_group(self) -> bool:
+        """Whether all blocks of a step share a scale."""
+        return self.spec.groups == 1 or self.spec.group_blocks % self.stride_blocks == 0
+
+    @cached_property
+    def scale_after(self) -> bool:
+        """Whether scales multiply sums instead of weights."""
+        return self.one_group and bool(self.schedule.get("scale_after", 0))
+
+    @cached_property
+    def words(self) -> tuple[tuple[int, int], ...]:
+        """(plane, word of the block), in the order of loads."""
+        return tuple((p, v) for p, width in enumerate(plane_bits(self.spec.fmt.bits)) for v in range(width))
+
+    def _mask(self, a: int, block: bool, row: str = "[:, None]") -> str:
+        parts = ([f"n_{a}_ok{row}"] if self.row_mask else []) + (["block_ok[None, :]"] if block else [])
+        return f", mask={' & '.join(parts)}, other=0" if parts else ""
+
+    def blocks(self) -> list[str]:
+        """Block numbers of the current step."""
+        out = [f"block = step * {self.stride_blocks} + tl.arange(0, {self.step_blocks})"]
+        if self.block_mask:
+            own = (
+                f" & (tl.arange(0, {self.step_blocks}) < {self.stride_blocks})"
+                if self.step_blocks != self.stride_blocks
+                else ""
+            )
+            out.append(f"block_ok = (block < {self.spec.blocks}){own}")
+        return out
+
+    def load_words(self, a: int) -> list[str]:
+        """Words of accumulator `a` as uint32 tiles `w<plane>_<word>`."""
+        hint = ', eviction_policy="evict_first"' if self.schedule.get("evict_first", 0) else ""
+        out, widths = [], plane_bits(self.spec.fmt.bits)
+        for p, v in self.words:
+            if v == 0:
+                out.append(f"at{p} = block[None, :] * {widths[p] * self.spec.rows} + n_{a}[:, None]")
+            where = f"at{p}" if v == 0 else f"at{p} + {v * self.spec.rows}"
+            load = f"tl.load(w{p}_ptr + {where}{self._mask(a, self.block_mask)}{hint})"
+            out.append(f"w{p}_{v} = {load}.to(tl.uint32, bitcast=True)")
+        return out
+
+    def load_sides(self, a: int) -> list[str]:
+        """`scale` (and `zero`) as float32 tiles [rows, 1], or [rows, blocks] where a step crosses groups."""
+        spec = self.spec
+        if self.one_group:
+            group = "0" if spec.groups == 1 else f"step // {spec.group_blocks // self.stride_blocks}"
+            where, mask = f"({group}) * {spec.rows} + n_{a}[:, None]", self._mask(a, block=False)
+        else:
+            where = f"(block // {spec.group_blocks})[None, :] * {spec.rows} + n_{a}[:, None]"
+            mask = self._mask(a, self.block_mask)
+        out = [f"scale = tl.load(scale_ptr + {where}{mask}).to(tl.float32)"]
+        if spec.fmt.zero:
+            out.append(f"zero = tl.load(zero_ptr + {where}{mask}).to(tl.float32)")
+        return out
+
+    def columns(self) -> list[str]:
+        """`col` and, where needed, `col_ok`: columns of x that meet the step's padded columns."""
+        spec = self.spec
+        group, padded = spec.group, spec.group_blocks * K_ALIGN
+        lines = [f"col = step * {self.stride_blocks * K_ALIGN} + tl.arange(0, {self.step_columns})"]
+        if spec.groups > 1 and group != padded:
+            lines += [
+                f"in_group = col % {padded}",
+                f"col = col // {padded} * {group} + in_group",
+                f"col_ok = (in_group < {group}) & (col < {spec.k})",
+            ]
+        elif self.steps * self.stride_blocks * K_ALIGN != spec.k:
+            lines.append(f"col_ok = col < {spec.k}")
+        if self.step_blocks != self.stride_blocks:
+            own = f"tl.arange(0, {self.step_columns}) < {self.stride_blocks * K_ALIGN}"
+            lines.append(f"col_ok = col_ok & ({own})" if "col_ok" in lines[-1] else f"col_ok = {own}")
+        return lines
+
+    @property
+    def column_mask(self) -> bool:
+        """Whether `columns` defines `col_ok`."""
+        return any(line.startswith("col_ok") for line in self.columns())
+
+    def word_args(self, column: int) -> dict[str, str]:
+        """Arguments of the extraction program for a column (0..31) of every block."""
+        args = {}
+        for p, width in enumerate(plane_bits(self.spec.fmt.bits)):
+            per = 32 // width
+            args[f"w{p}"], args[f"s{p}"] = f"w{p}_{column // per}", str(column % per * width)
+        return args
+
+    def decode(self, printer: Printer, column: int) -> str:
+        """Expression [rows, blocks] of one column of every block: float32, or the signed int32 code if `integer`."""
+        args = self.word_args(column)
+        if self.integer:
+            code = printer.run(extract_program(self.spec.fmt.bits), args)
+            return f"({code}.to(tl.int32, bitcast=True) - {2 ** (self.spec.fmt.bits - 1)})"
+        args["scale"] = "1.0" if self.scale_after else "scale"
+        if self.spec.fmt.zero:
+            args["zero"] = "zero"
+        return printer.run(decode_program(self.spec.fmt), args)
+
+
+@lru_cache(maxsize=4096)
+def tiles_of(spec: KernelSpec, schedule: Schedule) -> Tiles:
+    """`Tiles(spec, schedule)`, remembered: choosing a schedule asks for thousands, several times each."""
+    return Tiles(spec, schedule)

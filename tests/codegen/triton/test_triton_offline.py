@@ -1,0 +1,138 @@
+"""Generated kernels compile for GPUs that are not here, without spills and with the instructions meant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import pytest
+
+from lowbit.codegen.backend import Source
+from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.triton.backend import TritonBackend
+from lowbit.codegen.triton.model import shared_bytes
+from lowbit.codegen.triton.offline import OfflineReport, attempt_offline
+from lowbit.compiler.errors import KernelError
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.ir.target import Target
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+WORDS = str(LAYOUTS["words"])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel and where it should run."""
+
+    arch: str
+    fmt: str
+    schedule: Schedule
+    compute: str = "float"
+    x: str = "bf16"
+    epilogue: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        s = self.schedule
+        kind = "gemv" if s.get("gemv", 0) else ("swap" if s.get("swap", 0) else "dot")
+        return f"{self.arch}-{self.fmt}-{self.compute}-{self.x}-{kind}{s.tile_m}x{s.tile_n}x{s.tile_k}"
+
+    @property
+    def spec(self) -> KernelSpec:
+        segments = (4096, 4096) if "silu_mul" in self.epilogue else (4096,)
+        return KernelSpec(segments, 4096, self.fmt, WORDS, self.compute, self.x, self.x, self.epilogue)  # type: ignore[arg-type]
+
+    @property
+    def matrix(self) -> bool:
+        return not self.schedule.get("gemv", 0)
+
+
+GATED = ("bias", "silu_mul", "residual")
+JOBS = [
+    Job("sm_80", "int4.g128.sym", Schedule(16, 64, 128, 4, 4, 2).with_extra(scale_after=1, evict_first=1)),
+    Job("sm_90", "int4.g128.sym", Schedule(16, 64, 128, 4, 4, 4).with_extra(scale_after=1, swap=1)),
+    Job("sm_90", "int4.g128.sym", Schedule(64, 128, 64, 8, 3), epilogue=GATED),
+    Job("sm_90", "int3.g64.asym", Schedule(1, 32, 256, 4, 2, 2).with_extra(gemv=1, scale_after=1)),
+    Job("sm_80", "int4.g128.sym", Schedule(64, 64, 32, 4, 3), compute="int8"),
+]
+
+
+BROKEN = (
+    "import triton\nimport triton.language as tl\n"
+    "ARGS = {'x_ptr': '*fp32'}\nQUANTIZE_ARGS = {}\nOPTIONS = {'num_warps': 4}\n"
+    "@triton.jit\ndef kernel(x_ptr):\n    tl.store(x_ptr + tl.arange(0, 3), 1.0)\n"
+)
+
+
+@pytest.fixture(scope="module")
+def results() -> list[list[OfflineReport] | KernelError]:
+    """Of all jobs and of a broken kernel: starting the compiling process takes longer than a kernel."""
+    backend = TritonBackend()
+    sources = [(backend.emit(j.spec, j.schedule, Target.parse(j.arch)), j.arch) for j in JOBS]
+    return attempt_offline([*sources, (Source(BROKEN, ".py"), "sm_90")])
+
+
+@pytest.fixture(scope="module")
+def reports(results: list[list[OfflineReport] | KernelError]) -> dict[str, list[OfflineReport]]:
+    assert all(isinstance(r, list) for r in results[:-1]), results
+    return {str(job): r for job, r in zip(JOBS, results, strict=False) if isinstance(r, list)}
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_fits_the_registers(job: Job, reports: dict[str, list[OfflineReport]]) -> None:
+    for report in reports[str(job)]:
+        assert report.spills == 0
+        assert 0 < report.registers <= 255
+        assert report.cubin_bytes > 1000
+        assert f".target {job.arch}" in report.ptx
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_uses_matrix_instructions_where_meant(job: Job, reports: dict[str, list[OfflineReport]]) -> None:
+    main = reports[str(job)][0]
+    assert (main.matrix_instructions > 0) == job.matrix
+    if job.compute == "int8":
+        assert main.count("IMMA") > 0
+    wide = job.schedule.tile_n if job.schedule.get("swap", 0) else job.schedule.tile_m
+    if job.arch == "sm_90" and job.matrix and wide >= 64:
+        assert main.count("HGMMA") > 0
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_decodes_without_conversions_or_doubles(job: Job, reports: dict[str, list[OfflineReport]]) -> None:
+    """Weights become floats by bit operations: conversions would occur once a weight, not once a scale group."""
+    main = reports[str(job)][0]
+    assert not [name for name in main.sass if "F64" in name or name.startswith(("DFMA", "DADD", "DMUL"))]
+    if job.compute == "float":
+        decoded = job.schedule.tile_n * job.schedule.tile_k // (32 * job.schedule.warps)
+        assert main.count("I2F") < decoded / 4
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_shared_memory_estimate_is_an_upper_bound(job: Job, reports: dict[str, list[OfflineReport]]) -> None:
+    estimate = shared_bytes(job.spec, job.schedule, Target.parse(job.arch))
+    measured = reports[str(job)][0].shared_bytes
+    assert measured <= 1.1 * estimate + 2048
+    if job.matrix:
+        assert estimate <= 2 * measured
+
+
+def test_activation_rounding_is_a_kernel_of_its_own(reports: dict[str, list[OfflineReport]]) -> None:
+    job = next(j for j in JOBS if j.compute == "int8")
+    assert [r.kernel for r in reports[str(job)]] == ["kernel", "quantize"]
+
+
+def test_mask_and_exponent_are_one_instruction(reports: dict[str, list[OfflineReport]]) -> None:
+    """Counted where scales multiply sums: LOP3, FADD and half a conversion a weight."""
+    job = JOBS[1]
+    weights = job.schedule.tile_n * job.schedule.tile_k // (32 * job.schedule.warps)
+    assert reports[str(job)][0].count("LOP3") < 2 * weights
+
+
+def test_compiler_errors_name_the_kernel(results: list[list[OfflineReport] | KernelError]) -> None:
+    error = results[-1]
+    assert isinstance(error, KernelError)
+    assert error.code == "LB0441"
+    assert "sm_90" in str(error)
+    assert "power of 2" in str(error)

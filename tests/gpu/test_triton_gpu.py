@@ -1,0 +1,271 @@
+"""Triton kernels on a real GPU: against the dequantized matrix, in CUDA graphs, on the current stream, at any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.codegen.backend import Launcher
+from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.triton.backend import TritonBackend
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.ir.target import Target
+from lowbit.compiler.runtime.dispatch import kernel_for
+from lowbit.compiler.runtime.modules import QuantLinear
+from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+TOLERANCE = {"f32": 2e-5, "bf16": 6e-3, "f16": 1e-3}
+INT8_TOLERANCE = 2e-2  # activations are rounded to 8 bits
+GEMV = Schedule(1, 32, 128, 4, 2).with_extra(gemv=1, scale_after=1)
+GEMV_SPLIT = Schedule(4, 32, 128, 4, 2, split_k=2).with_extra(gemv=1)
+DOT = Schedule(16, 64, 64, 4, 3)
+SWAP = Schedule(16, 64, 64, 4, 3).with_extra(swap=1, scale_after=1, evict_first=1)
+SPLIT = Schedule(16, 64, 64, 4, 3, split_k=4).with_extra(scale_after=1)
+WIDE = Schedule(64, 128, 64, 4, 3)
+WIDE_SWAP = Schedule(128, 128, 64, 8, 3).with_extra(swap=1)
+SHAPES = {"gemv": GEMV, "gemv-split": GEMV_SPLIT, "dot": DOT, "swap": SWAP, "split": SPLIT, "wide": WIDE,
+          "wide-swap": WIDE_SWAP}  # fmt: skip
+
+Load = Callable[[KernelSpec, Schedule], Launcher]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    backend = TritonBackend()
+    major, minor = torch.cuda.get_device_capability()
+    target = Target("cuda", f"sm_{major}{minor}")
+
+    def build(spec: KernelSpec, schedule: Schedule) -> Launcher:
+        path = tmp_path / f"{spec.digest()}-{len(list(tmp_path.iterdir()))}.py"
+        backend.compile(backend.emit(spec, schedule, target), path)
+        return backend.load(path, spec, schedule)
+
+    return build
+
+
+@dataclass
+class Problem:
+    """One layer on the GPU with everything an epilogue may want."""
+
+    spec: KernelSpec
+    weight: PackedWeight
+    dense: torch.Tensor
+    bias: torch.Tensor | None
+
+    @staticmethod
+    def make(
+        fmt: str,
+        segments: tuple[int, ...],
+        k: int,
+        x: str = "bf16",
+        epilogue: tuple[str, ...] = (),
+        compute: str = "float",
+    ) -> Problem:
+        spec = KernelSpec(segments, k, fmt, str(LAYOUTS["words"]), compute, x, x, epilogue)  # type: ignore[arg-type]
+        rng = torch.Generator().manual_seed(7)
+        parts = []
+        for n in segments:
+            f = parse_format(fmt)
+            side = f.side_shape(n, k)
+            codes = torch.randint(0, 2**f.bits, (n, k), generator=rng).to(torch.uint8)
+            scale = (torch.rand(side, generator=rng) * 0.02 + 0.005).to(f.scale_dtype)
+            zero = torch.randint(0, 2**f.bits, side, generator=rng).to(torch.uint8) if f.zero else None
+            parts.append(QTensor(f, codes, scale, zero))
+        p = pack(parts, LAYOUTS["words"])
+        weight = PackedWeight(
+            p.fmt, p.layout, p.segments, p.k, tuple(w.cuda() for w in p.planes), p.scale.cuda(),
+            None if p.zero is None else p.zero.cuda(),
+        )  # fmt: skip
+        dense = torch.cat([q.dequantize() for q in parts]).double().cuda()
+        bias = torch.randn(sum(segments), generator=rng).cuda() if "bias" in epilogue else None
+        return Problem(spec, weight, dense, bias)
+
+    def tokens(self, m: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        dtype = DTYPES[self.spec.x_dtype]
+        x = torch.randn(m, self.spec.k, device="cuda").to(dtype)
+        residual = torch.randn(m, self.spec.n_out, device="cuda").to(dtype)
+        return x, residual if "residual" in self.spec.epilogue else None
+
+    def out(self, m: int) -> torch.Tensor:
+        return torch.full((m, self.spec.n_out), float("nan"), dtype=DTYPES[self.spec.out_dtype], device="cuda")
+
+    def check(self, x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor) -> None:
+        want = x.double() @ self.dense.T
+        if self.bias is not None:
+            want = want + self.bias
+        if "silu_mul" in self.spec.epilogue:
+            gate, up = want.chunk(2, dim=1)
+            want = torch.nn.functional.silu(gate) * up
+        if residual is not None:
+            want = want + residual
+        error = float((out.double() - want).norm() / want.norm())
+        limit = TOLERANCE[self.spec.x_dtype] if self.spec.compute == "float" else INT8_TOLERANCE
+        assert error <= limit, f"relative error {error:.2e}"
+
+    def run(self, launch: Launcher, m: int) -> None:
+        x, residual = self.tokens(m)
+        out = self.out(m)
+        launch(x, self.weight, self.bias, residual, out)
+        self.check(x, residual, out)
+
+
+def tokens_for(schedule: Schedule) -> tuple[int, ...]:
+    return (1, 3, 6) if schedule.get("gemv", 0) else (1, 17, 100)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fmt", ["int4.g128.sym", "int3.g64.asym", "int8.ch.sym", "int1.g48.sym", "int7.t.asym"])
+def test_formats(fmt: str, shape: str, load: Load) -> None:
+    problem = Problem.make(fmt, (200,), 576)
+    launch = load(problem.spec, SHAPES[shape])
+    for m in tokens_for(SHAPES[shape]):
+        problem.run(launch, m)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("symmetry", ["sym", "asym"])
+def test_every_width(bits: int, symmetry: str, load: Load) -> None:
+    problem = Problem.make(f"int{bits}.g32.{symmetry}", (136,), 320)
+    problem.run(load(problem.spec, DOT), 5)
+    problem.run(load(problem.spec, GEMV), 1)
+
+
+@pytest.mark.parametrize("x", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("shape", ["gemv", "dot", "split", "wide", "wide-swap"])
+def test_dtypes(x: str, shape: str, load: Load) -> None:
+    problem = Problem.make("int4.g64.asym", (200,), 576, x)
+    problem.run(load(problem.spec, SHAPES[shape]), 9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_epilogues(shape: str, load: Load) -> None:
+    gated = Problem.make("int4.g64.asym", (136, 136), 576, epilogue=("bias", "silu_mul", "residual"))
+    gated.run(load(gated.spec, SHAPES[shape]), 5)
+    chain = Problem.make("int4.g64.asym", (136, 70), 576, epilogue=("bias", "residual"))
+    chain.run(load(chain.spec, SHAPES[shape]), 5)
+
+
+@pytest.mark.parametrize("fmt", ["int4.g128.sym", "int8.ch.asym", "int2.g64.asym", "int4.g96.sym"])
+def test_int8_products(fmt: str, load: Load) -> None:
+    problem = Problem.make(fmt, (200,), 576, compute="int8")
+    for schedule in (DOT, WIDE, DOT.with_extra(swap=1), Schedule(16, 64, 64, 4, 3, split_k=2)):
+        problem.run(load(problem.spec, schedule), 33)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+@pytest.mark.parametrize("fmt", ["int4.g128.sym", "int3.g64.asym"])
+def test_predicted_best_schedules(fmt: str, m: int, load: Load) -> None:
+    problem = Problem.make(fmt, (1024,), 2048)
+    major, minor = torch.cuda.get_device_capability()
+    target = Target("cuda", f"sm_{major}{minor}")
+    for schedule in list(TritonBackend().schedules(problem.spec, target, m))[:2]:
+        problem.run(load(problem.spec, schedule), m)
+
+
+def test_many_tokens_cross_band_edges(load: Load) -> None:
+    """More than 8 token tiles, so that several bands of programs exist and the last one is partial."""
+    problem = Problem.make("int4.g128.sym", (200,), 256)
+    problem.run(load(problem.spec, DOT), 16 * 19 + 5)
+
+
+@pytest.mark.parametrize("schedule", [DOT, SPLIT, GEMV_SPLIT], ids=["dot", "split", "gemv-split"])
+def test_cuda_graph(schedule: Schedule, load: Load) -> None:
+    """Captured once, replayed on new inputs, with eager calls between replays."""
+    problem = Problem.make("int4.g64.asym", (200,), 576)
+    launch = load(problem.spec, schedule)
+    x, out = problem.tokens(4)[0], problem.out(4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(x, problem.weight, None, None, out)
+        launch(x, problem.weight, None, None, out)
+    for _ in range(3):
+        x.copy_(problem.tokens(4)[0])
+        out.fill_(float("nan"))
+        graph.replay()
+        problem.check(x, None, out)
+        problem.run(launch, 4)
+
+
+@pytest.fixture
+def side_stream() -> Iterator[torch.cuda.Stream]:
+    stream = torch.cuda.Stream()
+    yield stream
+    stream.synchronize()
+
+
+@pytest.mark.parametrize("compute", ["float", "int8"])
+def test_current_stream(compute: str, load: Load, side_stream: torch.cuda.Stream) -> None:
+    """The launch waits for work queued before it on the current stream, and for nothing else to be right."""
+    problem = Problem.make("int4.g64.asym", (200,), 576, compute=compute)
+    launch = load(problem.spec, SPLIT)
+    x, fresh, out = problem.tokens(4)[0], problem.tokens(4)[0], problem.out(4)
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(fresh)
+        launch(x, problem.weight, None, None, out)
+    side_stream.synchronize()
+    problem.check(fresh, None, out)
+
+
+def test_two_streams_do_not_share_counters(load: Load) -> None:
+    problem = Problem.make("int4.g64.asym", (2048,), 2048)
+    launch = load(problem.spec, SPLIT)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    inputs = [problem.tokens(16)[0] for _ in range(16)]
+    outs = [problem.out(16) for _ in inputs]
+    torch.cuda.synchronize()
+    for i, (x, out) in enumerate(zip(inputs, outs, strict=True)):
+        with torch.cuda.stream(streams[i % 2]):
+            launch(x, problem.weight, None, None, out)
+    torch.cuda.synchronize()
+    for x, out in zip(inputs, outs, strict=True):
+        problem.check(x, None, out)
+
+
+def test_split_k_is_deterministic(load: Load) -> None:
+    problem = Problem.make("int4.g64.asym", (200,), 2048)
+    launch = load(problem.spec, SPLIT)
+    x, first, again = problem.tokens(16)[0], problem.out(16), problem.out(16)
+    launch(x, problem.weight, None, None, first)
+    for _ in range(20):
+        launch(x, problem.weight, None, None, again)
+        assert torch.equal(first, again)
+
+
+def test_unaligned_activations(load: Load) -> None:
+    problem = Problem.make("int4.g64.asym", (200,), 576)
+    launch = load(problem.spec, DOT)
+    flat = torch.randn(3 * 576 + 1, device="cuda").bfloat16()
+    x, out = flat[1:].view(3, 576), problem.out(3)
+    launch(x, problem.weight, None, None, out)
+    problem.check(x, None, out)
+
+
+def test_module_dispatches_by_tokens() -> None:
+    """A quantized layer on the GPU runs this backend for every token count, with another schedule where it helps."""
+    problem = Problem.make("int4.g64.asym", (512,), 576)
+    rng = torch.Generator().manual_seed(1)
+    fmt = parse_format("int4.g64.asym")
+    codes = torch.randint(0, 16, (512, 576), generator=rng).to(torch.uint8)
+    zero = torch.randint(0, 16, (512, 9), generator=rng).to(torch.uint8)
+    q = QTensor(fmt, codes, (torch.rand(512, 9, generator=rng) * 0.02 + 0.005).half(), zero)
+    layer = QuantLinear.from_qtensor(q, None).to("cuda")
+    dense = q.dequantize().double().cuda()
+    for m in (1, 2, 5, 17, 64, 130, 700):
+        x = torch.randn(m, 576, device="cuda", dtype=torch.bfloat16)
+        want = x.double() @ dense.T
+        assert float((layer(x).double() - want).norm() / want.norm()) <= TOLERANCE["bf16"]
+    key = problem.spec.key()
+    kernels = [kernel_for(key, torch.bfloat16, torch.device("cuda"), m) for m in (1, 64, 512)]
+    assert {k.backend for k in kernels} == {"triton"}
+    assert len({k.schedule for k in kernels}) > 1
