@@ -31,7 +31,7 @@ from lowbit.quantizers.formats import Format, parse_format
 from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.scheme import Scheme
 
-__all__ = ["Checkpoint", "checkpoint_layout", "export_layout", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "checkpoint_layout", "export_layout", "read_checkpoint", "stored_dtype", "write_checkpoint"]
 
 Layout = Literal["compressed-tensors", "lowbit"]
 
@@ -134,11 +134,24 @@ def _quantized_part(path: str, load: Callable[[], QTensor], fmt: Format, n: int,
     return Part(tuple(Blob(f"{path}.{name}", dtype, shape) for name, (dtype, shape) in shapes.items()), tensors)
 
 
+def stored_dtype(source: ModelSource, name: str, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype in which an export stores a tensor that is not quantized: `dtype`, the source's choice, or its own."""
+    own = source.dtype(name)
+    if dtype is not None and own.is_floating_point:
+        return dtype
+    return source.kept_dtype if source.kept_dtype is not None and len(source.shape(name)) > 1 else own
+
+
 def _plain_part(source: ModelSource, name: str, dtype: torch.dtype | None) -> Part:
-    stored = source.dtype(name)
-    target = dtype if dtype is not None and stored.is_floating_point else stored
-    blob = Blob(name, target, source.shape(name))
-    return Part((blob,), lambda: {name: source.tensor(name).to(target)})
+    target = stored_dtype(source, name, dtype)
+
+    def tensors() -> dict[str, torch.Tensor]:
+        value = source.tensor(name).to(target)
+        if target is torch.float16 and not bool(value.isfinite().all()):
+            raise CheckpointError("LB0114", f"{name} has values that float16 cannot hold", hint="pass a dtype")
+        return {name: value}
+
+    return Part((Blob(name, target, source.shape(name)),), tensors)
 
 
 def _config(

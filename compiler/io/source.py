@@ -37,7 +37,8 @@ class ModelSource(ABC):
     """A causal language model whose tensors are read one at a time.
 
     config: the transformers config. origin: the hub id or file name a card can name. base_model: hub id of the
-    original model when known. notes: what a user should know about how it is read. Tensor names are those of the
+    original model when known. notes: what a user should know about how it is read. kept_dtype: the dtype in which
+    matrices that are not quantized are stored by an export, where that is not their own. Tensor names are those of the
     model's state dict; tied tensors occur once.
     """
 
@@ -45,6 +46,7 @@ class ModelSource(ABC):
     origin: str
     base_model: str | None = None
     notes: tuple[str, ...] = ()
+    kept_dtype: torch.dtype | None = None
     licence: Licence = Licence()
 
     @abstractmethod

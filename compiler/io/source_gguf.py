@@ -24,6 +24,9 @@ _ONE_TO_ONE = {"TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor
 class GGUFSource(ModelSource):
     """Weights of a GGUF file, as float32. Raises CheckpointError: LB0109, or as `open_model`."""
 
+    # Numbers of 8 bits and less times float16 scales: float16 holds them to 2**-11, in half the bytes.
+    kept_dtype = torch.float16
+
     def __init__(self, path: Path) -> None:
         self.path, self.origin = path, path.name
         self._reader = _open(path)
