@@ -1,0 +1,230 @@
+"""One block: run calibration through it, quantize its linear layers, and compute what the next block will see.
+
+parallel: one pass collects the statistics of all layers from the float block, whose outputs go to the next block.
+sequential: layers are quantized in order of dependency, statistics are collected again after each group of layers
+that share an input, and the quantized block's outputs go on, so that later layers can make up for earlier errors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.compiler.job.activations import Activations
+from lowbit.compiler.job.blocks import BlockCall
+from lowbit.quantizers.calibration import Coverage, InputGroups, LayerStats
+from lowbit.quantizers.formats import Format
+from lowbit.quantizers.methods import Method, Quantized
+from lowbit.quantizers.qtensor import QTensor
+
+__all__ = ["BlockEngine", "Group", "LayerEntry", "Meter"]
+
+
+@dataclass
+class Meter:
+    """Bytes of tensors a run holds at a time: what is there now, and the most there was."""
+
+    now: int = 0
+    peak: int = 0
+
+    def take(self, nbytes: int) -> None:
+        """Note that `nbytes` were allocated (negative: freed)."""
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """A report line: proxy_error and rtn_error as in `Quantized`, seconds spent choosing codes."""
+
+    path: str
+    format: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    proxy_error: float
+    rtn_error: float
+    seconds: float
+    tokens: int
+    dead_channels: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "shape": list(self.shape), "notes": list(self.notes)}
+
+
+Group = dict[str, tuple[QTensor, LayerEntry]]
+"""Finished layers that share an input, by module path."""
+
+
+@dataclass
+class BlockEngine:
+    """Quantizes blocks with one method.
+
+    finished: called after every group of layers that share an input, with their results; the place where a run saves
+    them, reports progress, and may stop by raising.
+    """
+
+    method: Method
+    sequential: bool = True
+    skip_first: int = 0
+    meter: Meter = field(default_factory=Meter)
+    finished: Callable[[Group], None] = lambda group: None
+
+    def run(
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        linears: Mapping[str, tuple[nn.Linear, Format]],
+        inputs: Activations,
+        outputs: Activations | None,
+        done: Mapping[str, QTensor],
+    ) -> None:
+        """Quantize `linears` (path -> layer and its format) of a block whose weights are loaded in float32.
+
+        done: layers finished before, which are put in place without being computed again. outputs: where the next
+        block's inputs go (None after the last block).
+        """
+        modules = {path: linear for path, (linear, _) in linears.items()}
+        order = self._grouping(block, call, modules, inputs)
+        with torch.no_grad():
+            if self.sequential:
+                self._sequential(block, call, linears, modules, inputs, outputs, order, done)
+            else:
+                self._parallel(block, call, linears, modules, inputs, outputs, order, done)
+
+    def run_plain(self, linears: Mapping[str, tuple[nn.Linear, Format]], done: Mapping[str, QTensor]) -> None:
+        """Quantize a block's layers without any calibration."""
+        group = [path for path in linears if path not in done]
+        if group:
+            self.quantize_group(group, linears, None)
+
+    def _grouping(
+        self, block: nn.Module, call: BlockCall, modules: Mapping[str, nn.Module], inputs: Activations
+    ) -> list[list[str]]:
+        """Layers by shared input, in order of first use; layers that are never called come last, one by one."""
+        groups = InputGroups(modules)
+        with groups, torch.no_grad():
+            call(block, inputs.read(slice(0, 1)))
+        seen = {path for group in groups.order for path in group}
+        return [*groups.order, *([path] for path in modules if path not in seen)]
+
+    def _sequential(
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        linears: Mapping[str, tuple[nn.Linear, Format]],
+        modules: Mapping[str, nn.Module],
+        inputs: Activations,
+        outputs: Activations | None,
+        order: list[list[str]],
+        done: Mapping[str, QTensor],
+    ) -> None:
+        for index, group in enumerate(order):
+            if not all(path in done for path in group):
+                stats = self._collect(block, call, modules, inputs, order, [index], None)
+                self.quantize_group(group, linears, stats.get(index))
+            for path in group:
+                if path in done:
+                    _put(modules[path], done[path])
+        if outputs is not None:
+            for samples, hidden in inputs:
+                outputs.write(samples, call(block, hidden))
+
+    def _parallel(
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        linears: Mapping[str, tuple[nn.Linear, Format]],
+        modules: Mapping[str, nn.Module],
+        inputs: Activations,
+        outputs: Activations | None,
+        order: list[list[str]],
+        done: Mapping[str, QTensor],
+    ) -> None:
+        missing = [i for i, group in enumerate(order) if not all(path in done for path in group)]
+        stats = self._collect(block, call, modules, inputs, order, missing, outputs)
+        for index in missing:
+            self.quantize_group(order[index], linears, stats.pop(index, None))
+
+    def _collect(
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        modules: Mapping[str, nn.Module],
+        inputs: Activations,
+        order: list[list[str]],
+        wanted: Sequence[int],
+        outputs: Activations | None,
+    ) -> dict[int, LayerStats]:
+        """Statistics of the wanted groups; the block's outputs too when `outputs` is given."""
+        if not wanted and outputs is None:
+            return {}
+        groups = InputGroups(modules, self.skip_first, [list(g) for g in order], wanted, outputs is None)
+        with groups:
+            for samples, hidden in inputs:
+                groups.start()
+                try:
+                    result = call(block, hidden)
+                except InputGroups.Done:
+                    continue
+                if outputs is not None:
+                    outputs.write(samples, result)
+        held = sum(a.nbytes for a in groups.accumulators.values())
+        self.meter.take(held)
+        self.meter.take(-held)
+        return {index: a.stats() for index, a in groups.accumulators.items() if a.tokens}
+
+    def quantize_group(
+        self, group: Sequence[str], linears: Mapping[str, tuple[nn.Linear, Format]], stats: LayerStats | None
+    ) -> None:
+        """Quantize layers that share statistics, replace their weights when sequential, and hand the results on."""
+        results: Group = {}
+        held = 0
+        for path in group:
+            linear, fmt = linears[path]
+            started = time.perf_counter()
+            quantized = self.method.quantize(linear.weight.detach(), fmt, stats)
+            results[path] = (quantized.qtensor, entry(path, fmt, quantized, stats, time.perf_counter() - started))
+            held += quantized.qtensor.codes.numel()
+        if self.sequential:
+            for path, (qtensor, _) in results.items():
+                _put(linears[path][0], qtensor)
+        hessian = stats.hessian.numel() * 8 if stats is not None else 0
+        self.meter.take(held + hessian)
+        self.finished(results)
+        self.meter.take(-held - hessian)
+
+
+def entry(path: str, fmt: Format, quantized: Quantized, stats: LayerStats | None, seconds: float) -> LayerEntry:
+    """The report line of a layer."""
+    notes, coverage = list(quantized.notes), None
+    if stats is not None:
+        coverage = Coverage.of(stats)
+        warning = coverage.warning()
+        if warning and not coverage.dead:
+            notes.append(warning)
+    shape = quantized.qtensor.shape
+    return LayerEntry(
+        path,
+        str(fmt),
+        shape,
+        fmt.bits_per_weight(*shape),
+        quantized.proxy_error,
+        quantized.rtn_error,
+        round(seconds, 3),
+        coverage.tokens if coverage else 0,
+        coverage.dead if coverage else 0,
+        tuple(notes),
+    )
+
+
+def _put(linear: nn.Module, qtensor: QTensor) -> None:
+    """Replace a layer's weight by what its codes stand for."""
+    assert isinstance(linear, nn.Linear)
+    linear.weight.data.copy_(qtensor.dequantize())

@@ -1,0 +1,378 @@
+"""The dry run: what quantizing a model will give and cost, from file headers alone.
+
+Sizes are exact arithmetic over tensor shapes. Memory and time are estimates: their model is written below, term by
+term, and the time carries a range because the machine may be busy. Nothing is loaded, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowbit.codegen import BACKENDS, load_backend
+from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.errors import LowbitError
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.ir.target import Target, host_target
+from lowbit.compiler.job.blocks import linears_in
+from lowbit.compiler.job.layers import select_layers
+from lowbit.quantizers.formats import Format, parse_format
+from lowbit.quantizers.methods import METHODS
+from lowbit.quantizers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from lowbit.compiler.io.source import ModelSource
+
+__all__ = ["LayerPlan", "Plan", "Sizes", "make_plan", "runs_on", "vllm_notes"]
+
+_SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+_PROCESS_BYTES = 650e6  # Python with torch and transformers loaded
+_RANGE = (0.5, 3.0)  # an idle machine with a good BLAS, a busy one
+# GPTQ measured on one core at 82 GFLOP/s, four shapes: seconds = K (1.65e-4 + 8.6e-7 N + 4.2e-7 K); rounding with a
+# scale search 2e-7 per weight. What grows with the matrix is counted as operations, so that it scales with the machine.
+_COLUMN_SECONDS = 1.65e-4
+_PER_WEIGHT, _PER_PAIR, _ROUNDING = 70.0, 34.0, 17.0
+_LOAD_SECONDS = 6.0  # imports and opening the model
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear layer: [n, k], the format it gets (None: kept), stored bytes, and what stands in the way."""
+
+    path: str
+    n: int
+    k: int
+    format: str | None
+    nbytes: int
+    problem: str = ""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of this layer."""
+        return 8 * self.nbytes / (self.n * self.k)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes and bits per weight, of the whole model and of its quantized layers."""
+
+    parameters: int
+    quantized_parameters: int
+    source_bytes: int
+    output_bytes: int
+    quantized_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over every parameter: embeddings, head and norms included."""
+        return 8 * self.output_bytes / max(self.parameters, 1)
+
+    @property
+    def bits_per_quantized_weight(self) -> float:
+        """Over the quantized layers only, scales and zero points included."""
+        return 8 * self.quantized_bytes / max(self.quantized_parameters, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do; `problems` make it impossible, `notes` are for the user to know."""
+
+    model: str
+    scheme: Mapping[str, Any]
+    layers: tuple[LayerPlan, ...]
+    sizes: Sizes
+    peak_memory: int
+    disk_needed: int
+    disk_free: int
+    seconds: tuple[float, float, float]
+    runs: Mapping[str, str | None]
+    consumers: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def possible(self) -> bool:
+        """False when `quantize run` would refuse."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        low, likely, high = self.seconds
+        sizes = {
+            **asdict(self.sizes),
+            "bits_per_weight": self.sizes.bits_per_weight,
+            "bits_per_quantized_weight": self.sizes.bits_per_quantized_weight,
+        }
+        return {
+            "model": self.model,
+            "possible": self.possible,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "scheme": dict(self.scheme),
+            "sizes": sizes,
+            "peak_memory_bytes": self.peak_memory,
+            "disk_bytes": {"needed": self.disk_needed, "free": self.disk_free},
+            "seconds": {"low": low, "likely": likely, "high": high},
+            "backends": {name: why or "runs every layer" for name, why in self.runs.items()},
+            "consumers": dict(self.consumers),
+            "layers": [{**asdict(layer), "bits_per_weight": layer.bits_per_weight} for layer in self.layers],
+        }
+
+
+def make_plan(
+    source: ModelSource, scheme: Scheme, *, name: str, samples: int, length: int, sequential: bool, out: Path
+) -> Plan:
+    """The plan of quantizing `source` with `scheme` on `samples` x `length` calibration tokens.
+
+    `out` is the folder that would be written; only the free space of its disk is looked at.
+    """
+    layers = tuple(_layers(source, scheme))
+    chosen = [layer for layer in layers if layer.format and not layer.problem]
+    sizes = _sizes(source, chosen, name)
+    problems = [f"{layer.path}: {layer.problem}" for layer in layers if layer.problem][:5]
+    kept_notes: tuple[str, ...] = ()
+    try:
+        selection = select_layers(
+            source.empty_model(), scheme, _owner(source), need_blocks=METHODS[scheme.method].needs_hessian
+        )
+        kept_notes = selection.notes
+    except LowbitError as e:
+        problems = problems or [e.render()]
+    needed = sizes.output_bytes + sizes.quantized_bytes  # the journal holds finished layers until the export is done
+    free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())).free
+    if needed > free:
+        problems.append(f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free")
+    tokens = samples * length if METHODS[scheme.method].needs_hessian else 0
+    return Plan(
+        name,
+        scheme.to_dict(),
+        layers,
+        sizes,
+        _peak_memory(layers, source, tokens),
+        needed,
+        free,
+        _seconds(chosen, tokens, sequential),
+        _runs(chosen),
+        _consumers(chosen),
+        (*kept_notes, *_notes(layers, chosen)),
+        tuple(problems),
+    )
+
+
+def _layers(source: ModelSource, scheme: Scheme) -> Iterable[LayerPlan]:
+    """Every linear layer, with the format the scheme gives it."""
+    owns = _owner(source)
+    for path, module in linears_in(source.empty_model(), "").items():
+        n, k = module.out_features, module.in_features
+        fmt = scheme.format_for(path) if owns(path) else None
+        if fmt is None:
+            yield LayerPlan(path, n, k, None, 0)
+            continue
+        try:
+            fmt.check(n, k, path)
+        except LowbitError as e:
+            yield LayerPlan(path, n, k, str(fmt), 0, f"{e.code} {e.message} ({e.hint})")
+            continue
+        yield LayerPlan(path, n, k, str(fmt), _stored_bytes(fmt, n, k))
+
+
+def _owner(source: ModelSource) -> Callable[[str], bool]:
+    """Whether the module at a path has a weight of its own; tied ones are kept."""
+    stored = set(source.names())
+    return lambda path: f"{path}.weight" in stored
+
+
+def _stored_bytes(fmt: Format, n: int, k: int) -> int:
+    """Bytes of the checkpoint's tensors: codes in 32-bit words per row, zero points in words along the rows."""
+    rows, groups = fmt.side_shape(n, k)
+    codes = n * math.ceil(k * fmt.bits / 32) * 4
+    zeros = math.ceil(rows * fmt.bits / 32) * 4 * groups if fmt.zero else 0
+    return codes + rows * groups * fmt.scale_dtype.itemsize + zeros + 16
+
+
+def _sizes(source: ModelSource, chosen: list[LayerPlan], name_of_model: str) -> Sizes:
+    weights = {f"{layer.path}.weight": layer for layer in chosen}
+    parameters = kept = 0
+    for name in source.names():
+        count = math.prod(source.shape(name))
+        parameters += count
+        if name not in weights:
+            kept += count * source.dtype(name).itemsize
+    stored = Path(name_of_model).stat().st_size if Path(name_of_model).is_file() else source.nbytes()
+    quantized = sum(layer.nbytes for layer in chosen)
+    return Sizes(parameters, sum(x.n * x.k for x in chosen), stored, kept + quantized, quantized)
+
+
+def _blocks(layers: Iterable[LayerPlan]) -> dict[str, list[LayerPlan]]:
+    """Layers by the decoder block they belong to: the path up to its first number."""
+    found: dict[str, list[LayerPlan]] = {}
+    for layer in layers:
+        parts = layer.path.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        found.setdefault(".".join(parts[: index + 1]), []).append(layer)
+    return found
+
+
+def _inputs(layers: list[LayerPlan]) -> list[int]:
+    """Width of each distinct input tensor among `layers`: q, k and v share one, and so do gate and up."""
+    seen: set[tuple[str, str]] = set()
+    widths = []
+    for layer in layers:
+        parent, _, leaf = layer.path.rpartition(".")
+        group = next((min(names) for names in _SHARED_INPUT if leaf in names), leaf)
+        if (parent, group) not in seen:
+            seen.add((parent, group))
+            widths.append(layer.k)
+    return widths
+
+
+def _peak_memory(layers: tuple[LayerPlan, ...], source: ModelSource, tokens: int) -> int:
+    """Bytes: the process, one block in float32 twice (as it is and quantized), its Hessians (float32, and the float64
+    factor of the largest), the activations of every calibration token before and after the block, and the largest
+    other tensor, as the embedding is read whole."""
+    blocks = _blocks(layer for layer in layers if layer.format)
+    block = max((sum(x.n * x.k for x in members) for members in blocks.values()), default=0)
+    widths = max((_inputs(members) for members in blocks.values()), key=lambda w: sum(k * k for k in w), default=[])
+    hessians = 4 * sum(k * k for k in widths) + 3 * 8 * max((k * k for k in widths), default=0)
+    hidden = min(widths, default=0)
+    largest = max((4 * math.prod(source.shape(name)) for name in source.names()), default=0)
+    return int(_PROCESS_BYTES + 8 * block + (hessians + 8 * tokens * hidden if tokens else 0) + largest)
+
+
+def _seconds(chosen: list[LayerPlan], tokens: int, sequential: bool) -> tuple[float, float, float]:
+    """(low, likely, high): forward passes, Hessians and factorisations at this machine's measured matmul rate."""
+    weights = sum(x.n * x.k for x in chosen)
+    work = _ROUNDING * weights
+    columns = 0
+    if tokens:
+        widths = [k for members in _blocks(chosen).values() for k in _inputs(members)]
+        work += 2 * tokens * weights * (2 if sequential else 1) + 2 * tokens * sum(k * k for k in widths)
+        work += sum(_PER_WEIGHT * x.n * x.k + _PER_PAIR * x.k**2 + 4 * x.k**3 for x in chosen)
+        columns = sum(x.k for x in chosen)
+    likely = _LOAD_SECONDS + work / _flops_per_second() + columns * _COLUMN_SECONDS
+    return (likely * _RANGE[0], likely, likely * _RANGE[1])
+
+
+def _flops_per_second(size: int = 768) -> float:
+    """float32 matmul rate of this machine, from a few milliseconds of measurement."""
+    a = torch.ones(size, size)
+    best = math.inf
+    for _ in range(4):
+        begin = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / max(best, 1e-9)
+
+
+def runs_on(fmt: Format, n: int = 4096, k: int = 4096, target: Target | None = None) -> dict[str, str | None]:
+    """Backend name -> None when it can run `fmt` for an [n, k] weight, else why not.
+
+    Backends that serve this machine are asked about it; others about a GPU of their kind (sm_90).
+    """
+    host = target or host_target()
+    found: dict[str, str | None] = {}
+    for name in BACKENDS:
+        try:
+            backend = load_backend(name)
+        except ImportError as e:
+            found[name] = f"cannot be imported: {e}"
+            continue
+        device = host if host.kind in backend.kinds else Target("cuda", "sm_90")
+        compute = "int16" if device.kind == "cpu" and fmt.element.integer and device.arch != "generic" else "float"
+        spec = KernelSpec((n,), k, str(fmt), str(LAYOUTS[backend.layout]), compute)  # type: ignore[arg-type]
+        found[name] = backend.supports(spec, device)
+    return found
+
+
+def _runs(chosen: list[LayerPlan]) -> dict[str, str | None]:
+    """Backend -> None when it runs every layer, else how many it cannot and the first reason."""
+    shapes: dict[tuple[str, int, int], int] = {}
+    for layer in chosen:
+        key = (str(layer.format), layer.n, layer.k)
+        shapes[key] = shapes.get(key, 0) + 1
+    refused: dict[str, list[tuple[int, str]]] = {name: [] for name in BACKENDS}
+    for (text, n, k), count in shapes.items():
+        for name, why in runs_on(parse_format(text), n, k).items():
+            if why is not None:
+                refused[name].append((count, why))
+    host = host_target()
+    return {name: _refusal(name, reasons, host) for name, reasons in refused.items()}
+
+
+def _refusal(name: str, reasons: list[tuple[int, str]], host: Target) -> str | None:
+    if reasons:
+        return f"cannot run {sum(c for c, _ in reasons)} layers: {reasons[0][1]}"
+    try:
+        backend = load_backend(name)
+    except ImportError as e:
+        return str(e)
+    return backend.available(host) if host.kind in backend.kinds else None
+
+
+def _consumers(chosen: list[LayerPlan]) -> dict[str, str]:
+    """Who can load the result, and who cannot and why."""
+    from lowbit.compiler.io.checkpoint import export_layout
+
+    layers = [(x.path, x.n, x.k, parse_format(str(x.format))) for x in chosen]
+    native = [path for path, n, k, fmt in layers if export_layout(fmt, n, k) != "compressed-tensors"]
+    reasons = vllm_notes(layers)
+    if native and not reasons:
+        reasons = ["it does not know lowbit's own layout"]
+    first = native[0] if native else ""
+    why = f"with `import lowbit` only: compressed-tensors cannot hold {len(native)} layers, such as {first}"
+    return {
+        "lowbit": "yes",
+        "transformers": why if native else "yes",
+        "vllm": "no: " + "; ".join(reasons) if reasons else "yes",
+    }
+
+
+def vllm_notes(layers: Iterable[tuple[str, int, int, Format]]) -> list[str]:
+    """Why vLLM's compressed-tensors loader would refuse (path, n, k, format) layers; empty when it takes them."""
+    counts: dict[str, int] = {}
+    first: dict[str, str] = {}
+    for path, _, k, fmt in layers:
+        for reason in _vllm_reasons(fmt, k):
+            counts[reason] = counts.get(reason, 0) + 1
+            first.setdefault(reason, path)
+    return [f"{reason} ({count} layers, first {first[reason]})" for reason, count in counts.items()]
+
+
+def _vllm_reasons(fmt: Format, k: int) -> list[str]:
+    g = fmt.granularity
+    reasons = []
+    if fmt.bits not in (4, 8):
+        reasons.append(f"it has kernels for 4 and 8 bits, not {fmt.bits}")
+    if fmt.scale == "f32":
+        reasons.append("it wants 16-bit scales")
+    if g.kind == "t":
+        reasons.append("it wants scales per channel or group")
+    if g.kind == "g" and k % g.group:
+        reasons.append(f"group {g.group} does not divide {k} input columns")
+    elif g.kind == "g" and g.group not in (32, 64, 128):
+        reasons.append(f"it has no kernel for groups of {g.group}")
+    return reasons
+
+
+def _notes(layers: tuple[LayerPlan, ...], chosen: list[LayerPlan]) -> Iterable[str]:
+    kept = [layer.path for layer in layers if not layer.format]
+    if kept:
+        shown = ", ".join(kept[:3]) + (" ..." if len(kept) > 3 else "")
+        yield f"{_count(len(kept), 'linear layer')} kept as stored: {shown}"
+    ragged = [x for x in chosen if (g := parse_format(str(x.format)).granularity).kind == "g" and x.k % g.group]
+    if ragged:
+        yield f"{_count(len(ragged), 'layer')} with a shorter last group, as the group size does not divide the width"
+    narrow = [x for x in chosen if x.k % 128 or x.n % 64]
+    if narrow:
+        yield f"{_count(len(narrow), 'layer')} not a multiple of 128 x 64: vLLM's fastest kernel (Marlin) skips them"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

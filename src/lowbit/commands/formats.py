@@ -1,0 +1,89 @@
+"""`quantize formats` and `quantize schemes`: what there is to choose from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from lowbit.commands._output import JsonFlag, print_json, print_table, quiet_stdout
+
+__all__ = ["formats", "schemes"]
+
+_SHAPE = (4096, 4096)
+
+
+def formats(json_output: JsonFlag = False) -> None:
+    """List number formats: bits, symmetry, an example, who can load them, and which backends run them."""
+    with quiet_stdout(json_output):
+        rows = _format_rows()
+    if json_output:
+        print_json({"formats": rows, "granularities": ["t", "ch", "g<columns>"], "scales": _scales()})
+        return
+    print_table(
+        ("element", "bits", "zero point", "example", "bits/weight", "exported as", "backends"),
+        [
+            (
+                r["element"],
+                r["bits"],
+                "yes" if r["zero_point"] else "no",
+                r["example"],
+                f"{r['bits_per_weight']:.3f}",
+                r["export"],
+                " ".join(r["backends"]),
+            )
+            for r in rows
+        ],
+    )
+    typer.echo("")
+    typer.echo("A format is element.granularity.symmetry[.scale], such as int4.g128.asym or int8.ch.sym.f32:")
+    typer.echo("  granularity  t (one scale per tensor), ch (per output row), g64 (per 64 input columns; any size)")
+    typer.echo(f"  scale        {', '.join(_scales())}; f16 when left out")
+
+
+def _scales() -> list[str]:
+    from lowbit.quantizers.formats import SCALE_DTYPES
+
+    return list(SCALE_DTYPES)
+
+
+def _format_rows() -> list[dict[str, Any]]:
+    from dataclasses import replace
+
+    from lowbit.compiler.io.checkpoint import export_layout
+    from lowbit.compiler.job.plan import runs_on
+    from lowbit.quantizers.formats import Granularity, catalog
+
+    rows = []
+    for base in catalog():
+        fmt = replace(base, granularity=Granularity("g", 64 if base.bits <= 4 else 128))
+        rows.append(
+            {
+                "element": fmt.element.name,
+                "bits": fmt.bits,
+                "symmetric": not fmt.zero,
+                "zero_point": fmt.zero,
+                "example": str(fmt),
+                "bits_per_weight": fmt.bits_per_weight(*_SHAPE),
+                "export": export_layout(fmt),
+                "backends": [name for name, why in runs_on(fmt).items() if why is None],
+                "why_not": {name: why for name, why in runs_on(fmt).items() if why is not None},
+            }
+        )
+    return rows
+
+
+def schemes(json_output: JsonFlag = False) -> None:
+    """List schemes: named choices of format and method for a whole model."""
+    from lowbit.quantizers.scheme import PRESETS
+
+    rows = [{**s.to_dict(), "bits_per_weight": s.weight.bits_per_weight(*_SHAPE)} for s in PRESETS.values()]
+    if json_output:
+        print_json({"schemes": rows, "default": "w4a16"})
+        return
+    print_table(
+        ("scheme", "weights", "bits/weight", "method", "kept as they are"),
+        [(r["name"], r["weight"], f"{r['bits_per_weight']:.3f}", r["method"], ", ".join(r["ignore"])) for r in rows],
+    )
+    typer.echo("")
+    typer.echo("The default is w4a16. A scheme can also be a .toml file; --format and --method replace parts of one.")
