@@ -23,7 +23,8 @@ __all__ = ["Backend", "Launcher", "Source"]
 Launcher = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, torch.Tensor | None, torch.Tensor], None]
 """launch(x [M, K], weight, bias or None, residual [M, n_out] or None, out [M, n_out]): runs one kernel.
 
-bias has one entry per weight row, sum(segments): before silu_mul halves them. x and out are contiguous, on the backend's device and of the spec's dtypes; bias is float32, residual has out's dtype.
+bias has one entry per weight row, sum(segments): before silu_mul halves them. x and out are contiguous, on the
+backend's device and of the spec's dtypes; bias is float32, residual has out's dtype.
 """
 
 

@@ -32,10 +32,14 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class LayerStats:
-    """What a layer's inputs look like: hessian [K, K] (float32 or float64, mean of x x^T) over `tokens` tokens."""
+    """What a layer's inputs look like: hessian [K, K] (float32 or float64, mean of x x^T) over `tokens` tokens.
+
+    derived: what methods computed from it, for sibling layers; it goes when the statistics go.
+    """
 
     hessian: Tensor
     tokens: int
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

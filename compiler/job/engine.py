@@ -25,6 +25,9 @@ from lowbit.quantizers.qtensor import QTensor
 __all__ = ["BlockEngine", "Group", "LayerEntry", "Meter"]
 
 
+_WORK_BYTES = 64  # per entry of a Hessian: float64 copies while it is factored, float32 ones while it is used
+
+
 @dataclass
 class Meter:
     """Bytes of tensors a run holds at a time: what is there now, and the most there was."""
@@ -195,10 +198,10 @@ class BlockEngine:
         if self.sequential:
             for path, (qtensor, _) in results.items():
                 _put(linears[path][0], qtensor)
-        hessian = stats.hessian.numel() * 8 if stats is not None else 0
-        self.meter.take(held + hessian)
+        worked = _WORK_BYTES * stats.hessian.numel() if stats is not None else 0
+        self.meter.take(held + worked)
         self.finished(results)
-        self.meter.take(-held - hessian)
+        self.meter.take(-held - worked)
 
 
 def entry(path: str, fmt: Format, quantized: Quantized, stats: LayerStats | None, seconds: float) -> LayerEntry:

@@ -14,7 +14,7 @@ from lowbit.compiler.errors import RunError
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import Trunk, linears_in
 from lowbit.compiler.job.engine import BlockEngine, Group, LayerEntry
-from lowbit.compiler.job.layers import ProgressSink, Quiet, Selection, select_layers
+from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Quiet, Selection, select_layers
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.calibration import InputGroups, LayerStats, calibration_tokens
 from lowbit.quantizers.methods import Method, check_finite, make_method
@@ -22,8 +22,6 @@ from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = ["choose_codes", "quantize_model"]
-
-_BATCH_TOKENS = 2048
 
 
 def quantize_model(
@@ -126,7 +124,7 @@ def _run_blocks(model: nn.Module, selection: Selection, engine: BlockEngine, tok
     assert blocks is not None
     trunk = Trunk(model, blocks)
     calls = trunk.calls(tokens[:2])
-    batch = max(1, _BATCH_TOKENS // tokens.shape[1])
+    batch = max(1, BATCH_TOKENS // tokens.shape[1])
     width = trunk.embed(tokens[:1]).shape[-1]
     shape = (tokens.shape[0], tokens.shape[1], width)
     hidden = Activations(shape, batch, create=True)

@@ -12,12 +12,26 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lowbit.compiler.errors import RunError
+from lowbit.compiler.errors import IRError, RunError
+from lowbit.compiler.frontend.formats import assign
 from lowbit.compiler.job.blocks import Blocks, find_blocks, linears_in
 from lowbit.quantizers.formats import Format
 from lowbit.quantizers.scheme import Scheme
 
-__all__ = ["ProgressSink", "Quiet", "Selection", "layer_totals", "peak_rss", "select_layers", "versions"]
+__all__ = [
+    "BATCH_TOKENS",
+    "ProgressSink",
+    "Quiet",
+    "Selection",
+    "layer_totals",
+    "peak_rss",
+    "select_layers",
+    "versions",
+]
+
+
+BATCH_TOKENS = 2048
+"""Calibration tokens that go through a block at a time."""
 
 
 class ProgressSink(Protocol):
@@ -81,13 +95,12 @@ def select_layers(
     if not linears:
         raise RunError("LB0504", "the model has no linear layers", where=type(model).__name__)
     chosen: dict[str, Format] = {}
-    notes = []
-    for path, linear in linears.items():
-        fmt = scheme.format_for(path)
-        if fmt is not None and not owns_weight(path):
+    wanted, notes = _wanted(model, scheme, linears)
+    for path, fmt in wanted.items():
+        if not owns_weight(path):
             notes.append(f"{path} shares its weight with another module and was kept as it is")
-        elif fmt is not None:
-            fmt.check(linear.out_features, linear.in_features, path)
+        else:
+            fmt.check(linears[path].out_features, linears[path].in_features, path)
             chosen[path] = fmt
     if not chosen:
         raise RunError(
@@ -101,6 +114,27 @@ def select_layers(
     inside = tuple({p: f for p, f in chosen.items() if p.startswith(prefix)} for prefix in prefixes)
     outside = {p: f for p, f in chosen.items() if not any(p in group for group in inside)}
     return Selection(blocks, inside, outside, shapes, tuple(notes))
+
+
+def _wanted(model: nn.Module, scheme: Scheme, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, Format], list[str]]:
+    """Formats by the pass pipeline (import, canonicalize, assign-formats), in the model's order of modules.
+
+    Layers the traced graph does not show (experts no token reached, or a model that cannot be traced, which is noted)
+    get the scheme's format directly: the same rule without the graph's knowledge of shared weights.
+    """
+    notes: list[str] = []
+    try:
+        assignment = assign(model, scheme)
+    except IRError as e:
+        notes.append(f"formats were assigned without the graph: {e.message}")
+        assignment = None
+    found: dict[str, Format] = {}
+    for path in linears:
+        kept = assignment is not None and path in assignment.reasons and path not in assignment.formats
+        fmt = assignment.formats.get(path) if assignment is not None else None
+        if not kept and (fmt := fmt or scheme.format_for(path)) is not None:
+            found[path] = fmt
+    return found, notes
 
 
 def layer_totals(layers: Sequence[Mapping[str, Any]], other_bits: float, other_weights: int) -> dict[str, float | int]:

@@ -16,7 +16,11 @@ _LADDER = 5  # the damping asked for, then times ten up to four times
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A Hessian ready for use: raw and damped (float64 [K, K], mean diagonal 1), dead columns, and what happened."""
+    """A Hessian ready for use, scaled to a mean diagonal of one.
+
+    raw, damped [K, K] and upper (with upper^T upper = damped^-1, in the order of `order`) are float32: they were
+    computed in float64. dead: bool [K]. notes: what did not go as usual.
+    """
 
     raw: Tensor
     damped: Tensor
@@ -34,36 +38,38 @@ def prepare(stats: LayerStats, damping: float, act_order: bool) -> Prepared | No
     `order` sorts columns by importance when `act_order` is set.
     """
     hessian = stats.hessian.double()
-    hessian = (hessian + hessian.T) / 2
-    diagonal = hessian.diagonal()
-    mean = diagonal.clamp(min=0).mean()
+    hessian = (hessian + hessian.T).div_(2)  # a new matrix, worked on in place from here on: these are large
+    mean = hessian.diagonal().clamp(min=0).mean()
     if not bool(hessian.isfinite().all()) or not bool(mean > 0):
         return None
-    raw = hessian / mean
+    raw = hessian.div_(mean).float()
     if not bool(raw.isfinite().all()):
         return None
-    dead = raw.diagonal() <= 0
-    notes = [f"{int(dead.sum())} input channels were always zero"] if bool(dead.any()) else []
-    live = raw.masked_fill(dead[:, None] | dead[None, :], 0.0)
-    live.diagonal()[dead] = 1.0
-    importance = raw.diagonal().masked_fill(dead, -1.0)
+    dead = hessian.diagonal() <= 0
+    notes: tuple[str, ...] = ()
+    if bool(dead.any()):
+        notes = (f"{int(dead.sum())} input channels were always zero",)
+        hessian[dead] = 0
+        hessian[:, dead] = 0
+    importance = hessian.diagonal().masked_fill(dead, -1.0)
     order = torch.argsort(importance, descending=True, stable=True) if act_order else torch.arange(len(dead))
-    damped, upper, note = _damped_factor(live, damping, order)
+    hessian.diagonal()[dead] = 1.0
+    damped, upper, note = _damped_factor(hessian, damping, order)
     return Prepared(raw, damped, upper, order, dead, (*notes, *note))
 
 
 def _damped_factor(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Climb the ladder of dampings until a factor exists; the last rung is the diagonal alone."""
-    identity = torch.eye(len(hessian), dtype=torch.float64)
+    """Climb the ladder of dampings until a factor exists; the last rung is the diagonal alone. Changes `hessian`."""
+    diagonal = hessian.diagonal().clone()
     for rung in range(_LADDER):
-        damped = hessian + damping * 10**rung * identity
-        upper = factor_inverse(damped[order][:, order])
+        amount = damping * 10**rung
+        hessian.diagonal().copy_(diagonal + amount)
+        upper = factor_inverse(hessian[order][:, order])
         if upper is not None:
-            note = (f"damping raised to {damping * 10**rung:g}",) if rung else ()
-            return damped, upper, note
-    diagonal = hessian.diagonal() + damping
-    damped = torch.diag(diagonal)
-    return damped, torch.diag(diagonal[order].rsqrt()), ("the Hessian has no factor; its diagonal was used",)
+            return hessian.float(), upper.float(), (f"damping raised to {amount:g}",) if rung else ()
+    diagonal += damping
+    note = "the Hessian has no factor; its diagonal was used"
+    return torch.diag(diagonal).float(), torch.diag(diagonal[order].rsqrt()).float(), (note,)
 
 
 def factor_inverse(hessian: Tensor) -> Tensor | None:

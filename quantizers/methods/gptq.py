@@ -46,10 +46,10 @@ class Gptq(Method):
     act_order: bool = True
     static_groups: bool = True
     clip_search: bool = True
-    weighting: str = "diagonal"
+    weighting: str = "conditional"
     refits: int = 2
     sweeps: int = 1
-    signed_scale: bool = False
+    signed_scale: bool = True
 
     name: ClassVar[str] = "gptq"
     needs_hessian: ClassVar[bool] = True
@@ -75,7 +75,7 @@ class Gptq(Method):
         check_finite(weight)
         fmt.check(weight.shape[0], weight.shape[1], "weight")
         rtn = Rtn(self.clip_search, self.signed_scale)
-        prepared = prepare(stats, self.damping, self.act_order) if stats is not None else None
+        prepared = self._prepared(stats) if stats is not None else None
         if prepared is None:
             plain = rtn.quantize(weight, fmt, None)
             why = "no calibration statistics" if stats is None else "the Hessian is zero or not finite"
@@ -84,15 +84,23 @@ class Gptq(Method):
         baseline = rtn.quantize(weight, fmt, None).qtensor
         return _keep_better(weight, grid.qtensor(codes), baseline, prepared)
 
+    def _prepared(self, stats: LayerStats) -> Prepared | None:
+        """The factored Hessian, kept with the statistics: sibling layers (q, k, v) use the same one."""
+        key = ("gptq", self.damping, self.act_order)
+        if key not in stats.derived:
+            stats.derived[key] = prepare(stats, self.damping, self.act_order)
+        found: Prepared | None = stats.derived[key]
+        return found
+
     def _solve(self, weight: Tensor, fmt: Format, prepared: Prepared) -> tuple[Grid, Tensor]:
         """Grid and codes: the column loop, then refinement under the damped Hessian."""
         importance = self._importance(prepared)
         grid = search_grid(weight, fmt, importance, clip=self.clip_search, signed=self.signed_scale)
         columns = ColumnGrid.of(grid, weight.shape)
         research = None if self.static_groups else self._researcher(fmt, importance)
-        codes = feedback(weight, columns, prepared.upper.float(), prepared.order, self.block, research)
+        codes = feedback(weight, columns, prepared.upper, prepared.order, self.block, research)
         grid = columns.grid()
-        damped = prepared.damped.float()
+        damped = prepared.damped
         for _ in range(self.refits):
             grid = refit_scales(weight, grid, codes, damped)
             codes = descend(weight, grid, codes, damped, prepared.order, self.block, self.sweeps)
@@ -102,10 +110,10 @@ class Gptq(Method):
         if self.weighting == "none":
             return None
         if self.weighting == "diagonal":
-            return prepared.damped.diagonal().masked_fill(prepared.dead, 1e-6).float()
-        cost = torch.empty(len(prepared.order), dtype=torch.float64)
+            return prepared.damped.diagonal().masked_fill(prepared.dead, 1e-6)
+        cost = torch.empty(len(prepared.order))
         cost[prepared.order] = prepared.upper.diagonal().square().reciprocal()
-        return (cost / cost.mean()).float()
+        return cost / cost.mean()
 
     def _researcher(self, fmt: Format, importance: Tensor | None) -> GroupSearch:
         return GroupSearch(fmt, importance, self.clip_search, self.signed_scale)
@@ -129,7 +137,7 @@ class GroupSearch:
 
 def _keep_better(weight: Tensor, found: QTensor, baseline: QTensor, prepared: Prepared) -> Quantized:
     """Per row (per matrix when all rows share a scale), whichever of the two has the lower calibration loss."""
-    hessian = prepared.raw.float()
+    hessian = prepared.raw
     size = float(row_errors(weight, hessian).sum())
     new, old = (row_errors(q.dequantize() - weight, hessian) for q in (found, baseline))
     if found.fmt.granularity.kind == "t":

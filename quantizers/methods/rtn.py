@@ -23,7 +23,7 @@ class Rtn(Method):
     """
 
     clip_search: bool = True
-    signed_scale: bool = False
+    signed_scale: bool = True
 
     name: ClassVar[str] = "rtn"
     needs_hessian: ClassVar[bool] = False

@@ -1,0 +1,110 @@
+"""`quantize plan`: exact sizes, honest refusals, exit code 3, nothing written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from _cli import error_line, invoke, invoke_json, save_tiny_llama
+
+from lowbit.compiler.job.plan import vllm_notes
+from lowbit.quantizers.formats import parse_format
+
+# Linear layers of the tiny Llama: [out, in] of q, k, v, o, gate, up, down, twice.
+SHAPES = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)] * 2
+
+
+def test_sizes_are_exact(tiny: Path, tmp_path: Path) -> None:
+    plan = invoke_json("plan", tiny, "--format", "int4.g32.asym", "--out", tmp_path / "out")
+    words = sum(n * k * 4 // 32 * 4 for n, k in SHAPES)
+    scales = sum(n * k // 32 * 2 for n, k in SHAPES)
+    zeros = sum(n * 4 // 32 * 4 * (k // 32) for n, k in SHAPES)
+    quantized = words + scales + zeros + 16 * len(SHAPES)
+    assert plan["sizes"]["quantized_bytes"] == quantized
+    assert plan["sizes"]["quantized_parameters"] == sum(n * k for n, k in SHAPES)
+    kept = plan["sizes"]["parameters"] - plan["sizes"]["quantized_parameters"]
+    assert plan["sizes"]["output_bytes"] == quantized + 4 * kept
+    assert plan["sizes"]["bits_per_quantized_weight"] == pytest.approx(
+        8 * quantized / plan["sizes"]["quantized_parameters"]
+    )
+    assert plan["possible"] is True
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_lists_layers_and_who_runs_them(tiny: Path) -> None:
+    plan = invoke_json("plan", tiny)
+    assert len(plan["layers"]) == len(SHAPES) + 1
+    assert [x["path"] for x in plan["layers"] if x["format"] is None] == ["lm_head"]
+    assert plan["backends"]["reference"] == "runs every layer"
+    assert plan["seconds"]["low"] < plan["seconds"]["likely"] < plan["seconds"]["high"]
+    assert plan["peak_memory_bytes"] > plan["sizes"]["source_bytes"]
+    assert "vllm" in plan["consumers"]
+
+
+def test_more_calibration_takes_longer(tiny: Path) -> None:
+    few = invoke_json("plan", tiny, "--format", "int4.ch.sym", "--samples", 1)
+    many = invoke_json("plan", tiny, "--format", "int4.ch.sym", "--samples", 100_000)
+    assert many["seconds"]["likely"] > few["seconds"]["likely"]
+    assert many["peak_memory_bytes"] > few["peak_memory_bytes"]
+
+
+def test_a_group_wider_than_a_layer_is_impossible(tiny: Path) -> None:
+    plan = invoke_json("plan", tiny, "--format", "int4.g512.sym", exit_code=3)
+    assert plan["possible"] is False
+    assert "LB0213" in plan["problems"][0]
+    assert "model.layers.0.self_attn.q_proj" in plan["problems"][0]
+    result = invoke("plan", tiny, "--format", "int4.g512.sym")
+    assert result.exit_code == 3
+    assert "impossible: " in result.stderr
+
+
+def test_a_scheme_that_keeps_everything_is_impossible(tiny: Path, tmp_path: Path) -> None:
+    scheme = tmp_path / "keep.toml"
+    scheme.write_text('weight = "int4.ch.sym"\nignore = ["*"]\n')
+    assert invoke_json("plan", tiny, "--scheme", scheme, exit_code=3)["problems"]
+
+
+def test_plain_text(tiny: Path) -> None:
+    out = invoke("plan", tiny, "--format", "int4.g48.sym", "--layers").stdout
+    assert "model.layers.0.mlp.down_proj" in out
+    assert "peak memory" in out
+    assert "shorter last group" in out  # 48 does not divide 64
+    assert "group 48 does not divide 64" in out
+
+
+def test_refusals(tiny: Path, tmp_path: Path) -> None:
+    assert "LB0101" in error_line(invoke("plan", tmp_path / "missing"))
+    assert "LB0230" in error_line(invoke("plan", tiny, "--scheme", "no-such"))
+    assert "LB0210" in error_line(invoke("plan", tiny, "--format", "float99"))
+    assert "LB05" in error_line(invoke("plan", tiny, "--method", "no-such"))
+
+
+def test_plan_never_reads_weights(tmp_path: Path) -> None:
+    """Weights that are not there at all: only the header and a hole of the right size."""
+    save_tiny_llama(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    data = file.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    with file.open("wb") as f:
+        f.write(data[:header])
+        f.truncate(len(data))
+    assert invoke_json("plan", tmp_path / "m", "--format", "int4.ch.sym")["possible"]
+    shutil.rmtree(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("text", "k", "reason"),
+    [
+        ("int4.g128.sym", 4096, ""),
+        ("int8.ch.sym", 576, ""),
+        ("int4.g64.sym", 100, "does not divide"),
+        ("int3.g64.sym", 4096, "4 and 8 bits"),
+        ("int4.g48.sym", 96, "no kernel for groups of 48"),
+        ("int4.t.sym", 96, "per channel or group"),
+        ("int4.g128.sym.f32", 4096, "16-bit scales"),
+    ],
+)
+def test_vllm_notes(text: str, k: int, reason: str) -> None:
+    notes = vllm_notes([("a", 64, k, parse_format(text))])
+    assert (not notes) if not reason else reason in notes[0]
