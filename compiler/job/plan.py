@@ -198,13 +198,15 @@ def _stored_bytes(fmt: Format, n: int, k: int) -> int:
 
 
 def _sizes(source: ModelSource, chosen: list[LayerPlan], name_of_model: str) -> Sizes:
+    from lowbit.compiler.io.checkpoint import stored_dtype
+
     weights = {f"{layer.path}.weight": layer for layer in chosen}
     parameters = kept = 0
     for name in source.names():
         count = math.prod(source.shape(name))
         parameters += count
         if name not in weights:
-            kept += count * source.dtype(name).itemsize
+            kept += count * stored_dtype(source, name).itemsize
     stored = Path(name_of_model).stat().st_size if Path(name_of_model).is_file() else source.nbytes()
     quantized = sum(layer.nbytes for layer in chosen)
     return Sizes(parameters, sum(x.n * x.k for x in chosen), stored, kept + quantized, quantized)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit.compiler.errors import CheckpointError
-from lowbit.compiler.io.checkpoint import write_checkpoint
+from lowbit.compiler.io.checkpoint import stored_dtype, write_checkpoint
 from lowbit.compiler.io.source import open_model
 from lowbit.compiler.job.inmemory import quantize_model
 from lowbit.compiler.job.journal import Journal
@@ -143,7 +143,7 @@ def _report(stream: BlockStream, scheme: Scheme, calibration: str, seconds: floa
     by_path = {layer["path"]: layer for r in journal.events("group") for layer in r["layers"]}
     layers = [by_path[path] for path in stream.selection.formats]
     kept = [n for n in source.names() if n.removesuffix(".weight") not in by_path]
-    sizes = [(torch.Size(source.shape(n)).numel(), source.dtype(n).itemsize) for n in kept]
+    sizes = [(torch.Size(source.shape(n)).numel(), stored_dtype(source, n).itemsize) for n in kept]
     settings = journal.settings
     return {
         "model": source.origin,
