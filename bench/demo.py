@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import pydoc_data.topics
 import resource
@@ -36,7 +37,7 @@ PROMPT = "What is the capital of France, and what is it known for?"
 def main() -> int:
     args = _arguments()
     if args.plain:
-        return plain_transformers(Path(args.plain), Path(args.text), args.length)
+        return plain_transformers(Path(args.plain), Path(args.text), args.windows, args.length)
     begin = time.monotonic()
     model = args.model or fetch_model(ROOT / ".models")
     calibration, text, words = texts(args.out.parent)
@@ -153,28 +154,28 @@ def measure(model: str, args: argparse.Namespace, text: Path) -> list[tuple[str,
 
 
 def run_plain(args: argparse.Namespace, text: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--plain", args.out, "--text", text, "--length", args.length]
-    quiet = {**os.environ, "TQDM_DISABLE": "1"}
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True, env=quiet)
+    amount = ["--windows", args.windows, "--length", args.length]
+    command = [sys.executable, __file__, "--plain", args.out, "--text", text, *amount]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
 
 
-def plain_transformers(folder: Path, text: Path, length: int) -> int:
-    """What someone without lowbit sees: one window's perplexity with `from_pretrained` alone. Prints JSON."""
+def plain_transformers(folder: Path, text: Path, windows: int, length: int) -> int:
+    """What someone without lowbit sees: perplexity with `from_pretrained` alone. Prints JSON."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"][:length]
-    window = torch.tensor([ids])
+    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    cut = torch.tensor(ids)[: len(ids) // length * length].view(-1, length)[:windows]
     with torch.inference_mode():
-        loss = model(input_ids=window, labels=window).loss
+        losses = [float(model(input_ids=w[None], labels=w[None]).loss) for w in cut]
     assert "lowbit" not in sys.modules
-    print(json.dumps({"perplexity": float(loss.exp()), "windows": 1}))
+    print(json.dumps({"perplexity": math.exp(sum(losses) / len(losses)), "windows": len(losses)}))
     return 0
 
 
