@@ -28,14 +28,15 @@ from typing import Any
 
 import torch
 
+from lowbit.codegen.cpp.assemble import ISA_FLAGS
 from lowbit.codegen.cpp.backend import CppBackend
-from lowbit.codegen.cpp.emit import ISA_FLAGS
 from lowbit.codegen.cpp.launch import load_openmp
 from lowbit.codegen.cpp.toolchain import FLAGS, compile_shared
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import host_target
 from lowbit.compiler.runtime.build import sample_weight
+from lowbit.quantizers.formats import VectorFormat, parse_format
 from lowbit.quantizers.qtensor import PackedWeight
 
 BACKEND = CppBackend()
@@ -84,13 +85,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer formats, shapes and repetitions")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--shape", nargs=2, type=int, action="append", metavar=("N", "K"), help="instead of the usual")
+    parser.add_argument("--formats", nargs="*", help="instead of the usual")
+    parser.add_argument("--tokens", type=int, nargs="*", metavar="M", help="instead of the usual")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     options = parser.parse_args()
-    shapes = [(4096, 4096)] if options.quick else [(4096, 4096), (11008, 4096)]
+    shapes = [(4096, 4096)] if options.quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
     shapes = [(n, k) for n, k in options.shape] if options.shape else shapes
-    formats = ["int4.g128.asym", "int4.g128.sym", "int8.ch.sym", "int2.g64.asym", "int3.g128.asym"]
-    formats = formats[:2] if options.quick else formats
-    tokens = [1, 512] if options.quick else [1, 8, 512]
+    formats = ["int4.g128.asym", "int4.g128.sym", "int8.ch.sym", "int2.g64.asym", "int3.g128.asym", "int2.g64.fz"]
+    formats += ["vq.d4.k256", "vq.d8.k256.r256", "vq.d8.k4096"]
+    formats = options.formats or (formats[:2] if options.quick else formats)
+    tokens = options.tokens or ([1, 512] if options.quick else [1, 8, 16, 512])
     rows: list[dict[str, Any]] = []
     bandwidth = {t: read_bandwidth(t) for t in options.threads}
     print("read bandwidth GB/s:", {t: round(b, 1) for t, b in bandwidth.items()})
@@ -116,7 +120,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of one shape and token count at every thread count, printed as they come."""
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).bfloat16()
-    kernels = [ours(fmt, compute, n, k, m, x) for fmt in formats for compute in ("int16", "int8")]
+    kernels = [ours(fmt, compute, n, k, m, x) for fmt in formats for compute in computes(fmt)]
     kernels += torch_kernels(n, k, m, x)
     reps = (5 if quick else 9) if m >= 64 else (20 if quick else 40)
     rows = []
@@ -174,9 +178,14 @@ def typical_us(us: list[float], threads: int) -> float:
     return statistics.median(us) if threads == 1 else low(us)
 
 
+def computes(fmt: str) -> tuple[str, ...]:
+    """Kinds of products to measure: integers where the format has them."""
+    return ("float",) if isinstance(parse_format(fmt), VectorFormat) else ("int16", "int8")
+
+
 def ours(fmt: str, compute: str, n: int, k: int, m: int, x: torch.Tensor) -> Timed:
     """The backend's first choice for the shape."""
-    layout = str(LAYOUTS["panel16"])
+    layout = str(LAYOUTS[BACKEND.layout_of(parse_format(fmt))])
     spec = KernelSpec((n,), k, fmt, layout, compute, x_dtype="bf16", out_dtype="bf16")  # type: ignore[arg-type]
     target = host_target()
     schedule = next(iter(BACKEND.schedules(spec, target, m)))
@@ -198,8 +207,7 @@ def ours(fmt: str, compute: str, n: int, k: int, m: int, x: torch.Tensor) -> Tim
 
 def clone(weight: PackedWeight) -> PackedWeight:
     """The same weight elsewhere in memory."""
-    zero = None if weight.zero is None else weight.zero.clone()
-    return replace(weight, planes=tuple(p.clone() for p in weight.planes), scale=weight.scale.clone(), zero=zero)
+    return replace(weight, tensors={name: t.clone() for name, t in weight.tensors.items()})
 
 
 def torch_kernels(n: int, k: int, m: int, x: torch.Tensor) -> list[Timed]:

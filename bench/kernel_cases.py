@@ -10,16 +10,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from lowbit.codegen.reference.backend import decode_weight
 from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.triton.backend import TritonBackend
 from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
-from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.formats import VectorFormat, parse_format, scalar_format
 from lowbit.quantizers.qtensor import PackedWeight
+from lowbit.quantizers.weights import pack_weights
+from lowbit.quantizers.weights import random_weight as random_matrix
 
-FORMATS = ("int4.g128.sym", "int4.g64.asym", "int8.ch.sym", "int2.g64.asym", "int3.g64.asym")
+FORMATS = ("int4.g128.sym", "int4.g64.asym", "int8.ch.sym", "int2.g64.asym", "int3.g64.asym", "int2.g64.fz",
+           "vq.d4.k256", "vq.d8.k256.r256", "vq.d8.k4096")  # fmt: skip
 SHAPES = ((8192, 8192), (4096, 4096), (11008, 4096), (4096, 11008), (28672, 4096), (4096, 14336))  # (N, K)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 ERROR_LIMIT = 1e-2  # relative, Frobenius: operands and output are bfloat16
@@ -41,13 +46,18 @@ class Problem:
     @property
     def spec(self) -> KernelSpec:
         """bfloat16 in and out, no epilogue."""
-        return KernelSpec((self.n,), self.k, self.fmt, str(LAYOUTS["words"]), "float", "bf16", "bf16")
+        layout = LAYOUTS[TritonBackend().layout_of(parse_format(self.fmt))]
+        return KernelSpec((self.n,), self.k, self.fmt, str(layout), "float", "bf16", "bf16")
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed matrix as the kernel reads it."""
         spec = self.spec
-        side = spec.groups * self.n * ((2 if spec.scale_dtype == "f16" else 4) + spec.fmt.zero)
+        stored = 2 if spec.scale_dtype == "f16" else 4
+        if (fmt := spec.vector) is not None:
+            width = sum(1 if size <= 256 else 2 for size in (fmt.centroids, fmt.residual) if size)
+            return spec.rows * self.k * width + fmt.dim * (fmt.centroids + fmt.residual) * stored
+        side = spec.groups * self.n * (stored * (1 + spec.fmt.offset) + spec.fmt.zero)
         return self.n * self.k * spec.fmt.bits // 8 + side
 
 
@@ -59,49 +69,61 @@ def problems() -> Iterator[Problem]:
 
 
 def random_weight(problem: Problem, seed: int = 0) -> PackedWeight:
-    """Random words are valid codes: K is a multiple of every group here, so there is no padding."""
-    fmt, device = parse_format(problem.fmt), DEVICE
-    rng = torch.Generator(device=device).manual_seed(seed)
-    n, k = problem.n, problem.k
-    planes = tuple(
-        torch.randint(-(2**31), 2**31 - 1, (k * bits // 32 * n,), generator=rng, device=device, dtype=torch.int32)
-        for bits in plane_bits(fmt.bits)
-    )
-    groups = fmt.granularity.groups(k)
-    scale = (torch.rand((groups, n), generator=rng, device=device) * 0.02 + 0.001).to(fmt.scale_dtype)
-    zero = None
-    if fmt.zero:
-        zero = torch.randint(0, 2**fmt.bits, (groups, n), generator=rng, device=device, dtype=torch.uint8)
-    return PackedWeight(fmt, LAYOUTS["words"], (n,), k, planes, scale, zero)
+    """Random words are valid codes: K is a multiple of every group here, so there is no padding. Vector formats, few
+    in number, are made on the CPU."""
+    if isinstance(fmt := parse_format(problem.fmt), VectorFormat):
+        matrix = random_matrix(fmt, problem.n, problem.k, torch.Generator().manual_seed(seed))
+        packed = pack_weights([matrix], problem.spec.layout_)
+        return replace(packed, tensors={name: t.to(DEVICE) for name, t in packed.tensors.items()})
+    rng, n, k = torch.Generator(device=DEVICE).manual_seed(seed), problem.n, problem.k
+    scalar = scalar_format(problem.fmt)
+    parts = {
+        f"plane{i}": torch.randint(
+            -(2**31), 2**31 - 1, (k * bits // 32 * n,), generator=rng, device=DEVICE, dtype=torch.int32
+        )
+        for i, bits in enumerate(plane_bits(scalar.bits))
+    }
+    side = (scalar.granularity.groups(k), n)
+    parts["scale"] = (torch.rand(side, generator=rng, device=DEVICE) * 0.02 + 0.001).to(scalar.scale_dtype)
+    if scalar.zero:
+        parts["zero"] = torch.randint(0, 2**scalar.bits, side, generator=rng, device=DEVICE, dtype=torch.uint8)
+    if scalar.offset:
+        parts["offset"] = (torch.randn(side, generator=rng, device=DEVICE) * 0.02).to(scalar.scale_dtype)
+    return PackedWeight(scalar, LAYOUTS["words"], (n,), k, parts)
 
 
 def dequantize(weight: PackedWeight) -> torch.Tensor:
-    """float32 [N, K] on the weight's device, by the layout's definition: column k is in word k // (32 / w)."""
-    n, k, device = weight.n, weight.k, weight.scale.device
+    """float32 [N, K] on the weight's device, by the layout's definition: column k is in word k // (32 / w). Vector
+    formats by the reference."""
+    device = next(iter(weight.tensors.values())).device
+    if isinstance(weight.fmt, VectorFormat):
+        return decode_weight(weight).to(device)
+    n, k, fmt = weight.n, weight.k, scalar_format(str(weight.fmt))
     codes, low = torch.zeros((k, n), dtype=torch.int32, device=device), 0
-    for bits, plane in zip(plane_bits(weight.fmt.bits), weight.planes, strict=True):
+    for bits, plane in zip(plane_bits(fmt.bits), weight.planes, strict=True):
         shifts = torch.arange(32 // bits, dtype=torch.int32, device=device) * bits
         part = (plane.view(-1, 1, n) >> shifts.view(1, -1, 1)) & (2**bits - 1)
         codes |= part.view(k, n) << low
         low += bits
-    values = weight.fmt.element.levels().to(device)[codes.long()]
-    size = weight.fmt.granularity.group_size(k)
+    values = fmt.element.levels().to(device)[codes.long()]
+    size = fmt.granularity.group_size(k)
+
+    def spread(side: torch.Tensor) -> torch.Tensor:
+        return side.float().repeat_interleave(size, dim=0)[:k]
+
     if weight.zero is not None:
-        values -= weight.zero.float().repeat_interleave(size, dim=0)[:k]
-    values *= weight.scale.float().repeat_interleave(size, dim=0)[:k]
+        values -= spread(weight.zero)
+    values *= spread(weight.scale)
+    if weight.offset is not None:
+        values += spread(weight.offset)
     return values.t().contiguous()
 
 
 def copies_of(weight: PackedWeight, nbytes: int) -> list[PackedWeight]:
     """The weight and copies of it, `COLD_BYTES` together, at least 4."""
     count = max(4, math.ceil(COLD_BYTES / nbytes))
-    return [weight] + [
-        PackedWeight(
-            weight.fmt, weight.layout, weight.segments, weight.k, tuple(p.clone() for p in weight.planes),
-            weight.scale.clone(), None if weight.zero is None else weight.zero.clone(),
-        )
-        for _ in range(count - 1)
-    ]  # fmt: skip
+    copies = [{name: t.clone() for name, t in weight.tensors.items()} for _ in range(count - 1)]
+    return [weight, *[replace(weight, tensors=tensors) for tensors in copies]]
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

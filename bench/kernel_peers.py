@@ -11,11 +11,20 @@ from collections.abc import Callable
 import torch
 from kernel_cases import Problem
 
+from lowbit.quantizers.formats import Format
+
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Skip(Exception):
     """Why a peer does not take part."""
+
+
+def _scalar(problem: Problem) -> Format:
+    """The format of a matrix with one code per weight, which is all that peers here know."""
+    if problem.spec.vector is not None:
+        raise Skip("has no vector formats")
+    return problem.spec.fmt
 
 
 def torch_bf16(problem: Problem, dense: torch.Tensor) -> Product:
@@ -36,8 +45,8 @@ def _uint4(dense: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor,
 
 def tinygemm(problem: Problem, dense: torch.Tensor) -> Product:
     """torch's own int4 product."""
-    group = problem.spec.group
-    if problem.spec.fmt.bits != 4 or group not in (32, 64, 128, 256):
+    bits, group = _scalar(problem).bits, problem.spec.group
+    if bits != 4 or group not in (32, 64, 128, 256):
         raise Skip("int4 with groups of 32 to 256 only")
     codes, scale, low = _uint4(dense, group)
     packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
@@ -52,9 +61,9 @@ def humming(problem: Problem, dense: torch.Tensor) -> Product:
         from humming import HummingLayer  # type: ignore[import-not-found]
     except ImportError as e:
         raise Skip(f"not importable: {e}") from e
-    spec = problem.spec
-    config = {"dtype": f"int{spec.fmt.bits}", "group_size": spec.group if spec.groups > 1 else 0}
-    config["has_zero_point"] = spec.fmt.zero
+    spec, fmt = problem.spec, _scalar(problem)
+    config = {"dtype": f"int{fmt.bits}", "group_size": spec.group if spec.groups > 1 else 0}
+    config["has_zero_point"] = fmt.zero
     layer = HummingLayer(shape_n=problem.n, shape_k=problem.k, weight_config=config, torch_dtype=torch.bfloat16).cuda()
     layer.load_from_unquantized(dense.to(torch.bfloat16))
     layer.transform()
@@ -67,7 +76,7 @@ def gemlite(problem: Problem, dense: torch.Tensor) -> Product:
         from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found]
     except ImportError as e:
         raise Skip(f"not importable: {e}") from e
-    if problem.spec.fmt.bits != 4:
+    if _scalar(problem).bits != 4:
         raise Skip("set up for 4 bits here")
     group = problem.spec.group
     codes, scale, low = _uint4(dense, group)
@@ -89,10 +98,10 @@ def marlin(problem: Problem, dense: torch.Tensor) -> Product:
         from vllm.scalar_type import scalar_types  # type: ignore[import-not-found]
     except ImportError as e:
         raise Skip(f"not importable: {e}") from e
-    spec = problem.spec
-    if spec.fmt.zero or spec.fmt.bits not in (4, 8):
+    spec, fmt = problem.spec, _scalar(problem)
+    if fmt.zero or fmt.offset or fmt.bits not in (4, 8):
         raise Skip("symmetric 4 and 8 bits only")
-    kind = scalar_types.uint4b8 if spec.fmt.bits == 4 else scalar_types.uint8b128
+    kind = scalar_types.uint4b8 if fmt.bits == 4 else scalar_types.uint8b128
     group = spec.group if spec.groups > 1 else -1
     _, q, s, g_idx, sort, _ = marlin_utils_test.marlin_quantize(dense.t().contiguous().bfloat16(), kind, group, False)
     workspace = marlin_utils.marlin_make_workspace_new(q.device)

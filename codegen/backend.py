@@ -13,6 +13,7 @@ import torch
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.target import Target
+from lowbit.quantizers.formats import VectorFormat, WeightFormat
 from lowbit.quantizers.qtensor import PackedWeight
 
 if TYPE_CHECKING:
@@ -40,13 +41,18 @@ class Source:
 class Backend(ABC):
     """A way to run a KernelSpec.
 
-    `name` is the folder's. `kinds` are the device kinds it serves (`cpu`, `cuda`). `layout` names the packed layout
-    (in `compiler.ir.layout.LAYOUTS`) its kernels read.
+    `name` is the folder's. `kinds` are the device kinds it serves (`cpu`, `cuda`). `layout` and `vector_layout` name
+    the packed layouts (in `compiler.ir.layout.LAYOUTS`) its kernels read for scalar and for vector formats.
     """
 
     name: str
     kinds: tuple[str, ...]
     layout: str
+    vector_layout: str
+
+    def layout_of(self, fmt: WeightFormat) -> str:
+        """Name of the packed layout its kernels read for `fmt`."""
+        return self.vector_layout if isinstance(fmt, VectorFormat) else self.layout
 
     @abstractmethod
     def available(self, target: Target) -> str | None:

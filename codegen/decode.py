@@ -1,8 +1,9 @@
 """The decode program of a format: packed words -> one dequantized number.
 
-Three steps, composed here once for every backend: *extract* the code's bits from its planes (a matter of layout), map
-the *code to its value* (a matter of the element, `Element.decode`), and apply *zero point and scale*. Backends that
-multiply integers stop after the first step and apply the affine part to the sums.
+For scalar formats three steps, composed here once for every backend: *extract* the code's bits from its planes (a
+matter of layout), map the *code to its value* (a matter of the element, `Element.decode`), and apply *zero point or
+offset, and scale*. Backends that multiply integers stop after the first step and apply the affine part to the sums.
+For vector formats: the sum of the centroids' elements, each gathered from a codebook.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from functools import cache
 
 from lowbit.compiler.ir.layout import plane_bits
 from lowbit.compiler.ir.program import Program, program
-from lowbit.quantizers.formats import Format
+from lowbit.quantizers.formats import Format, VectorFormat, WeightFormat
 
-__all__ = ["decode_program", "extract_program"]
+__all__ = ["decode_program", "extract_program", "outlier_program", "scalar_program", "vector_program"]
 
 
 @cache
@@ -38,14 +39,46 @@ def extract_program(bits: int) -> Program:
     return p.done()
 
 
+def decode_program(fmt: WeightFormat) -> Program:
+    """The decode program of any format: `scalar_program` or `vector_program`."""
+    if isinstance(fmt, VectorFormat):
+        return vector_program(fmt)
+    assert isinstance(fmt, Format)
+    return scalar_program(fmt)
+
+
 @cache
-def decode_program(fmt: Format) -> Program:
-    """`(value(extract(words)) - zero) * scale`: arguments of `extract_program`, then `scale` and, if stored, `zero`."""
+def vector_program(fmt: VectorFormat) -> Program:
+    """Element `lane` of the centroid `index` in `book`, plus that of `residual_index` in `residual_book` if there is
+    one. What norms do follows in the kernel: column norms on the activations, row norms on the sums."""
+    p = program("index", "lane", *(["residual_index"] if fmt.residual else []))
+    value = p.gather(p.arg("index"), p.arg("lane"), "book")
+    if fmt.residual:
+        value = p.add(value, p.gather(p.arg("residual_index"), p.arg("lane"), "residual_book"))
+    p.result(value)
+    return p.done()
+
+
+@cache
+def outlier_program() -> Program:
+    """The same for outlier columns: element `lane` of the centroid `index` in `outlier_book`."""
+    p = program("index", "lane")
+    p.result(p.gather(p.arg("index"), p.arg("lane"), "outlier_book"))
+    return p.done()
+
+
+@cache
+def scalar_program(fmt: Format) -> Program:
+    """`(value(extract(words)) - zero) * scale`, or `value * scale + offset`: arguments of `extract_program`, then
+    `scale` and, if stored, `zero` or `offset`."""
     extract = extract_program(fmt.bits)
-    p = program(*extract.args, "scale", *(["zero"] if fmt.zero else []))
+    p = program(*extract.args, "scale", *(["zero"] if fmt.zero else ["offset"] if fmt.offset else []))
     code = p.inline(extract, {name: p.arg(name) for name in extract.args})
     value = p.inline(fmt.element.decode(), {"code": code})
     if fmt.zero:
         value = p.sub(value, p.arg("zero"))
-    p.result(p.mul(value, p.arg("scale")))
+    if fmt.offset:
+        p.result(p.fma(value, p.arg("scale"), p.arg("offset")))
+    else:
+        p.result(p.mul(value, p.arg("scale")))
     return p.done()

@@ -27,7 +27,9 @@ def candidates(spec: KernelSpec, target: Target, m: int) -> list[tuple[float, Ba
     found: list[tuple[float, Backend, Schedule]] = []
     for name in os.environ.get("LOWBIT_BACKENDS", ",".join(BACKENDS)).split(","):
         backend = load_backend(name)
-        if target.kind not in backend.kinds or (name != "reference" and spec.layout_ != LAYOUTS[backend.layout]):
+        if target.kind not in backend.kinds or (
+            name != "reference" and spec.layout_ != LAYOUTS[backend.layout_of(spec.weight_format)]
+        ):
             continue
         if why := backend.available(target) or backend.supports(spec, target):
             say_once(f"backend {name} cannot run {spec.format} on {target}: {why}")

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
+
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.layout import Layout
-from lowbit.quantizers.formats import K_ALIGN, Format, parse_format
+from lowbit.compiler.ir.layout import Layout, plane_bits
+from lowbit.quantizers.formats import K_ALIGN, Format, VectorFormat, WeightFormat, parse_format
 from lowbit.quantizers.qtensor import padded_columns, padded_group
 
 __all__ = ["COMPUTE", "DTYPES", "EPILOGUES", "Compute", "KernelSpec"]
@@ -46,7 +48,7 @@ class KernelSpec:
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE or self.x_dtype not in DTYPES or self.out_dtype not in DTYPES:
             raise KernelError("LB0401", f"no such kernel: {self.compute} {self.x_dtype} -> {self.out_dtype}")
-        if self.compute != "float" and not self.fmt.element.integer:
+        if self.compute != "float" and not (isinstance(self.weight_format, Format) and self.fmt.element.integer):
             raise KernelError("LB0402", f"{self.format} cannot be multiplied as integers")
         if any(e not in EPILOGUES for e in self.epilogue):
             raise KernelError("LB0403", f"unknown epilogue in {self.epilogue}")
@@ -54,9 +56,32 @@ class KernelSpec:
             raise KernelError("LB0404", f"silu_mul needs two equal segments, not {self.segments}")
 
     @cached_property
-    def fmt(self) -> Format:
+    def weight_format(self) -> WeightFormat:
         """The weight format, parsed."""
         return parse_format(self.format)
+
+    @property
+    def fmt(self) -> Format:
+        """The weight format of a kernel whose weights have one code each."""
+        assert isinstance(self.weight_format, Format), self.format
+        return self.weight_format
+
+    @property
+    def vector(self) -> VectorFormat | None:
+        """The weight format when one index stands for several weights, else None."""
+        return self.weight_format if isinstance(self.weight_format, VectorFormat) else None
+
+    @cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the weight's tensors, in the order in which the operator passes them (see `PackedWeight`)."""
+        if (v := self.vector) is None:
+            planes = tuple(f"plane{i}" for i in range(len(plane_bits(self.fmt.bits))))
+            return (*planes, "scale", *(["zero"] if self.fmt.zero else ["offset"] if self.fmt.offset else []))
+        parts = ["index", "book"]
+        parts += ["residual_index", "residual_book"] if v.residual else []
+        parts += ["outlier_index", "outlier_book"] if v.outliers else []
+        parts += ["columns"] if v.ordered else []
+        return (*parts, *(["norm_scale", "norm_bias"] if v.norm != "none" else []))
 
     @cached_property
     def layout_(self) -> Layout:
@@ -75,9 +100,9 @@ class KernelSpec:
 
     @property
     def rows(self) -> int:
-        """Packed rows: every segment padded to the layout's row tile."""
-        tile = self.layout_.row_tile
-        return sum(math.ceil(n / tile) * tile for n in self.segments)
+        """Packed rows (of codes, or of vectors' indices): every segment padded to the layout's row tile."""
+        tile, dim = self.layout_.row_tile, self.vector.dim if self.vector else 1
+        return sum(math.ceil(n / dim / tile) * tile for n in self.segments)
 
     @property
     def blocks(self) -> int:
@@ -114,8 +139,8 @@ class KernelSpec:
 
     @property
     def scale_dtype(self) -> str:
-        """dtype of packed scales: `f16` or `f32` (bfloat16 scales are widened when packed)."""
-        return "f16" if self.fmt.scale == "f16" else "f32"
+        """dtype of packed scales or codebooks: `f16` or `f32` (bfloat16 ones are widened when packed)."""
+        return "f16" if self.weight_format.scale_dtype == torch.float16 else "f32"
 
     def key(self) -> str:
         """Canonical JSON: equal specs, equal text."""

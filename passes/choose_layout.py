@@ -16,6 +16,7 @@ from lowbit.codegen import BACKENDS, load_backend
 from lowbit.compiler.ir.graph import Weight
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.ir.types import QType
+from lowbit.quantizers.formats import WeightFormat, parse_format
 
 __all__ = ["ChooseLayout", "layout_of"]
 
@@ -28,12 +29,13 @@ class ChooseLayout(ModulePass):
     target: str = ""
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        layout = layout_of(Target.parse(self.target) if self.target else host_target())
+        target = Target.parse(self.target) if self.target else host_target()
         for weight in [w for w in op.walk() if isinstance(w, Weight)]:
             if isinstance(t := weight.outs[0].type, QType):
+                layout = layout_of(target, parse_format(t.fmt.data))
                 Rewriter.replace_value_with_new_type(weight.outs[0], QType.get(t.n.data, t.k.data, t.fmt.data, layout))
 
 
-def layout_of(target: Target) -> str:
-    """The packed layout of the first backend that serves the target's kind of device."""
-    return next(b.layout for b in map(load_backend, BACKENDS) if target.kind in b.kinds)
+def layout_of(target: Target, fmt: WeightFormat) -> str:
+    """The packed layout for `fmt` of the first backend that serves the target's kind of device."""
+    return next(b.layout_of(fmt) for b in map(load_backend, BACKENDS) if target.kind in b.kinds)

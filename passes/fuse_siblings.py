@@ -17,6 +17,7 @@ from xdsl.rewriter import InsertPoint, Rewriter
 
 from lowbit.compiler.ir.graph import Linear, Split, Weight, at, path_of
 from lowbit.compiler.ir.types import QType, dims, tensor
+from lowbit.quantizers.formats import VectorFormat, parse_format
 
 __all__ = ["FuseSiblings"]
 
@@ -31,12 +32,18 @@ class FuseSiblings(ModulePass):
         groups: dict[tuple[SSAValue, str, str, str], list[Linear]] = defaultdict(list)
         for linear in [f for f in op.walk() if isinstance(f, Linear)]:
             type_ = linear.args_[1].type
-            if isinstance(type_, QType) and not linear.steps() and _own_weight(linear):
+            if isinstance(type_, QType) and not linear.steps() and _own_weight(linear) and _stackable(type_):
                 parent = path_of(linear).rpartition(".")[0]
                 groups[linear.args_[0], parent, type_.fmt.data, type_.layout.data].append(linear)
         for siblings in groups.values():
             if len(siblings) > 1:
                 _fuse(siblings)
+
+
+def _stackable(type_: QType) -> bool:
+    """Matrices that keep an order or norm of their input columns cannot share one activation row."""
+    fmt = parse_format(type_.fmt.data)
+    return not (isinstance(fmt, VectorFormat) and (fmt.ordered or fmt.norm == "col"))
 
 
 def _own_weight(linear: Linear) -> bool:

@@ -65,7 +65,7 @@ class LowerKernels(ModulePass):
         segments = tuple(cast(IntAttr, s).data for s in linear.segments.data) if linear.segments else (type_.n.data,)
         layout = str(LAYOUTS[type_.layout.data])
         float_only = KernelSpec(segments, type_.k.data, type_.fmt.data, layout, "float", epilogue=linear.steps())
-        if self.compute == "float" or not float_only.fmt.element.integer:
+        if self.compute == "float" or float_only.vector or not float_only.fmt.element.integer:
             return float_only
         compute = cast(Compute, self.compute)
         return KernelSpec(segments, type_.k.data, type_.fmt.data, layout, compute, epilogue=linear.steps())
@@ -94,7 +94,7 @@ def kernel_op(name: str, spec: KernelSpec) -> lbk.Kernel:
         block.add_op(done)
         acc = done.res
     block.add_op(lbk.Yield(acc))
-    return lbk.Kernel(name, _spec_attributes(spec), decode_program(spec.fmt).clone(), Region(block))
+    return lbk.Kernel(name, _spec_attributes(spec), decode_program(spec.weight_format).clone(), Region(block))
 
 
 def _spec_attributes(spec: KernelSpec) -> dict[str, Attribute]:

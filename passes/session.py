@@ -15,7 +15,7 @@ from xdsl.context import Context
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import IRError
 from lowbit.compiler.ir.text import new_context
-from lowbit.quantizers.formats import Format
+from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = ["PassContext", "Session", "session_of"]
@@ -24,7 +24,7 @@ __all__ = ["PassContext", "Session", "session_of"]
 class Session(Protocol):
     """A model being compiled."""
 
-    def quantize(self, path: str, fmt: Format) -> str:
+    def quantize(self, path: str, fmt: WeightFormat) -> str:
         """Quantize the layer at module path `path`; returns the method's name and error, for the IR."""
         ...
 

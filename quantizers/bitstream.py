@@ -17,25 +17,29 @@ __all__ = ["pack_bits", "unpack_bits"]
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes [R, C] below 2**bits -> int32 words [R, ceil(C * bits / 32)]."""
+    """Codes [R, C] below 2**bits, of 1 to 32 bits -> int32 words [R, ceil(C * bits / 32)]."""
     rows, cols = codes.shape
     runs = math.ceil(cols / 32)
-    padded = pad(codes, (0, runs * 32 - cols)).reshape(rows, runs, 32).to(torch.int32)
-    words = torch.zeros(rows, runs, bits, dtype=torch.int32, device=codes.device)
+    wide = torch.int64 if bits > 8 else torch.int32
+    padded = pad(codes, (0, runs * 32 - cols)).reshape(rows, runs, 32).to(wide)
+    words = torch.zeros(rows, runs, bits, dtype=wide, device=codes.device)
     for i in range(32):
         word, shift = divmod(i * bits, 32)
         words[..., word] |= padded[..., i] << shift
         if shift + bits > 32:
             words[..., word + 1] |= padded[..., i] >> (32 - shift)
-    return words.reshape(rows, runs * bits).narrow_copy(1, 0, math.ceil(cols * bits / 32))
+    flat = words.reshape(rows, runs * bits).narrow_copy(1, 0, math.ceil(cols * bits / 32))
+    return flat.to(torch.int32)  # drops what was shifted beyond bit 31; the next word has it
 
 
 def unpack_bits(words: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
-    """Inverse of `pack_bits`: uint8 codes [R, cols]."""
+    """Inverse of `pack_bits`: codes [R, cols], uint8 up to 8 bits, else int64."""
     rows, stored = words.shape
     runs = math.ceil(cols / 32)
     padded = pad(words, (0, runs * bits - stored)).reshape(rows, runs, bits)
-    codes = torch.empty(rows, runs, 32, dtype=torch.uint8, device=words.device)
+    if bits > 8:
+        padded = padded.to(torch.int64) & 0xFFFFFFFF
+    codes = torch.empty(rows, runs, 32, dtype=torch.uint8 if bits <= 8 else torch.int64, device=words.device)
     for i in range(32):
         word, shift = divmod(i * bits, 32)
         code = padded[..., word] >> shift

@@ -1,15 +1,16 @@
-"""Quantized matrices: `QTensor`, the exact meaning, and `PackedWeight`, the same codes in a kernel's layout."""
+"""Scalar-quantized matrices: `QTensor`, the exact meaning, and `PackedWeight`, any weight in a kernel's layout."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.layout import Layout
-from lowbit.quantizers.formats import K_ALIGN, Format
+from lowbit.quantizers.formats import K_ALIGN, Format, WeightFormat
 
 __all__ = ["PackedWeight", "QTensor", "column_map", "pack", "padded_columns", "padded_group", "unpack"]
 
@@ -19,13 +20,15 @@ class QTensor:
     """One quantized [N, K] matrix in canonical form.
 
     codes: uint8 [N, K]. scale: [rows, groups] in the format's scale dtype, rows = N (1 for per-tensor formats).
-    zero: uint8 [rows, groups] (a code offset), present exactly when the format is asymmetric.
+    zero: uint8 [rows, groups] (a code offset), present exactly when the format is asymmetric. offset: like `scale`,
+    added to every value, present exactly when the format has offsets (`fz`).
     """
 
     fmt: Format
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -39,6 +42,9 @@ class QTensor:
             raise FormatError("LB0221", f"{self.fmt} {'needs' if self.fmt.zero else 'has no'} zero points")
         if self.zero is not None and tuple(self.zero.shape) != side:
             raise FormatError("LB0222", f"{self.fmt} of {n}x{k} needs zero points {side}")
+        given = None if self.offset is None else (tuple(self.offset.shape), self.offset.dtype)
+        if given != ((side, self.fmt.scale_dtype) if self.fmt.offset else None):
+            raise FormatError("LB0225", f"{self.fmt} of {n}x{k} needs {'' if self.fmt.offset else 'no '}offsets {side}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,7 +62,10 @@ class QTensor:
         values = self.fmt.element.levels()[self.codes.long()]
         if self.zero is not None:
             values = values - self._spread(self.zero.float(), n, k)
-        return (values * self._spread(self.scale.float(), n, k)).to(dtype)
+        values = values * self._spread(self.scale.float(), n, k)
+        if self.offset is not None:
+            values = values + self._spread(self.offset.float(), n, k)
+        return values.to(dtype)
 
     def _spread(self, side: torch.Tensor, n: int, k: int) -> torch.Tensor:
         wide = side.repeat_interleave(self.fmt.granularity.group_size(k), dim=1)[:, :k]
@@ -65,21 +74,40 @@ class QTensor:
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """Codes and side values in a kernel's layout.
+    """Codes and side values in a kernel's layout, for one matrix or several siblings (segments).
 
-    segments: rows of each sibling matrix, one after the other; each is padded to the layout's row tile. planes: one
-    1-D tensor of containers per plane (low bits first). scale: laid out by `Layout.pack_side`, float16 or float32.
-    zero: uint8 beside the scales, or None. Padded columns hold code 0 and meet zero activations; padded rows hold
-    scale 0.
+    segments: rows of each sibling matrix, one after the other; each is padded to the layout's row tile. tensors: the
+    operands of the kernel by name, in a fixed order. Scalar formats have `plane0`, `plane1` ... (1-D containers, low
+    bits first), `scale`, and if stored `zero` (uint8) and `offset`, laid out by `Layout.pack_side`; scales and offsets
+    are float16 or float32. Padded columns hold code 0 and meet zero activations; padded rows hold scale 0. Vector
+    formats: see `quantizers.vqtensor`.
     """
 
-    fmt: Format
+    fmt: WeightFormat
     layout: Layout
     segments: tuple[int, ...]
     k: int
-    planes: tuple[torch.Tensor, ...]
-    scale: torch.Tensor
-    zero: torch.Tensor | None
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def planes(self) -> tuple[torch.Tensor, ...]:
+        """The bit planes of a scalar format."""
+        return tuple(t for name, t in self.tensors.items() if name.startswith("plane"))
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The scales of a scalar format."""
+        return self.tensors["scale"]
+
+    @property
+    def zero(self) -> torch.Tensor | None:
+        """The zero points, if stored."""
+        return self.tensors.get("zero")
+
+    @property
+    def offset(self) -> torch.Tensor | None:
+        """The offsets, if stored."""
+        return self.tensors.get("offset")
 
     @property
     def n(self) -> int:
@@ -93,8 +121,7 @@ class PackedWeight:
 
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        parts = [*self.planes, self.scale, *([self.zero] if self.zero is not None else [])]
-        return sum(p.numel() * p.element_size() for p in parts)
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -125,48 +152,42 @@ def pack(tensors: list[QTensor], layout: Layout) -> PackedWeight:
     if any(t.fmt != fmt or t.shape[1] != k for t in tensors):
         raise FormatError("LB0223", "matrices packed together must share format and input columns")
     cols, where = padded_columns(fmt, k), column_map(fmt, k)
-    codes, scales, zeros = [], [], []
+    codes = []
     for t in tensors:
-        n = t.shape[0]
-        rows = _round_up(n, layout.row_tile)
-        padded = torch.zeros(rows, cols, dtype=torch.uint8)
-        padded[:n, where] = t.codes
+        padded = torch.zeros(_round_up(t.shape[0], layout.row_tile), cols, dtype=torch.uint8)
+        padded[: t.shape[0], where] = t.codes
         codes.append(padded)
-        scales.append(_pad_side(t.scale, n, rows))
-        if t.zero is not None:
-            zeros.append(_pad_side(t.zero, n, rows))
-    scale = torch.cat(scales)
-    if scale.dtype == torch.bfloat16:
-        scale = scale.float()  # exact; kernels read float16 and float32
-    return PackedWeight(
-        fmt,
-        layout,
-        tuple(t.shape[0] for t in tensors),
-        k,
-        tuple(layout.pack(torch.cat(codes), fmt.bits)),
-        layout.pack_side(scale),
-        layout.pack_side(torch.cat(zeros)) if zeros else None,
-    )
+    parts = {f"plane{i}": plane for i, plane in enumerate(layout.pack(torch.cat(codes), fmt.bits))}
+    for name in ("scale", "zero", "offset"):
+        sides = [_pad_side(getattr(t, name), t.shape[0], layout) for t in tensors if getattr(t, name) is not None]
+        if sides:
+            parts[name] = layout.pack_side(torch.cat(sides))
+    return PackedWeight(fmt, layout, tuple(t.shape[0] for t in tensors), k, parts)
 
 
 def unpack(packed: PackedWeight) -> list[QTensor]:
     """Inverse of `pack`, bit-exact (per-tensor scales come back one per row, as a per-channel format)."""
     fmt, layout, k = packed.fmt, packed.layout, packed.k
+    assert isinstance(fmt, Format)
     codes = layout.unpack(list(packed.planes), fmt.bits, packed.rows, padded_columns(fmt, k))
     codes = codes[:, column_map(fmt, k)]
-    scale = layout.unpack_side(packed.scale).to(fmt.scale_dtype)
-    zero = layout.unpack_side(packed.zero) if packed.zero is not None else None
+    sides = {
+        name: layout.unpack_side(packed.tensors[name]) for name in ("scale", "zero", "offset") if name in packed.tensors
+    }
+    sides = {name: side if name == "zero" else side.to(fmt.scale_dtype) for name, side in sides.items()}
     rows = 1 if fmt.granularity.kind == "t" else None
     out, start = [], 0
     for n in packed.segments:
-        side = slice(start, start + (rows or n))
-        out.append(QTensor(fmt, codes[start : start + n], scale[side], zero[side] if zero is not None else None))
+        part = {name: side[start : start + (rows or n)] for name, side in sides.items()}
+        out.append(QTensor(fmt, codes[start : start + n], **part))
         start += _round_up(n, layout.row_tile)
     return out
 
 
-def _pad_side(side: torch.Tensor, n: int, rows: int) -> torch.Tensor:
-    """Side values of one matrix, [n or 1, groups] -> [rows, groups], zero in padded rows."""
-    out = torch.zeros(rows, side.shape[1], dtype=side.dtype)
+def _pad_side(side: torch.Tensor, n: int, layout: Layout) -> torch.Tensor:
+    """Side values of one matrix, [n or 1, groups] -> [padded n, groups], zero in padded rows; bfloat16 is widened
+    (exactly), because kernels read float16 and float32."""
+    dtype = torch.float32 if side.dtype == torch.bfloat16 else side.dtype
+    out = torch.zeros(_round_up(n, layout.row_tile), side.shape[1], dtype=dtype)
     out[:n] = side
     return out

@@ -6,6 +6,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +16,9 @@ from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
-from lowbit.quantizers.formats import Format, parse_format
-from lowbit.quantizers.qtensor import QTensor, column_map, pack, padded_columns
+from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.qtensor import column_map, padded_columns
+from lowbit.quantizers.weights import QWeight, pack_weights, random_weight
 
 BACKEND = CppBackend()
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -37,8 +39,9 @@ class Job:
 
 
 def spec_of(fmt: str, compute: str, segments: tuple[int, ...], k: int, **rest: object) -> KernelSpec:
-    """A spec in the C++ backend's layout."""
-    return KernelSpec(segments, k, fmt, str(LAYOUTS["panel16"]), compute, **rest)  # type: ignore[arg-type]
+    """A spec in the layout that the C++ backend reads."""
+    layout = LAYOUTS[BACKEND.layout_of(parse_format(fmt))]
+    return KernelSpec(segments, k, fmt, str(layout), compute, **rest)  # type: ignore[arg-type]
 
 
 def build(jobs: list[Job]) -> list[Launcher]:
@@ -56,23 +59,14 @@ def build(jobs: list[Job]) -> list[Launcher]:
         return list(pool.map(one, range(len(jobs))))
 
 
-def random_qtensor(fmt: Format, n: int, k: int, seed: int) -> QTensor:
-    """Random codes, scales and zero points."""
-    rng = torch.Generator().manual_seed(seed)
-    side = fmt.side_shape(n, k)
-    codes = torch.randint(0, 2**fmt.bits, (n, k), generator=rng).to(torch.uint8)
-    scale = (torch.rand(side, generator=rng) * 0.02 + 0.001).to(fmt.scale_dtype)
-    zero = torch.randint(0, 2**fmt.bits, side, generator=rng).to(torch.uint8) if fmt.zero else None
-    return QTensor(fmt, codes, scale, zero)
-
-
-def tensors_of(spec: KernelSpec, seed: int = 0) -> list[QTensor]:
+def tensors_of(spec: KernelSpec, seed: int = 0) -> list[Any]:
     """One random matrix per segment."""
-    return [random_qtensor(parse_format(spec.format), n, spec.k, seed + i) for i, n in enumerate(spec.segments)]
+    seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(spec.segments))]
+    return [random_weight(spec.weight_format, n, spec.k, s) for n, s in zip(spec.segments, seeds, strict=True)]
 
 
 def rounded_activations(spec: KernelSpec, x: torch.Tensor) -> torch.Tensor:
-    """float64 [M, K]: what the kernel's integer activations stand for, by the rule in `activations.h`."""
+    """float64 [M, K]: what the kernel's integer activations stand for, by the rule in `scalar_rows.h`."""
     fmt, chunk = spec.fmt, spec.chunk_blocks * 32
     cols, where = padded_columns(fmt, spec.k), column_map(fmt, spec.k)
     chunks = -(-cols // chunk)
@@ -87,7 +81,7 @@ def rounded_activations(spec: KernelSpec, x: torch.Tensor) -> torch.Tensor:
     return values.reshape(x.shape[0], chunks * chunk)[:, where]
 
 
-def expected(spec: KernelSpec, x: torch.Tensor, weights: list[QTensor]) -> torch.Tensor:
+def expected(spec: KernelSpec, x: torch.Tensor, weights: list[QWeight]) -> torch.Tensor:
     """float64 [M, sum(segments)]: products before the epilogue, with the spec's rounding of activations."""
     dense = torch.cat([w.dequantize() for w in weights]).double()
     return (rounded_activations(spec, x) if spec.limbs else x.double()) @ dense.T
@@ -97,7 +91,7 @@ def launch(
     run: Launcher,
     spec: KernelSpec,
     x: torch.Tensor,
-    weights: list[QTensor],
+    weights: list[QWeight],
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -106,7 +100,7 @@ def launch(
     room = torch.full((m * n + 2 * guard,), 7.0, dtype=DTYPES[spec.out_dtype])
     out = room[guard : guard + m * n].view(m, n)
     out.fill_(float("nan"))
-    run(x.contiguous(), pack(weights, LAYOUTS["panel16"]), bias, residual, out)
+    run(x.contiguous(), pack_weights(weights, spec.layout_), bias, residual, out)
     assert bool((room[:guard] == 7).all())
     assert bool((room[guard + m * n :] == 7).all())
     return out

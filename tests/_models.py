@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowbit.compiler.runtime.modules import QuantLinear
-from lowbit.quantizers.formats import Format, parse_format
+from lowbit.quantizers.formats import Format, scalar_format
 from lowbit.quantizers.qtensor import QTensor
 
 __all__ = ["dequantized", "random_qtensor", "round_to_nearest", "swap_linears", "tiny_llama"]
@@ -31,13 +31,14 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
 
 def random_qtensor(fmt: Format | str, n: int, k: int, seed: int = 0) -> QTensor:
     """Random codes, scales and zero points."""
-    fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
+    fmt = scalar_format(fmt) if isinstance(fmt, str) else fmt
     rng = torch.Generator().manual_seed(seed)
     side = fmt.side_shape(n, k)
     codes = torch.randint(0, 2**fmt.bits, (n, k), generator=rng).to(torch.uint8)
     scale = (torch.rand(side, generator=rng) + 0.01).to(fmt.scale_dtype)
     zero = torch.randint(0, 2**fmt.bits, side, generator=rng).to(torch.uint8) if fmt.zero else None
-    return QTensor(fmt, codes, scale, zero)
+    offset = torch.randn(side, generator=rng).to(fmt.scale_dtype) if fmt.offset else None
+    return QTensor(fmt, codes, scale, zero, offset)
 
 
 def round_to_nearest(weight: torch.Tensor, fmt: Format) -> QTensor:
@@ -58,7 +59,7 @@ def swap_linears(model: nn.Module, text: str, skip: tuple[str, ...] = ("lm_head"
     """Replace linear layers by QuantLinear, rounding to nearest, in place."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not path.endswith(skip):
-            q = round_to_nearest(module.weight, parse_format(text))
+            q = round_to_nearest(module.weight, scalar_format(text))
             bias = module.bias.detach() if module.bias is not None else None
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, QuantLinear.from_qtensor(q, bias))

@@ -7,11 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lowbit.codegen.backend import Backend, Launcher, Source
-from lowbit.codegen.cpp.emit import ISA_FLAGS, emit_text
+from lowbit.codegen.cpp.assemble import ISA_FLAGS
+from lowbit.codegen.cpp.emit import emit_text
 from lowbit.codegen.cpp.launch import load_kernel
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.cpp.schedules import predict, schedules
 from lowbit.codegen.cpp.toolchain import FLAGS, compile_shared, compiler_version, find_compiler
+from lowbit.codegen.cpp.vector_emit import emit_vector_text
+from lowbit.codegen.cpp.vector_plan import VectorPlan
+from lowbit.codegen.cpp.vector_schedules import vector_predict, vector_schedules
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import LAYOUTS
@@ -21,11 +25,13 @@ __all__ = ["CppBackend"]
 
 
 class CppBackend(Backend):
-    """Serves every CPU target. Kernels read layout `panel16`; see `direct` and `buffered` for the two shapes."""
+    """Serves every CPU target. Kernels come in two shapes, for few and for many tokens: `direct` and `buffered` for
+    formats with one code per weight, `vector_direct` and `vector_buffered` for vector formats."""
 
     name = "cpp"
     kinds = ("cpu",)
     layout = "panel16"
+    vector_layout = "vectors8"
 
     def available(self, target: Target) -> str | None:
         if target.kind != "cpu":
@@ -35,8 +41,8 @@ class CppBackend(Backend):
         return None if find_compiler() else "no C++ compiler was found; install g++ or set CXX"
 
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
-        if spec.layout_ != LAYOUTS[self.layout]:
-            return f"the C++ kernels read layout {LAYOUTS[self.layout]}"
+        if spec.layout_ != (layout := LAYOUTS[self.layout_of(spec.weight_format)]):
+            return f"the C++ kernels read layout {layout}"
         steps = spec.epilogue
         if len(set(steps)) != len(steps):
             return f"an epilogue step appears twice in {steps}"
@@ -47,14 +53,19 @@ class CppBackend(Backend):
         return None
 
     def schedules(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
-        found = list(schedules(spec, target.arch, m))
+        found = list((vector_schedules if spec.vector else schedules)(spec, target.arch, m))
         return sorted(found, key=lambda s: self.predict(spec, s, target, m))
 
     def predict(self, spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> float:
+        if spec.vector:
+            return vector_predict(VectorPlan(spec, schedule), target.arch, m)
         return predict(Plan(spec, schedule), target.arch, m)
 
     def emit(self, spec: KernelSpec, schedule: Schedule, target: Target) -> Source:
-        text = emit_text(Plan(spec, schedule), target.arch)
+        if spec.vector:
+            text = emit_vector_text(VectorPlan(spec, schedule), target.arch)
+        else:
+            text = emit_text(Plan(spec, schedule), target.arch)
         return Source(text, ".so", (*FLAGS, *ISA_FLAGS[target.arch]))
 
     def compile(self, source: Source, out: Path) -> None:
@@ -67,4 +78,4 @@ class CppBackend(Backend):
         return compiler_version()
 
     def load(self, artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launcher:
-        return load_kernel(artifact, Plan(spec, schedule))
+        return load_kernel(artifact, VectorPlan(spec, schedule) if spec.vector else Plan(spec, schedule))

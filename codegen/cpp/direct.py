@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.cpp.products import Products
-from lowbit.codegen.cpp.sides import dispatch, indent, panel_of, pointers, scale_and_zero, start_value
+from lowbit.codegen.cpp.sides import decode_sides, dispatch, indent, panel_of, pointers, scale_and_zero, start_value
 
 __all__ = ["direct_text"]
 
@@ -26,6 +26,7 @@ def _tile(plan: Plan, form: Products, width: int, height: int) -> str:
     if plan.group_chunks > 1:
         if plan.integer:
             lines += [f"F t{i}_{m} = fzero();" for i, m in cells]
+            lines += [f"float g{m} = 0.0f;" for m in range(height) if plan.shifts]
         lines += [
             "const int64_t end = c + kGroupChunks < kChunks ? c + kGroupChunks : kChunks;",
             "for (; c < end; ++c) {",
@@ -35,6 +36,7 @@ def _tile(plan: Plan, form: Products, width: int, height: int) -> str:
         lines.append("}")
         if plan.integer:
             lines += [f"y{i}_{m} = fma_(t{i}_{m}, s{i}, y{i}_{m});" for i, m in cells]
+            lines += [f"y{i}_{m} = fma_(fset1(g{m}), o{i}, y{i}_{m});" for i, m in cells if plan.shifts]
     else:
         lines.append("++c;")
     lines.append("}")
@@ -56,6 +58,7 @@ def _chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
     lines = [
         f"const {form.item}* x = (const {form.item}*)a.xq + (c * a.m + t) * kTokenStride;",
         *(["const float* xs = a.xs + c * a.m + t;", "const int32_t* xi = a.xi + c * a.m + t;"] if plan.integer else []),
+        *(["const float* xo = a.xo + c * a.m + t;"] if plan.shifts else []),
     ]
     for i in range(width):
         for m, d in _sums(plan, height):
@@ -71,14 +74,15 @@ def _chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
     for i in range(width):
         for m in range(height):
             lines += _collect(plan, i, m)
-    return lines
+    # What an offset is multiplied with: the sum of the group's activations.
+    return [*lines, *(f"g{m} += xo[{m}];" for m in range(height) if plan.shifts and plan.group_chunks > 1)]
 
 
 def _block(plan: Plan, form: Products, i: int, height: int) -> list[str]:
     """One 32-column block of one panel."""
     lines = ["{", *(f"const uint8_t* w{j} = p{i}w{j};" for j in range(len(plan.planes)))]
     if not plan.integer:
-        lines += [f"const F scale = s{i};", *([f"const F zero = z{i};"] if plan.spec.fmt.zero else [])]
+        lines += decode_sides(plan, i)
     if plan.prefetch:
         lines += [
             f"prefetch(w{j} + {plan.prefetch * bits // sum(plan.planes) // 64 * 64 + 64 * v});"
@@ -112,7 +116,8 @@ def _collect(plan: Plan, i: int, m: int) -> list[str]:
     total = digits[0] if len(digits) == 1 else f"vadd(shl<8>({digits[0]}), {digits[1]})"
     if plan.group_chunks > 1:
         return [f"t{i}_{m} = fma_(cvt({total}), fset1(xs[{m}]), t{i}_{m});"]
-    return [f"y{i}_{m} = fma_(fmul(cvt({total}), fset1(xs[{m}])), s{i}, y{i}_{m});"]
+    shift = [f"y{i}_{m} = fma_(fset1(xo[{m}]), o{i}, y{i}_{m});"] if plan.shifts else []
+    return [f"y{i}_{m} = fma_(fmul(cvt({total}), fset1(xs[{m}])), s{i}, y{i}_{m});", *shift]
 
 
 def _finish(plan: Plan, width: int, height: int) -> list[str]:

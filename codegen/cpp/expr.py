@@ -93,8 +93,11 @@ _TABLE: dict[str, Callable[..., Node]] = {
     "and": _and,
     "or": _or,
     "bitcast": _primitive("bitcast"),
+    "half": _primitive("half"),
     "int_to_float": _primitive("cvt"),
     "lut": lambda x, table: Node("lut", (x,), table),
+    # One vector holds the elements of a centroid, so the lane is not an argument of its own.
+    "gather": lambda index, lane, book: Node("gather", (index,), book),
     "add": _primitive("fadd"),
     "sub": _primitive("fsub"),
     "mul": _primitive("fmul"),
@@ -141,6 +144,8 @@ class Printer:
             return self._mask(node, args[0])
         if node.op == "and_or":
             return f"and_or({args[0]}, {self._constant(int(node.value))}, {args[1]})"  # type: ignore[arg-type]
+        if node.op == "gather":
+            return f"gather_{node.value}({node.value}, {args[0]})"
         if node.op == "lut":
             return self._lut(node, args[0])
         return f"{node.op}({', '.join(args)})"

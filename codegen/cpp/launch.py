@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lowbit.codegen.backend import Launcher
-from lowbit.codegen.cpp.plan import Plan
+from lowbit.codegen.cpp.plan import KernelPlan
 from lowbit.compiler.errors import KernelError
 from lowbit.quantizers.qtensor import PackedWeight
 
@@ -20,7 +20,7 @@ __all__ = ["load_kernel", "load_openmp"]
 
 _scratch = threading.local()
 _ARGTYPES: list[Any] = [
-    ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 8, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int,
+    ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_int,
 ]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def _room(size: int) -> int:
     return _scratch.address  # type: ignore[no-any-return]
 
 
-def load_kernel(artifact: Path, plan: Plan) -> Launcher:
+def load_kernel(artifact: Path, plan: KernelPlan) -> Launcher:
     """A launcher for the shared object `artifact`; raises KernelError (LB0414) when it cannot be loaded.
 
     Calls use as many threads as torch (`torch.set_num_threads`), allocate nothing once the scratch memory has grown,
@@ -69,8 +69,9 @@ def load_kernel(artifact: Path, plan: Plan) -> Launcher:
         raise KernelError("LB0414", f"cannot load the kernel {artifact.name}: {e}") from e
     run.argtypes, run.restype = _ARGTYPES, ctypes.c_int
     # Looked up once: a call must cost a few microseconds.
-    k, segments, n_out, count = plan.spec.k, plan.spec.segments, plan.spec.n_out, len(plan.planes)
-    token_bytes, thread_bytes = plan.token_bytes, plan.thread_bytes
+    k, segments, n_out, operands = plan.spec.k, plan.spec.segments, plan.spec.n_out, plan.spec.operands
+    shared_bytes, token_bytes, thread_bytes = plan.shared_bytes, plan.token_bytes, plan.thread_bytes
+    pointers = ctypes.c_void_p * len(operands)
     threads_of = torch.get_num_threads
 
     def launch(
@@ -84,16 +85,12 @@ def load_kernel(artifact: Path, plan: Plan) -> Launcher:
         if weight.k != k or weight.segments != segments or n != n_out or x.numel() != m * k:
             raise KernelError("LB0415", f"a kernel for {segments} x {k} got {weight.segments} x {weight.k}")
         threads = threads_of()
-        size = token_bytes * m + thread_bytes * threads + 256  # as checked in run.h
-        planes = weight.planes
+        size = shared_bytes + token_bytes * m + thread_bytes * threads + 256  # as checked in run.h
+        tensors = weight.tensors
         status = run(
             x.data_ptr(),
             m,
-            planes[0].data_ptr(),
-            planes[1].data_ptr() if count > 1 else None,
-            planes[2].data_ptr() if count > 2 else None,
-            weight.scale.data_ptr(),
-            None if weight.zero is None else weight.zero.data_ptr(),
+            pointers(*[tensors[name].data_ptr() for name in operands]),
             None if bias is None else bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
             out.data_ptr(),

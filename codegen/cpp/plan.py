@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,28 +12,23 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import plane_bits
 
-__all__ = ["PANEL", "Plan"]
+__all__ = ["PANEL", "KernelPlan", "Plan", "align"]
 
 PANEL = 16
 """Rows of a panel: the int32 lanes of one 64-byte vector."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Sizes of one kernel. Schedule fields it reads:
+class KernelPlan(ABC):
+    """What kernels of scalar and of vector formats have in common. Schedule fields it reads:
 
     tile_m: tokens of one register tile. tile_n: rows of one register tile, a multiple of 16. extra `buffered`: 0 to
     decode into registers (few tokens), 1 to decode a chunk into a buffer once and reuse it for many tokens. extra
-    `accs`: independent accumulators per sum (direct kernels). extra `prefetch`: bytes fetched ahead (direct kernels,
-    0 = none). extra `tokens`: tokens that share one decoded chunk (buffered kernels).
+    `tokens`: tokens that share one decoded chunk (buffered kernels).
     """
 
     spec: KernelSpec
     schedule: Schedule
-
-    def __post_init__(self) -> None:
-        if self.tile_m < 1 or self.schedule.tile_n % PANEL or self.np < 1 or (self.silu and self.np % 2):
-            raise KernelError("LB0412", f"no C++ kernel has tiles of {self.tile_m} x {self.schedule.tile_n}")
 
     @property
     def tile_m(self) -> int:
@@ -46,13 +42,63 @@ class Plan:
 
     @property
     def silu(self) -> bool:
-        """True when gate and up panels are processed in pairs."""
+        """True when gate and up rows are processed in pairs."""
         return "silu_mul" in self.spec.epilogue
 
     @property
     def buffered(self) -> bool:
         """True for the many-token kernel."""
         return bool(self.schedule.get("buffered", 0))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that share one decoded chunk, a multiple of `tile_m`."""
+        return max(1, self.schedule.get("tokens", 96) // self.tile_m) * self.tile_m
+
+    @cached_property
+    def heights(self) -> tuple[int, ...]:
+        """Tokens per register tile that occur, largest first. Direct kernels decode again for every tile, so tiles
+        between half and full size exist and anything smaller is left to single tokens; buffered tiles are small."""
+        low = 1 if self.buffered else self.tile_m // 2 + 1
+        return tuple(dict.fromkeys([*range(self.tile_m, low - 1, -1), 1]))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Scratch bytes of a call, whatever the tokens and threads."""
+        return 0
+
+    @property
+    @abstractmethod
+    def token_bytes(self) -> int:
+        """Scratch bytes per token, shared by all threads: activations and what belongs to them."""
+
+    @property
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """Scratch bytes of one gathered row of activations."""
+
+    @property
+    @abstractmethod
+    def thread_bytes(self) -> int:
+        """Scratch bytes per thread: one gathered row, then what the kernel needs."""
+
+    @property
+    @abstractmethod
+    def token_stride(self) -> int:
+        """Elements of one token in one chunk of the prepared activations."""
+
+
+@dataclass(frozen=True)
+class Plan(KernelPlan):
+    """Sizes of one kernel of a scalar format. Schedule fields it reads, besides those of every kernel:
+
+    extra `accs`: independent accumulators per sum (direct kernels). extra `prefetch`: bytes fetched ahead (direct
+    kernels, 0 = none).
+    """
+
+    def __post_init__(self) -> None:
+        if self.tile_m < 1 or self.schedule.tile_n % PANEL or self.np < 1 or (self.silu and self.np % 2):
+            raise KernelError("LB0412", f"no C++ kernel has tiles of {self.tile_m} x {self.schedule.tile_n}")
 
     @property
     def accs(self) -> int:
@@ -65,14 +111,14 @@ class Plan:
         return self.schedule.get("prefetch", 0)
 
     @property
-    def tokens(self) -> int:
-        """Tokens that share one decoded chunk, a multiple of `tile_m`."""
-        return max(1, self.schedule.get("tokens", 96) // self.tile_m) * self.tile_m
-
-    @property
     def integer(self) -> bool:
         """True when products are formed on codes as integers."""
         return self.spec.limbs > 0
+
+    @property
+    def shifts(self) -> bool:
+        """True when sums of activations are needed as floats, to multiply the offsets with."""
+        return self.integer and self.spec.fmt.offset
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -96,7 +142,6 @@ class Plan:
 
     @property
     def token_stride(self) -> int:
-        """Elements (int8 or float) of one token in one chunk of the prepared activations."""
         return max(1, self.spec.limbs) * self.chunk_cols
 
     @property
@@ -126,18 +171,11 @@ class Plan:
         found = [self.np] if self.slots >= self.unit else []
         return tuple(dict.fromkeys([*found, *([single] if self.slots % self.unit else [])]))
 
-    @cached_property
-    def heights(self) -> tuple[int, ...]:
-        """Tokens per register tile that occur, largest first. Direct kernels decode again for every tile, so tiles
-        between half and full size exist and anything smaller is left to single tokens; buffered tiles are small."""
-        low = 1 if self.buffered else self.tile_m // 2 + 1
-        return tuple(dict.fromkeys([*range(self.tile_m, low - 1, -1), 1]))
-
     @property
     def token_bytes(self) -> int:
-        """Scratch bytes per token, shared by all threads: activations, scales, starting values."""
+        """Scratch bytes per token, shared by all threads: activations, scales, starting values, sums."""
         item = 1 if self.integer else 4
-        return self.spec.chunks * (self.token_stride * item + 8)
+        return self.spec.chunks * (self.token_stride * item + 12)
 
     @property
     def code_bytes(self) -> int:
@@ -146,8 +184,7 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        """Scratch bytes of one gathered row of activations."""
-        return _align(self.spec.blocks * 32 * 4)
+        return align(self.spec.blocks * 32 * 4)
 
     @property
     def thread_bytes(self) -> int:
@@ -155,5 +192,6 @@ class Plan:
         return self.row_bytes + (self.code_bytes + self.tokens * self.np * 64 if self.buffered else 0)
 
 
-def _align(size: int) -> int:
+def align(size: int) -> int:
+    """`size` bytes, rounded up to whole cache lines."""
     return (size + 63) // 64 * 64

@@ -13,7 +13,7 @@ from lowbit.codegen.cpp.expr import Node, Printer, build, name, number
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.decode import decode_program, extract_program
 
-__all__ = ["FloatProducts", "IntProducts", "Products", "products"]
+__all__ = ["CentroidProducts", "FloatProducts", "IntProducts", "Products", "products"]
 
 
 class Products(ABC):
@@ -93,7 +93,7 @@ class FloatProducts(Products):
 
     def weight(self, step: int) -> str:
         fmt = self.plan.spec.fmt
-        args = self._args(step // 4, step % 4 * 8) | {"scale": name("scale"), "zero": name("zero")}
+        args = self._args(step // 4, step % 4 * 8) | {side: name(side) for side in ("scale", "zero", "offset")}
         return self.printer.text(build(decode_program(fmt), args))
 
     def activation(self, pointer: str, offset: str) -> str:
@@ -104,6 +104,13 @@ class FloatProducts(Products):
 
     def offset(self, step: int) -> int:
         return step
+
+
+class CentroidProducts(FloatProducts):
+    """Products with rows that are decoded before: what is left of `FloatProducts` without a scalar format."""
+
+    def __init__(self) -> None:
+        self.printer = Printer("words")
 
 
 def products(plan: Plan) -> Products:

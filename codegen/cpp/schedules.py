@@ -10,7 +10,7 @@ from lowbit.codegen.cpp.plan import PANEL, Plan
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
-__all__ = ["Machine", "predict", "schedules"]
+__all__ = ["MACHINES", "TILES", "Machine", "predict", "schedules"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Machine:
     sums: int
 
 
-_MACHINES = {
+MACHINES = {
     # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
     "avx512vnni": Machine(2.7, 12.0, 2.0, 2.0, 2.0, 16),
     "avx512": Machine(2.7, 12.0, 2.0, 2.0, 5.0, 16),
@@ -38,7 +38,7 @@ _MACHINES = {
     "avx2": Machine(3.0, 12.0, 1.5, 1.0, 3.0, 4),
     "generic": Machine(3.0, 12.0, 0.5, 0.5, 24.0, 2),
 }
-_TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((2, 2), (4, 1), (1, 2)), 2: ((2, 1), (1, 2))}
+TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((2, 2), (4, 1), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
 loop, AVX-512 holds 24 sums beside 4 weights."""
 
@@ -57,7 +57,7 @@ def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
 
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
-    room, digits = _MACHINES[arch].sums, max(1, spec.limbs)
+    room, digits = MACHINES[arch].sums, max(1, spec.limbs)
     height = max(1, min(tokens, room // digits // pair))
     panels = [p for p in (4, 2, 1) if p % pair == 0 and (p == pair or p * height * digits <= room)]
     # Few panels are better split evenly over threads than streamed side by side.
@@ -69,14 +69,14 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
 
 
 def _buffered(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
-    for height, panels in _TILES[_MACHINES[arch].sums]:
+    for height, panels in TILES[MACHINES[arch].sums]:
         shape = (min(height, tokens), max(pair, panels) * PANEL)
         yield Schedule(*shape, spec.chunk_blocks * 32).with_extra(buffered=1, tokens=192)
 
 
 def predict(plan: Plan, arch: str, m: int) -> float:
     """Seconds of one call on one core with cold weights, from the bytes read and the operations issued."""
-    cpu, spec = _MACHINES[arch], plan.spec
+    cpu, spec = MACHINES[arch], plan.spec
     weights = spec.rows * spec.blocks * 32
     read = weights * spec.fmt.bits / 8 + spec.rows * spec.groups * (2 + spec.fmt.zero)
     # One stream leaves the memory system a fifth idle; fetching ahead bridges page boundaries.

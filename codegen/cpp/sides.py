@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lowbit.codegen.cpp.plan import Plan
 
-__all__ = ["dispatch", "indent", "panel_of", "pointers", "scale_and_zero", "start_value"]
+__all__ = ["decode_sides", "dispatch", "indent", "panel_of", "pointers", "scale_and_zero", "start_value"]
 
 
 def indent(lines: list[str]) -> str:
@@ -36,7 +36,8 @@ def pointers(plan: Plan, width: int, block: str = "0") -> list[str]:
 
 
 def scale_and_zero(plan: Plan, width: int, group: str) -> list[str]:
-    """Declarations of `s<panel>` (scales of 16 rows) and, for formats with zero points, `z<panel>`."""
+    """Declarations of `s<panel>` (scales of 16 rows) and `z<panel>` or `o<panel>` where zero points or offsets are
+    stored."""
     out = []
     for i in range(width):
         at = f"(({panel_of(plan, width, i)}) * kGroups + {group}) * 16"
@@ -44,7 +45,16 @@ def scale_and_zero(plan: Plan, width: int, group: str) -> list[str]:
         if plan.spec.fmt.zero:
             load = f"load_u8(a.zero + {at})"
             out.append(f"const V z{i} = zero_pair({load});" if plan.integer else f"const F z{i} = cvt({load});")
+        if plan.spec.fmt.offset:
+            out.append(f"const F o{i} = load_scale((const ST*)a.offset + {at});")
     return out
+
+
+def decode_sides(plan: Plan, i: int) -> list[str]:
+    """The names that the float decode program of panel `i` uses."""
+    fmt = plan.spec.fmt
+    sides = ["scale", *(["zero"] if fmt.zero else ["offset"] if fmt.offset else [])]
+    return [f"const F {side} = {side[0]}{i};" for side in sides]
 
 
 def start_value(plan: Plan, i: int, word: str) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lowbit.codegen.backend import Backend, Launcher, Source
-from lowbit.codegen.decode import decode_program
+from lowbit.codegen.decode import outlier_program, scalar_program, vector_program
 from lowbit.codegen.reference.torch_ops import TORCH
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import plane_bits
+from lowbit.compiler.ir.program import Program
 from lowbit.compiler.ir.target import Target
+from lowbit.quantizers.formats import Format, VectorFormat
 from lowbit.quantizers.qtensor import PackedWeight, column_map, padded_columns
+from lowbit.quantizers.vqtensor import VQTensor, unpack_vectors
 
 __all__ = ["ReferenceBackend", "decode_weight", "run_reference"]
 
@@ -23,6 +27,10 @@ _TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.floa
 
 def decode_weight(weight: PackedWeight) -> torch.Tensor:
     """The packed weight as float32 [sum(segments), K], by running the format's decode program on the packed words."""
+    if isinstance(weight.fmt, VectorFormat):
+        on_cpu = replace(weight, tensors={name: t.cpu() for name, t in weight.tensors.items()})
+        return torch.cat([_decode_vectors(q) for q in unpack_vectors(on_cpu)])
+    assert isinstance(weight.fmt, Format)
     fmt, layout, rows = weight.fmt, weight.layout, weight.rows
     cols = padded_columns(fmt, weight.k)
     args: dict[str, torch.Tensor] = {}
@@ -34,14 +42,43 @@ def decode_weight(weight: PackedWeight) -> torch.Tensor:
     group = torch.arange(weight.k) // fmt.granularity.group_size(weight.k)
     args = {name: value[:, where] for name, value in args.items()}
     args["scale"] = layout.unpack_side(weight.scale.cpu()).float()[:, group]
-    if weight.zero is not None:
-        args["zero"] = layout.unpack_side(weight.zero.cpu()).float()[:, group]
-    dense = decode_program(fmt).run(TORCH, args)
+    for name in ("zero", "offset"):
+        if name in weight.tensors:
+            args[name] = layout.unpack_side(weight.tensors[name].cpu()).float()[:, group]
+    dense = scalar_program(fmt).run(TORCH, args)
     tile, start, keep = layout.row_tile, 0, []
     for n in weight.segments:
         keep.append(dense[start : start + n])
         start += -(-n // tile) * tile
     return torch.cat(keep)
+
+
+def _decode_vectors(q: VQTensor) -> torch.Tensor:
+    """One vector-quantized matrix by its decode programs, then order and norms."""
+    rows = torch.arange(q.n)[:, None]
+    group = torch.arange(q.indices.shape[1]) // (q.indices.shape[1] // q.fmt.groups)
+
+    def run(
+        program: Program, dim: int, books: dict[str, torch.Tensor], indices: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        at = group if "book" in books else torch.tensor(0)
+        table = {**TORCH, "gather": lambda index, lane, book: books[book].float()[at, index.long(), lane]}
+        return program.run(table, {"lane": rows % dim, **{name: i[rows[:, 0] // dim] for name, i in indices.items()}})
+
+    books, indices = {"book": q.centroids}, {"index": q.indices}
+    if q.residual is not None and q.residual_centroids is not None:
+        books["residual_book"], indices["residual_index"] = q.residual_centroids, q.residual
+    dense = run(vector_program(q.fmt), q.fmt.dim, books, indices)
+    if q.fmt.outliers and q.outlier_indices is not None and q.outlier_centroids is not None:
+        books = {"outlier_book": q.outlier_centroids[None]}
+        first = run(outlier_program(), q.fmt.outliers.dim, books, {"index": q.outlier_indices})
+        dense = torch.cat([first, dense], dim=1)
+    if q.perm is not None:
+        dense = dense[:, torch.argsort(q.perm)]
+    if q.norm_scale is None or q.norm_bias is None:
+        return dense
+    scale, bias = q.norm_scale.float(), q.norm_bias.float()
+    return dense * scale + bias if q.fmt.norm == "col" else dense * scale[:, None] + bias[:, None]
 
 
 def run_reference(
@@ -72,6 +109,7 @@ class ReferenceBackend(Backend):
     name = "reference"
     kinds = ("cpu", "cuda", "ref")
     layout = "panel16"
+    vector_layout = "vectors8"
 
     def available(self, target: Target) -> str | None:
         return None

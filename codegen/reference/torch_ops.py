@@ -19,6 +19,10 @@ def _bitcast(x: torch.Tensor) -> torch.Tensor:
     return signed.view(torch.float32)
 
 
+def _half(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x >= 2**15, x - 2**16, x).to(torch.int16).view(torch.float16).float()
+
+
 TORCH: dict[str, Callable[..., Any]] = {
     "const": lambda value: torch.tensor(value, dtype=torch.float32),
     "int": lambda value: torch.tensor(value, dtype=torch.int64),
@@ -27,6 +31,7 @@ TORCH: dict[str, Callable[..., Any]] = {
     "and": lambda x, y: x & y,
     "or": lambda x, y: x | y,
     "bitcast": _bitcast,
+    "half": _half,
     "int_to_float": lambda x: x.float(),
     "lut": _lut,
     "add": lambda x, y: x + y,

@@ -20,6 +20,7 @@ from lowbit.codegen.triton.emitter import emit_source
 from lowbit.codegen.triton.model import predict
 from lowbit.codegen.triton.space import candidates, illegal
 from lowbit.codegen.triton.tiles import Tiles
+from lowbit.codegen.triton.vector_tiles import VectorTiles
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
 from lowbit.compiler.ir.target import Target
@@ -35,6 +36,7 @@ class TritonBackend(Backend):
     name = "triton"
     kinds = ("cuda",)
     layout = "words"
+    vector_layout = "vectors"
 
     def available(self, target: Target) -> str | None:
         if find_spec("triton") is None:
@@ -46,8 +48,11 @@ class TritonBackend(Backend):
         return None
 
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
-        if spec.layout_ != LAYOUTS[self.layout]:
-            return f"reads the layout {LAYOUTS[self.layout]}, not {spec.layout}"
+        layout = LAYOUTS[self.layout_of(spec.weight_format)]
+        if spec.layout_ != layout:
+            return f"reads the layout {layout}, not {spec.layout}"
+        if spec.vector:
+            return _vector_limits(spec)
         if spec.compute == "int16":
             return "two-digit integer products are for CPUs; use compute='float' or 'int8'"
         widest = max(plane_bits(spec.fmt.bits))
@@ -83,7 +88,20 @@ class TritonBackend(Backend):
     def load(self, artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launcher:
         from lowbit.codegen.triton.launch import load_module, make_launcher
 
-        # Tiles is built first: a schedule that does not belong to the spec fails here, not inside a launch.
-        if Tiles(spec, schedule).steps < schedule.split_k:
-            raise KernelError("LB0440", f"{schedule.split_k} splits of {Tiles(spec, schedule).steps} steps")
+        # Tiles are built first: a schedule that does not belong to the spec fails here, not inside a launch.
+        steps = (VectorTiles(spec, schedule) if spec.vector else Tiles(spec, schedule)).steps
+        if steps < schedule.split_k:
+            raise KernelError("LB0440", f"{schedule.split_k} splits of {steps} steps")
         return make_launcher(load_module(artifact), spec, schedule)
+
+
+def _vector_limits(spec: KernelSpec) -> str | None:
+    """Why a vector format's operands cannot be addressed with 32 bits, or None."""
+    fmt = spec.vector
+    assert fmt is not None
+    outliers, size = fmt.partition(spec.k)
+    indices = max(spec.rows * size * fmt.groups, sum(spec.segments) * outliers)
+    if indices >= 2**31:
+        return "one plane has more than 2**31 indices"
+    books = len(spec.segments) * fmt.groups * fmt.dim * max(fmt.centroids, fmt.residual)
+    return "the codebooks have more than 2**31 elements" if books >= 2**31 else None

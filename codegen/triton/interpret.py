@@ -82,9 +82,7 @@ def _to_plain(call: Call) -> dict[str, Any]:
         "schedule": call.schedule.to_dict(),
         "source": call.source or emit_source(call.spec, call.schedule),
         "x": call.x,
-        "planes": list(weight.planes),
-        "scale": weight.scale,
-        "zero": weight.zero,
+        "weight": dict(weight.tensors),
         "bias": call.bias,
         "residual": call.residual,
     }
@@ -95,9 +93,7 @@ def _run_call(plain: dict[str, Any], module_file: Path) -> torch.Tensor:
 
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain["spec"].items()}
     spec = KernelSpec(**fields)
-    weight = PackedWeight(
-        spec.fmt, spec.layout_, spec.segments, spec.k, tuple(plain["planes"]), plain["scale"], plain["zero"]
-    )
+    weight = PackedWeight(spec.weight_format, spec.layout_, spec.segments, spec.k, plain["weight"])
     module_file.write_text(plain["source"])
     launch = make_launcher(load_module(module_file), spec, Schedule.from_dict(plain["schedule"]))
     x = plain["x"]

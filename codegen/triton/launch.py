@@ -15,6 +15,7 @@ from lowbit.codegen.backend import Launcher
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.triton.tiles import Tiles
+from lowbit.codegen.triton.vector_tiles import VectorTiles
 from lowbit.compiler.errors import KernelError
 from lowbit.quantizers.qtensor import PackedWeight
 
@@ -23,7 +24,7 @@ __all__ = ["kernels_of", "load_module", "make_launcher"]
 _COUNTERS = 1 << 20  # int32 arrival counters a device keeps: 4 MiB
 
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8, "i32": torch.int32,
-          "u8": torch.uint8}  # fmt: skip
+          "i16": torch.int16, "u8": torch.uint8}  # fmt: skip
 
 
 def load_module(path: Path) -> ModuleType:
@@ -41,9 +42,9 @@ def load_module(path: Path) -> ModuleType:
 def kernels_of(module: ModuleType) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """(function, parameter types, compiler options) of a generated module's kernels, the main one first."""
     main = (module.kernel, module.ARGS, module.OPTIONS)
-    if not module.QUANTIZE_ARGS:
+    if not module.PREPARE_ARGS:
         return [main]
-    return [main, (module.quantize, module.QUANTIZE_ARGS, module.QUANTIZE_OPTIONS)]
+    return [main, (module.prepare, module.PREPARE_ARGS, module.PREPARE_OPTIONS)]
 
 
 class _Counters:
@@ -88,13 +89,12 @@ _counters = _Counters()
 
 def make_launcher(module: ModuleType, spec: KernelSpec, schedule: Schedule) -> Launcher:
     """A launcher for an imported module. On a GPU both kernels are compiled now, not inside the first call."""
-    tiles = Tiles(spec, schedule)
+    tiles = VectorTiles(spec, schedule) if spec.vector else Tiles(spec, schedule)
     options = dict(module.OPTIONS)
     if torch.cuda.is_available() and hasattr(module.kernel, "warmup"):
         for fn, args, its_options in kernels_of(module):
             fn.warmup(*(_TORCH[t[1:]] if t.startswith("*") else 16 for t in args.values()), grid=(1,), **its_options)
         _counters.reserve(torch.device("cuda", torch.cuda.current_device()))
-    n_tiles = -(-tiles.n_acc // schedule.tile_n)
 
     def launch(
         x: torch.Tensor,
@@ -104,12 +104,10 @@ def make_launcher(module: ModuleType, spec: KernelSpec, schedule: Schedule) -> L
         out: torch.Tensor,
     ) -> None:
         m = x.shape[0]
-        first = [x]
-        if tiles.integer:
-            first = _quantized(module, tiles, x)
-        args: list[Any] = [*first, *weight.planes, weight.scale]
-        args += [t for t in (weight.zero, bias, residual) if t is not None]
-        programs = n_tiles * -(-m // schedule.tile_m)
+        first = _prepared(module, tiles, x, weight) if module.PREPARE_ARGS else [x]
+        args: list[Any] = [*first, *weight.tensors.values()]
+        args += [t for t in (bias, residual) if t is not None]
+        programs = tiles.n_tiles * -(-m // schedule.tile_m)
         args.append(out)
         if schedule.split_k > 1:
             shape = (schedule.split_k, len(tiles.accumulators), m, tiles.n_acc)
@@ -130,11 +128,21 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
-def _quantized(module: ModuleType, tiles: Tiles, x: torch.Tensor) -> list[torch.Tensor]:
-    m, steps = x.shape[0], tiles.steps
-    q = torch.empty((m, steps * tiles.step_columns), dtype=torch.int8, device=x.device)
-    scale = torch.empty((m, steps), dtype=torch.float32, device=x.device)
-    sums = torch.empty((m, steps), dtype=torch.int32, device=x.device)
+def _prepared(module: ModuleType, tiles: Tiles | VectorTiles, x: torch.Tensor, weight: PackedWeight) -> list[Any]:
+    """What the main kernel takes for x: int8 digits with their scales and sums, or x in the columns' stored order."""
+    m, given = x.shape[0], []
+    if isinstance(tiles, VectorTiles):
+        parts, made = tiles.pieces, [torch.empty_like(x)]
+        if "x_sum_ptr" in module.PREPARE_ARGS:
+            made.append(torch.empty((m, parts), dtype=torch.float32, device=x.device))
+        given = [t for name, t in weight.tensors.items() if f"{name}_ptr" in module.PREPARE_ARGS]
+    else:
+        parts = tiles.steps
+        made = [
+            torch.empty((m, parts * tiles.step_columns), dtype=torch.int8, device=x.device),
+            torch.empty((m, parts), dtype=torch.float32, device=x.device),
+            torch.empty((m, parts), dtype=torch.int32, device=x.device),
+        ]
     with _on(x.device):
-        module.quantize[(m, steps)](x, q, scale, sums, m, **module.QUANTIZE_OPTIONS)
-    return [q, scale, sums]
+        module.prepare[(m, parts)](x, *made, *given, m, **module.PREPARE_OPTIONS)
+    return made

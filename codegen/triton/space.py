@@ -13,8 +13,10 @@ from itertools import product
 
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
-from lowbit.codegen.triton.model import gpu_of, predict, registers, shared_bytes
-from lowbit.codegen.triton.tiles import tiles_of
+from lowbit.codegen.triton.gpus import gpu_of
+from lowbit.codegen.triton.model import predict, registers, shared_bytes
+from lowbit.codegen.triton.tiles import Tiles, tiles_of
+from lowbit.codegen.triton.vector_tiles import VectorTiles, vector_tiles_of
 from lowbit.compiler.ir.target import Target
 
 __all__ = ["candidates", "illegal"]
@@ -25,16 +27,18 @@ _MAX_UNROLLED = 8  # tokens a gemv kernel holds sums for
 
 def illegal(spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
     """Why `schedule` cannot run `spec` on `target`, or None."""
-    tiles, gpu = tiles_of(spec, schedule), gpu_of(target)
+    tiles, gpu = _tiles(spec, schedule), gpu_of(target)
     sizes = (schedule.tile_m, schedule.tile_n, schedule.tile_k, schedule.warps)
     if any(size < 1 or size & (size - 1) for size in sizes):
         return f"tiles and warps must be powers of two, not {sizes}"
     if schedule.tile_k < 32:
         return f"a step covers whole blocks of 32 columns, not {schedule.tile_k}"
+    if isinstance(tiles, VectorTiles) and schedule.tile_n < tiles.lanes:
+        return f"a tile of {schedule.tile_n} rows is shorter than a vector of {tiles.lanes}"
     if schedule.split_k < 1 or schedule.split_k > tiles.steps:
         return f"{tiles.steps} steps cannot be split {schedule.split_k} ways"
     if schedule.get("gemv", 0):
-        if tiles.integer:
+        if spec.compute == "int8":
             return "integer products need matrix instructions"
         if schedule.tile_m > _MAX_UNROLLED:
             return f"a kernel without matrix instructions holds sums for at most {_MAX_UNROLLED} tokens"
@@ -47,6 +51,10 @@ def illegal(spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
     return None
 
 
+def _tiles(spec: KernelSpec, schedule: Schedule) -> Tiles | VectorTiles:
+    return vector_tiles_of(spec, schedule) if spec.vector else tiles_of(spec, schedule)
+
+
 def candidates(spec: KernelSpec, target: Target, m: int) -> list[Schedule]:
     """Legal schedules for `m` tokens, the predicted best first."""
     found = {s: predict(spec, s, target, m) for s in _space(spec, target, m) if illegal(spec, s, target) is None}
@@ -54,6 +62,9 @@ def candidates(spec: KernelSpec, target: Target, m: int) -> list[Schedule]:
 
 
 def _space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
+    if spec.vector:
+        yield from _vector_space(spec, target, m)
+        return
     if m <= 4 and spec.compute == "float":
         yield from _gemv_space(spec, target, m)
     yield from _dot_space(spec, target, m)
@@ -61,8 +72,8 @@ def _space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
 
 def _splits(spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> Iterator[Schedule]:
     """The schedule, and its split versions while there are fewer programs than four a multiprocessor."""
-    tiles = tiles_of(spec, schedule)
-    programs = math.ceil(m / schedule.tile_m) * math.ceil(tiles.n_acc / schedule.tile_n)
+    tiles = _tiles(spec, schedule)
+    programs = math.ceil(m / schedule.tile_m) * tiles.n_tiles
     for split in (1, 2, 4, 8, 16):
         if split == 1 or (programs * split <= 4 * gpu_of(target).multiprocessors and split * 2 <= tiles.steps):
             yield replace(schedule, split_k=split)
@@ -78,11 +89,11 @@ def _gemv_space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
 
 
 def _dot_space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
-    heights = [h for h in (16, 32, 64, 128, 256) if h < 2 * m and h >= min(m, 64) // 2] or [16]
+    heights = _heights(m)
     depths = (32,) if spec.compute == "int8" else (64, 128, 256)
     for tile_m, tile_n, tile_k, stages in product(heights, (64, 128, 256), depths, (2, 3, 4)):
         for warps, swap, after in product((4, 8), (0, 1), (0, 1)):
-            if spec.compute == "int8" and after:
+            if after and (spec.compute == "int8" or spec.fmt.offset):
                 continue
             if tile_m >= 128 and (tile_k > 128 or warps == 4):
                 continue
@@ -94,3 +105,26 @@ def _dot_space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
             if m <= 64:
                 base = base.with_extra(evict_first=1)
             yield from _splits(spec, base, target, m)
+
+
+def _heights(m: int) -> list[int]:
+    return [h for h in (16, 32, 64, 128, 256) if h < 2 * m and h >= min(m, 64) // 2] or [16]
+
+
+def _vector_space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
+    if m <= 4:
+        tile_m = 1 << (m - 1).bit_length()
+        for tile_n, tile_k, warps in product((16, 32, 64, 128), (32, 64, 128, 256), (2, 4, 8)):
+            base = Schedule(tile_m, tile_n, tile_k, warps, 2).with_extra(gemv=1)
+            if tile_n * tile_k // vector_tiles_of(spec, base).lanes >= warps * 32:
+                yield from _splits(spec, base, target, m)
+    fmt = spec.vector
+    assert fmt is not None
+    # Addresses of residuals and of vectors in pieces take the registers that the largest accumulators need.
+    plain = not fmt.residual and fmt.dim & (fmt.dim - 1) == 0
+    heights = [h for h in _heights(m) if h < 256 or plain] or [128]
+    for tile_m, tile_n, tile_k, stages in product(heights, (64, 128, 256), (32, 64), (2, 3, 4)):
+        for warps, swap in product((4, 8), (0, 1)):
+            if tile_m < 128 or warps == 8:
+                base = Schedule(tile_m, tile_n, tile_k, warps, stages).with_extra(swap=swap)
+                yield from _splits(spec, base, target, m)

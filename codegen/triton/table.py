@@ -6,7 +6,8 @@ Three local rewrites keep the instruction count low, and know nothing of formats
 - An integer becomes a float by placing it in the mantissa of a large power of two, where its lowest bit already
   stands: one logical operation and no shift, where the conversion instruction runs at a quarter of the rate. The
   power of two to subtract is merged with the next integer constant or operand added.
-- A multiplication by the literal 1.0 disappears, so that a caller who applies scales to sums passes 1.0 for the scale.
+- A multiplication by the literal 1.0 disappears, as does an addition of 0.0, so that a caller who applies scales and
+  offsets to sums passes these.
 """
 
 from __future__ import annotations
@@ -69,11 +70,15 @@ def _any(fields: tuple[Field, ...], position: int) -> str:
 
 
 class Printer:
-    """Prints programs as Triton statements into `lines`; names of temporaries are unique per printer."""
+    """Prints programs as Triton statements into `lines`; names of temporaries are unique per printer.
 
-    def __init__(self, lines: list[str], indent: str) -> None:
+    `gather(index, lane, book)` prints the load of a codebook's element; programs of scalar formats have none.
+    """
+
+    def __init__(self, lines: list[str], indent: str, gather: Callable[[Expr, Expr, str], Expr] | None = None) -> None:
         self.lines = lines
         self.indent = indent
+        self._gather = gather
         self._count = 0
 
     def let(self, text: str) -> str:
@@ -89,7 +94,8 @@ class Printer:
 
     def table(self) -> dict[str, Callable[..., Expr]]:
         """Operation name -> printer, for `Program.run`."""
-        return {
+        gather = {"gather": self._gather} if self._gather else {}
+        return gather | {
             "const": lambda value: Expr(repr(float(value))),
             "int": lambda value: Expr(str(int(value))),
             "shr": _shr,
@@ -97,12 +103,13 @@ class Printer:
             "and": _and,
             "or": _or,
             "bitcast": lambda x: Expr(f"({x}).to(tl.float32, bitcast=True)"),
+            "half": lambda x: Expr(f"({x}).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)"),
             "int_to_float": _int_to_float,
             "lut": self._lut,
             "add": _add,
             "sub": _sub,
             "mul": _mul,
-            "fma": lambda x, y, z: Expr(f"({x} * {y} + {z})"),
+            "fma": _fma,
         }
 
     def _lut(self, index: Expr, table: tuple[float, ...]) -> Expr:
@@ -193,3 +200,9 @@ def _mul(x: Expr, y: Expr) -> Expr:
     if y.literal == 1.0:
         return x
     return Expr(f"({x} * {y})")
+
+
+def _fma(x: Expr, y: Expr, z: Expr) -> Expr:
+    if z.literal == 0.0:
+        return _mul(x, y)
+    return _add(x, z) if y.literal == 1.0 else Expr(f"({x} * {y} + {z})")

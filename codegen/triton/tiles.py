@@ -17,10 +17,7 @@ from lowbit.codegen.triton.table import Printer
 from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats import K_ALIGN
 
-__all__ = ["TRITON_TYPES", "Tiles", "tiles_of"]
-
-TRITON_TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
-"""dtype of a spec -> Triton's signature name."""
+__all__ = ["Tiles", "tiles_of"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,11 @@ class Tiles:
         return self.spec.n_out
 
     @cached_property
+    def n_tiles(self) -> int:
+        """Tiles that cover the rows."""
+        return -(-self.n_acc // self.schedule.tile_n)
+
+    @cached_property
     def block_mask(self) -> bool:
         """Whether some step has blocks beyond its own or beyond the matrix."""
         return self.step_blocks != self.stride_blocks or self.spec.blocks % self.step_blocks != 0
@@ -86,8 +88,15 @@ class Tiles:
 
     @cached_property
     def scale_after(self) -> bool:
-        """Whether scales multiply sums instead of weights."""
-        return self.one_group and bool(self.schedule.get("scale_after", 0))
+        """Whether scales multiply sums instead of weights; beside matrix instructions not where there are offsets,
+        which would need sums of the activation tile."""
+        wanted = bool(self.schedule.get("scale_after", 0))
+        return wanted and self.one_group and not (self.spec.fmt.offset and not self.schedule.get("gemv", 0))
+
+    @cached_property
+    def offset_after(self) -> bool:
+        """Whether offsets meet sums of activations instead of weights."""
+        return self.scale_after and self.spec.fmt.offset
 
     @cached_property
     def words(self) -> tuple[tuple[int, int], ...]:
@@ -123,7 +132,7 @@ class Tiles:
         return out
 
     def load_sides(self, a: int) -> list[str]:
-        """`scale` (and `zero`) as float32 tiles [rows, 1], or [rows, blocks] where a step crosses groups."""
+        """`scale`, `zero`, `offset` as float32 tiles [rows, 1], or [rows, blocks] where a step crosses groups."""
         spec = self.spec
         if self.one_group:
             group = "0" if spec.groups == 1 else f"step // {spec.group_blocks // self.stride_blocks}"
@@ -132,8 +141,8 @@ class Tiles:
             where = f"(block // {spec.group_blocks})[None, :] * {spec.rows} + n_{a}[:, None]"
             mask = self._mask(a, self.block_mask)
         out = [f"scale = tl.load(scale_ptr + {where}{mask}).to(tl.float32)"]
-        if spec.fmt.zero:
-            out.append(f"zero = tl.load(zero_ptr + {where}{mask}).to(tl.float32)")
+        for name in ["zero"] * spec.fmt.zero + ["offset"] * spec.fmt.offset:
+            out.append(f"{name} = tl.load({name}_ptr + {where}{mask}).to(tl.float32)")
         return out
 
     def columns(self) -> list[str]:
@@ -176,6 +185,8 @@ class Tiles:
         args["scale"] = "1.0" if self.scale_after else "scale"
         if self.spec.fmt.zero:
             args["zero"] = "zero"
+        if self.spec.fmt.offset:
+            args["offset"] = "0.0" if self.offset_after else "offset"
         return printer.run(decode_program(self.spec.fmt), args)
 
 

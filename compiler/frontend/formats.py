@@ -14,7 +14,7 @@ from lowbit.compiler.pipeline import run_pipeline
 from lowbit.passes.assign_formats import AssignFormats
 from lowbit.passes.canonicalize import Canonicalize
 from lowbit.passes.session import PassContext
-from lowbit.quantizers.formats import Format, parse_format
+from lowbit.quantizers.formats import WeightFormat, parse_format
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = ["Assignment", "assign"]
@@ -25,7 +25,7 @@ class Assignment:
     """formats: module path of every linear layer that gets one -> its format. reasons: why each weight has the format
     it has, or is kept. graph: the IR that says so."""
 
-    formats: dict[str, Format]
+    formats: dict[str, WeightFormat]
     reasons: dict[str, str]
     graph: ModuleOp
 
@@ -37,7 +37,7 @@ def assign(model: nn.Module, scheme: Scheme) -> Assignment:
     """
     graph = import_model(model)
     run_pipeline(graph, [Canonicalize(), AssignFormats()], PassContext.create(scheme=scheme))
-    formats: dict[str, Format] = {}
+    formats: dict[str, WeightFormat] = {}
     reasons: dict[str, str] = {}
     for weight in [op for op in graph.walk() if isinstance(op, Weight) and op.reason is not None]:
         path = weight.names.data[0].data.removesuffix(".weight")

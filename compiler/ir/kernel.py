@@ -42,6 +42,8 @@ __all__ = [
     "Bitcast",
     "Const",
     "Fma",
+    "Gather",
+    "Half",
     "IntConst",
     "IntToFloat",
     "Kernel",
@@ -140,6 +142,14 @@ class Bitcast(_Scalar):
 
 
 @irdl_op_definition
+class Half(_Scalar):
+    """The float16 whose bits are the operand (at most 16), as float32; exact, subnormal ones included."""
+
+    name = "lbk.half"
+    SIGNATURE: ClassVar[Signature] = ((i32,), f32)
+
+
+@irdl_op_definition
 class IntToFloat(_Scalar):
     """Convert a small non-negative integer."""
 
@@ -154,6 +164,15 @@ class Lut(_Scalar):
     name = "lbk.lut"
     table = attr_def(ArrayAttr)
     SIGNATURE: ClassVar[Signature] = ((i32,), f32)
+
+
+@irdl_op_definition
+class Gather(_Scalar):
+    """Element `lane` of centroid `index` in the operand `book`: the codebook of the weight's segment and group."""
+
+    name = "lbk.gather"
+    book = attr_def(StringAttr)
+    SIGNATURE: ClassVar[Signature] = ((i32, i32), f32)
 
 
 @irdl_op_definition
@@ -301,7 +320,7 @@ class Kernel(IRDLOperation):
 
 
 _OPS: list[type[Operation]] = [
-    Const, IntConst, Shr, Shl, And, Or, Bitcast, IntToFloat, Lut, AddFloat, SubFloat, Mul, Fma, ArgName, Yield,
+    Const, IntConst, Shr, Shl, And, Or, Bitcast, Half, IntToFloat, Lut, Gather, AddFloat, SubFloat, Mul, Fma, ArgName, Yield,
     QuantizeActivation, Mma, AddBias, SiluMul, Residual, Kernel,
 ]  # fmt: skip
 LBK = Dialect("lbk", _OPS, [])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -34,6 +34,7 @@ def plane_bits(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
+_WORDS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 CANONICAL_PLANES = {bits: plane_bits(bits) for bits in range(1, 9)}
 
 
@@ -52,8 +53,8 @@ class Layout:
         names = [d for d, _ in (*self.n, *self.k)]
         if sorted(names) != sorted((*self.memory, self.packed)):
             raise FormatError("LB0202", f"layout digits {names} and memory order {self.memory} do not match")
-        if self.container not in (8, 32):
-            raise FormatError("LB0203", f"container must be 8 or 32 bits, not {self.container}")
+        if self.container not in _WORDS:
+            raise FormatError("LB0203", f"container must be 8, 16 or 32 bits, not {self.container}")
 
     @staticmethod
     def parse(text: str) -> Layout:
@@ -81,7 +82,11 @@ class Layout:
     @property
     def word_dtype(self) -> torch.dtype:
         """dtype of a packed plane."""
-        return torch.uint8 if self.container == 8 else torch.int32
+        return _WORDS[self.container]
+
+    def with_container(self, bits: int) -> Layout:
+        """The same order with containers of `bits` bits."""
+        return replace(self, container=bits)
 
     def plane_sizes(self, bits: int, rows: int, cols: int) -> dict[str, int]:
         """Size of every digit for a plane of `bits` bits over `rows` x `cols` padded codes."""
@@ -99,25 +104,25 @@ class Layout:
         return sizes
 
     def pack_plane(self, codes: torch.Tensor, bits: int) -> torch.Tensor:
-        """Pack `codes` (uint8 [rows, cols], padded, values below 2**bits) into a 1-D tensor of containers."""
+        """Pack `codes` ([rows, cols], padded, values below 2**bits) into a 1-D tensor of containers."""
         sizes, k_names, n_names = self._digits(codes.shape, bits)
         grid = codes.reshape([sizes[d] for d in (*n_names, *k_names)])
         order = [(*n_names, *k_names).index(d) for d in (*self.memory, self.packed)]
-        grid = grid.permute(order)
+        grid = grid.permute(order).to(torch.int32)
         words = torch.zeros(grid.shape[:-1], dtype=self.word_dtype)
         for slot in range(sizes[self.packed]):
             words |= grid[..., slot].to(self.word_dtype) << (slot * bits)
         return words.reshape(-1)
 
     def unpack_plane(self, words: torch.Tensor, bits: int, rows: int, cols: int) -> torch.Tensor:
-        """Inverse of `pack_plane`: uint8 codes [rows, cols] of one plane."""
+        """Inverse of `pack_plane`: codes [rows, cols] of one plane, uint8 up to 8 bits, else int32."""
         sizes, k_names, n_names = self._digits(torch.Size((rows, cols)), bits)
         shifts = torch.arange(sizes[self.packed], dtype=torch.int64) * bits
         spread = words.to(torch.int64).reshape([sizes[d] for d in self.memory])
         grid: torch.Tensor = (spread[..., None] >> shifts) & (2**bits - 1)
         source = (*self.memory, self.packed)
         grid = grid.permute([source.index(d) for d in (*n_names, *k_names)])
-        return grid.reshape(rows, cols).to(torch.uint8)
+        return grid.reshape(rows, cols).to(torch.uint8 if bits <= 8 else torch.int32)
 
     def address(self, bits: int, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the `bits`-wide part of each code lies in its plane: container index and shift, int64 [rows, cols]."""
@@ -188,7 +193,11 @@ def _digits_text(digits: tuple[tuple[str, int], ...]) -> str:
 #   panel16: x86 byte dot products. A 64-byte vector holds 16 rows x 4 consecutive columns; a byte's packed codes are
 #            4 columns apart, so a mask (and shift) yields operands for `vpdpbusd` without any shuffle.
 #   words:   GPU kernels. 32-bit words run along K, neighbouring rows N lie side by side (coalesced across N).
+#   vectors8, vectors: codebook indices, one container each (rows are rows of vectors): 8 rows of a column together for
+#            CPUs, all rows of a column side by side for GPUs.
 LAYOUTS = {
     "panel16": Layout.parse("n=p.r16 k=b.v.s.j4 mem=p.b.v.r.j pack=s/8 block=32"),
     "words": Layout.parse("n=n k=b.v.s mem=b.v.n pack=s/32 block=32"),
+    "vectors8": Layout.parse("n=p.r8 k=b.s mem=p.b.r pack=s/16 block=1"),
+    "vectors": Layout.parse("n=n k=b.s mem=b.n pack=s/16 block=1"),
 }

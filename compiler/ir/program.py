@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntAttr, f32, i32
+from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntAttr, StringAttr, f32, i32
 from xdsl.ir import Block, Region, SSAValue
 
 from lowbit.compiler.ir import kernel as lbk
@@ -23,7 +23,7 @@ from lowbit.compiler.ir import kernel as lbk
 __all__ = ["Program", "ProgramBuilder", "program"]
 
 T = TypeVar("T")
-FLOAT_ARGS = ("scale", "zero", "value")
+FLOAT_ARGS = ("scale", "zero", "offset", "value")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def _apply(op: Any, table: Mapping[str, Callable[..., T]], operands: list[T]) ->
         return function(op.value.data)
     if isinstance(op, lbk.Lut):
         return function(*operands, tuple(entry.value.data for entry in op.table))
+    if isinstance(op, lbk.Gather):
+        return function(*operands, op.book.data)
     return function(*operands)
 
 
@@ -120,6 +122,10 @@ class ProgramBuilder:
         """float32 with the bits of `x`."""
         return self._emit(lbk.Bitcast(x))
 
+    def half(self, x: SSAValue) -> SSAValue:
+        """The float16 with the bits of `x`, as float32."""
+        return self._emit(lbk.Half(x))
+
     def int_to_float(self, x: SSAValue) -> SSAValue:
         """Integer to float32."""
         return self._emit(lbk.IntToFloat(x))
@@ -127,6 +133,10 @@ class ProgramBuilder:
     def lut(self, x: SSAValue, table: tuple[float, ...]) -> SSAValue:
         """`table[x]`."""
         return self._emit(lbk.Lut(x, attributes={"table": ArrayAttr(FloatAttr(v, f32) for v in table)}))
+
+    def gather(self, index: SSAValue, lane: SSAValue, book: str) -> SSAValue:
+        """Element `lane` of centroid `index` in the operand `book`."""
+        return self._emit(lbk.Gather(index, lane, attributes={"book": StringAttr(book)}))
 
     def add(self, x: SSAValue, y: SSAValue) -> SSAValue:
         """x + y."""
@@ -170,5 +180,5 @@ class ProgramBuilder:
 
 
 def program(*args: str) -> ProgramBuilder:
-    """Start a program with named arguments; `scale`, `zero` and `value` are floats, all others integers."""
+    """Start a program with named arguments; `scale`, `zero`, `offset` and `value` are floats, all others integers."""
     return ProgramBuilder(*args)

@@ -15,10 +15,10 @@ CPU_ISAS = ("avx512vnni", "avx512", "avx2vnni", "avx2", "generic")
 """Instruction sets kernels are emitted for, best first."""
 
 _NEEDS = {
-    "avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx2vnni": {"avx2", "fma", "f16c", "avx_vnni"},
-    "avx2": {"avx2", "fma", "f16c"},
+    "avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "bmi2"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "bmi2"},
+    "avx2vnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
+    "avx2": {"avx2", "fma", "f16c", "bmi2"},
     "generic": set[str](),
 }
 

@@ -16,7 +16,8 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target
 from lowbit.compiler.runtime.cache import KernelCache
-from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack
+from lowbit.quantizers.qtensor import PackedWeight
+from lowbit.quantizers.weights import QWeight, pack_weights, random_weight
 
 __all__ = ["TOLERANCE", "BuiltKernel", "build_kernel", "check_kernel", "sample_weight"]
 
@@ -104,14 +105,10 @@ def _find_or_compile(
 def sample_weight(spec: KernelSpec, seed: int = 0) -> PackedWeight:
     """Random codes in the spec's format and layout, for checks and measurements."""
     rng = torch.Generator().manual_seed(seed)
-    parts = []
+    parts: list[QWeight] = []
     for n in spec.segments:
-        side = spec.fmt.side_shape(n, spec.k)
-        codes = torch.randint(0, 2**spec.fmt.bits, (n, spec.k), generator=rng).to(torch.uint8)
-        scale = (torch.rand(side, generator=rng) * 0.02 + 0.001).to(spec.fmt.scale_dtype)
-        zero = torch.randint(0, 2**spec.fmt.bits, side, generator=rng).to(torch.uint8) if spec.fmt.zero else None
-        parts.append(QTensor(spec.fmt, codes, scale, zero))
-    return pack(parts, spec.layout_)
+        parts.append(random_weight(spec.weight_format, n, spec.k, rng))
+    return pack_weights(parts, spec.layout_)
 
 
 def check_kernel(spec: KernelSpec, launch: Launcher, target: Target, m: int = 3) -> float:
@@ -153,9 +150,4 @@ def _opt(tensor: torch.Tensor | None, device: str) -> torch.Tensor | None:
 
 
 def _to(weight: PackedWeight, device: str) -> PackedWeight:
-    return replace(
-        weight,
-        planes=tuple(p.to(device) for p in weight.planes),
-        scale=weight.scale.to(device),
-        zero=_opt(weight.zero, device),
-    )
+    return replace(weight, tensors={name: t.to(device) for name, t in weight.tensors.items()})

@@ -26,7 +26,7 @@ from lowbit.passes.lower_kernels import LowerKernels
 from lowbit.passes.pack import Pack
 from lowbit.passes.select_schedule import SelectSchedule
 from lowbit.passes.session import PassContext
-from lowbit.quantizers.formats import Format
+from lowbit.quantizers.formats import WeightFormat
 
 __all__ = ["CompileReport", "compile_model"]
 
@@ -49,7 +49,7 @@ class _ModelSession:
         self.model, self.dtype, self.device, self.max_tokens = model, dtype, device, max_tokens
         self.report = CompileReport()
 
-    def quantize(self, path: str, fmt: Format) -> str:
+    def quantize(self, path: str, fmt: WeightFormat) -> str:
         raise RunError("LB0502", "the model is not quantized yet", where=path, hint="call lowbit.quantize first")
 
     def pack(self, paths: tuple[str, ...], layout: str, epilogue: tuple[str, ...]) -> None:

@@ -11,9 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lowbit.compiler.ir.layout import LAYOUTS
-from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, layout_for
-from lowbit.quantizers.qtensor import QTensor, pack, unpack
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
+from lowbit.quantizers.weights import kernel_layout, pack_weights, stored, unpack_weights
 
 __all__ = ["QuantGatedMLP", "SiblingLinear", "fuse_gated_mlp", "fuse_siblings"]
 
@@ -21,13 +20,13 @@ __all__ = ["QuantGatedMLP", "SiblingLinear", "fuse_gated_mlp", "fuse_siblings"]
 def _stack(layers: list[QuantLinear], epilogue: tuple[str, ...]) -> PackedLinear:
     """The layers' weights, stacked by rows, on the device of the first."""
     inner = cast(PackedLinear, layers[0].prepare().inner)
-    device = cast(torch.Tensor, inner.scale).device
-    tensors = [layer.qtensor() for layer in layers]
-    return PackedLinear(pack(tensors, LAYOUTS[layout_for(device)]), inner.compute, epilogue).to(device)
+    packed = pack_weights([layer.qtensor() for layer in layers], kernel_layout(layers[0].fmt, inner.device))
+    return PackedLinear(packed, inner.compute, epilogue).to(inner.device)
 
 
-def _canonical(q: QTensor, prefix: str) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{name}": value for name, value in QuantLinear.from_qtensor(q).canonical().items()}
+def _stored(packed: PackedLinear, index: int, prefix: str) -> dict[str, torch.Tensor]:
+    q = unpack_weights(packed.packed())[index]
+    return {f"{prefix}{name}": value for name, value in stored(q).items()}
 
 
 class _Siblings:
@@ -67,7 +66,7 @@ class SiblingLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(_canonical(unpack(self._shared.packed.packed())[self._index], prefix))
+        destination.update(_stored(self._shared.packed, self._index, prefix))
 
 
 class QuantGatedMLP(nn.Module):
@@ -84,8 +83,8 @@ class QuantGatedMLP(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, q in zip(self._names, unpack(self.gate_up.packed()), strict=False):
-            destination.update(_canonical(q, f"{prefix}{name}."))
+        for index, name in enumerate(self._names[:2]):
+            destination.update(_stored(self.gate_up, index, f"{prefix}{name}."))
 
 
 def fuse_siblings(model: nn.Module, paths: tuple[str, ...]) -> bool:

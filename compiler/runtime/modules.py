@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,25 +11,30 @@ from torch import nn
 import lowbit.compiler.runtime.ops  # noqa: F401  (defines torch.ops.lowbit.linear)
 from lowbit.codegen.spec import Compute, KernelSpec
 from lowbit.compiler.errors import FormatError
-from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.runtime.dispatch import device_target
-from lowbit.quantizers.bitstream import pack_bits, unpack_bits
-from lowbit.quantizers.formats import Format
-from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack, unpack
+from lowbit.quantizers.formats import Format, WeightFormat
+from lowbit.quantizers.qtensor import PackedWeight
+from lowbit.quantizers.weights import (
+    QWeight,
+    from_stored,
+    kernel_layout,
+    pack_weights,
+    stored,
+    stored_shapes,
+    unpack_weights,
+)
 
-__all__ = ["PackedLinear", "QuantLinear", "default_compute", "layout_for"]
-
-_CANONICAL = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+__all__ = ["PackedLinear", "QuantLinear", "default_compute"]
 
 
-def default_compute(fmt: Format, device: torch.device) -> Compute:
+def default_compute(fmt: WeightFormat, device: torch.device) -> Compute:
     """How products are formed unless the user says otherwise.
 
     On CPUs integer formats use 16-bit activations as two int8 digits, which is as exact as bfloat16 activations and
     runs on the byte dot product; elsewhere weights are decoded to floats.
     """
     vector = device.type == "cpu" and device_target(device).arch != "generic"
-    return "int16" if vector and fmt.element.integer else "float"
+    return "int16" if vector and isinstance(fmt, Format) and fmt.element.integer else "float"
 
 
 class PackedLinear(nn.Module):
@@ -42,11 +46,9 @@ class PackedLinear(nn.Module):
     def __init__(self, packed: PackedWeight, compute: Compute, epilogue: tuple[str, ...]) -> None:
         super().__init__()
         self._meta = (packed.fmt, packed.layout, packed.segments, packed.k)
-        self._count = len(packed.planes)
-        for i, plane in enumerate(packed.planes):
-            self.register_buffer(f"plane{i}", plane, persistent=False)
-        self.register_buffer("scale", packed.scale, persistent=False)
-        self.register_buffer("zero", packed.zero, persistent=False)
+        self._names = tuple(packed.tensors)
+        for name, tensor in packed.tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
         self.compute: Compute = compute
         self._specs: dict[tuple[str, ...], str] = {}
         self.key = self.spec_key(epilogue)
@@ -59,17 +61,22 @@ class PackedLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight as a value."""
         fmt, layout, segments, k = self._meta
-        zero = cast("torch.Tensor | None", self.zero)
-        return PackedWeight(fmt, layout, segments, k, tuple(self._planes()), cast(torch.Tensor, self.scale), zero)
+        return PackedWeight(fmt, layout, segments, k, dict(zip(self._names, self.operands(), strict=True)))
 
-    def _planes(self) -> list[torch.Tensor]:
-        return [getattr(self, f"plane{i}") for i in range(self._count)]
+    def operands(self) -> list[torch.Tensor]:
+        """The packed tensors, in the order of `KernelSpec.operands`."""
+        return [getattr(self, name) for name in self._names]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return cast(torch.Tensor, getattr(self, self._names[0])).device
 
     def forward(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[..., K] -> [..., n_out]."""
-        out: torch.Tensor = torch.ops.lowbit.linear(x, self._planes(), self.scale, self.zero, bias, residual, self.key)
+        out: torch.Tensor = torch.ops.lowbit.linear(x, self.operands(), bias, residual, self.key)
         return out
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
@@ -84,17 +91,16 @@ class PackedLinear(nn.Module):
 class QuantLinear(nn.Module):
     """A linear layer with weights stored in `fmt`; the drop-in for `nn.Linear`.
 
-    Built empty (shapes only), it has the tensors of a checkpoint as buffers: `weight_packed` int32
-    [N, ceil(K*b/32)] (dense bit stream per row), `weight_scale` [N or 1, groups], `weight_zero_point` int32
-    [ceil(N*b/32), groups] (packed along N; asymmetric formats), `weight_shape` int64 [2]. `prepare` turns them into
-    the kernel's layout, after which that is the only copy; `state_dict` still gives the checkpoint's tensors.
+    Built empty (shapes only), it has the tensors of a checkpoint as buffers, see `quantizers.weights.stored`.
+    `prepare` turns them into the kernel's layout, after which that is the only copy; `state_dict` still gives the
+    checkpoint's tensors.
     """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        fmt: Format,
+        fmt: WeightFormat,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -102,27 +108,24 @@ class QuantLinear(nn.Module):
         super().__init__()
         fmt.check(out_features, in_features, "QuantLinear")
         self.in_features, self.out_features, self.fmt = in_features, out_features, fmt
-        rows, groups = fmt.side_shape(out_features, in_features)
-        words = math.ceil(in_features * fmt.bits / 32)
-        self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32, device=device))
-        self.register_buffer("weight_scale", torch.zeros(rows, groups, dtype=fmt.scale_dtype, device=device))
-        if fmt.zero:
-            zero_words = math.ceil(rows * fmt.bits / 32)
-            self.register_buffer("weight_zero_point", torch.zeros(zero_words, groups, dtype=torch.int32, device=device))
+        self._stored = stored_shapes(fmt, out_features, in_features)
+        for name, (kind, shape) in self._stored.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.inner: PackedLinear | None = None
 
     @classmethod
     def from_qtensor(
-        cls, q: QTensor, bias: torch.Tensor | None = None, *, compute: Compute | None = None
+        cls, q: QWeight, bias: torch.Tensor | None = None, *, compute: Compute | None = None
     ) -> QuantLinear:
         """A prepared layer holding `q`."""
         n, k = q.shape
         layer = cls(k, n, q.fmt, bias is not None, device="meta")
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        layer._adopt(pack([q], LAYOUTS[layout_for(bias.device if bias is not None else q.codes.device)]), compute)
+        device = bias.device if bias is not None else torch.device("cpu")
+        layer._adopt(pack_weights([q], kernel_layout(q.fmt, device)), compute)
         return layer
 
     @property
@@ -130,36 +133,29 @@ class QuantLinear(nn.Module):
         """True once the weights are in the kernel's layout."""
         return self.inner is not None
 
-    def qtensor(self) -> QTensor:
+    def qtensor(self) -> QWeight:
         """The weights in canonical form."""
         if self.inner is not None:
-            return unpack(self.inner.packed())[0]
-        n, k = self.out_features, self.in_features
-        packed = cast(torch.Tensor, self.weight_packed)
-        zero = None
-        if self.fmt.zero:
-            rows, _ = self.fmt.side_shape(n, k)
-            words = cast(torch.Tensor, self.weight_zero_point)
-            zero = unpack_bits(words.t().contiguous(), self.fmt.bits, rows).t().contiguous()
-        scale = cast(torch.Tensor, self.weight_scale).to(self.fmt.scale_dtype)
-        return QTensor(self.fmt, unpack_bits(packed, self.fmt.bits, k), scale, zero)
+            return unpack_weights(self.inner.packed())[0]
+        tensors = {name: cast(torch.Tensor, self._buffers[name]) for name in self._stored}
+        return from_stored(self.fmt, self.out_features, self.in_features, tensors)
 
     def prepare(self, *, compute: Compute | None = None) -> QuantLinear:
         """Pack the checkpoint's tensors for this device's kernels and drop them; does nothing the second time."""
         if self.inner is None:
-            device = cast(torch.Tensor, self.weight_packed).device
+            device = cast(torch.Tensor, self.weight_shape).device
             if device.type == "meta":
                 raise FormatError("LB0224", "the layer has no weights yet", hint="load a state dict first")
             cpu = self.cpu() if device.type != "cpu" else self
-            packed = pack([cpu.qtensor()], LAYOUTS[layout_for(device)])
+            packed = pack_weights([cpu.qtensor()], kernel_layout(self.fmt, device))
             self._adopt(packed, compute, device)
         return self
 
     def _adopt(self, packed: PackedWeight, compute: Compute | None, device: torch.device | None = None) -> None:
-        device = device or packed.scale.device
+        device = device or next(iter(packed.tensors.values())).device
         epilogue = ("bias",) if self.bias is not None else ()
         self.inner = PackedLinear(packed, compute or default_compute(self.fmt, device), epilogue).to(device)
-        for name in _CANONICAL:
+        for name in self._stored:
             self._buffers.pop(name, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -172,16 +168,8 @@ class QuantLinear(nn.Module):
     def canonical(self) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors by name."""
         if self.inner is None:
-            return {name: self._buffers[name] for name in _CANONICAL if name in self._buffers}  # type: ignore[misc]
-        q = self.qtensor()
-        tensors = {
-            "weight_packed": pack_bits(q.codes, q.fmt.bits),
-            "weight_scale": q.scale.contiguous(),
-            "weight_shape": torch.tensor(list(q.shape)),
-        }
-        if q.zero is not None:
-            tensors["weight_zero_point"] = pack_bits(q.zero.t().contiguous(), q.fmt.bits).t().contiguous()
-        return tensors
+            return {name: cast(torch.Tensor, self._buffers[name]) for name in self._stored}
+        return stored(self.qtensor())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -190,8 +178,3 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.fmt}, bias={self.bias is not None}"
-
-
-def layout_for(device: torch.device) -> str:
-    """Name of the packed layout that kernels on `device` read."""
-    return "words" if device.type == "cuda" else "panel16"

@@ -16,16 +16,14 @@ __all__ = ["LIBRARY"]
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
 LIBRARY.define(
-    "linear(Tensor x, Tensor[] planes, Tensor scale, Tensor? zero, Tensor? bias, Tensor? residual, str spec) -> Tensor",
+    "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, str spec) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 def _linear(
     x: torch.Tensor,
-    planes: list[torch.Tensor],
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
+    weight: list[torch.Tensor],
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     spec: str,
@@ -35,17 +33,15 @@ def _linear(
     out = torch.empty((flat.shape[0], s.n_out), dtype=x.dtype, device=x.device)
     if flat.shape[0]:
         kernel = kernel_for(spec, x.dtype, x.device, flat.shape[0])
-        weight = PackedWeight(s.fmt, s.layout_, s.segments, s.k, tuple(planes), scale, zero)
+        packed = PackedWeight(s.weight_format, s.layout_, s.segments, s.k, dict(zip(s.operands, weight, strict=True)))
         rest = None if residual is None else residual.reshape(-1, s.n_out).to(x.dtype).contiguous()
-        kernel.launch(flat, weight, None if bias is None else bias.float().contiguous(), rest, out)
+        kernel.launch(flat, packed, None if bias is None else bias.float().contiguous(), rest, out)
     return out.view(*x.shape[:-1], s.n_out)
 
 
 def _linear_fake(
     x: torch.Tensor,
-    planes: list[torch.Tensor],
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
+    weight: list[torch.Tensor],
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     spec: str,

@@ -1,8 +1,9 @@
 """What a number format is, independent of any layout, method or backend.
 
-A `Format` is an element codec (which number each code stands for), a granularity (which weights share a scale), and
-the side values stored with the codes. Its text form round-trips and is used on the command line, in the IR, in file
-metadata and as the tuning key: `int4.g128.asym`, `int8.ch.sym`, `int3.g64.asym.f32`.
+A `WeightFormat` says how one matrix is stored. `Format`, the scalar kind, is an element codec (which number each code
+stands for), a granularity (which weights share a scale), and the side values stored with the codes; `VectorFormat`
+(in `vector.py`) stores several weights as one code. The text form round-trips and is used on the command line, in the
+IR, in file metadata and as the tuning key: `int4.g128.asym`, `int2.g64.fz`, `vq.d4.k256`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,27 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.program import Program
 
-__all__ = ["K_ALIGN", "SCALE_DTYPES", "Element", "Format", "Granularity"]
+__all__ = ["K_ALIGN", "SCALE_DTYPES", "WIDE_DTYPES", "Element", "Format", "Granularity", "WeightFormat"]
 
-SCALE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+SCALE_DTYPES = {
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+    "e8m0": torch.float8_e8m0fnu,
+    "e4m3": torch.float8_e4m3fn,
+}
+"""Types of scales. e8m0 are powers of two (the MX formats), e4m3 usually go with a float32 scale per tensor (NVFP4)."""
+
+WIDE_DTYPES = {name: SCALE_DTYPES[name] for name in ("f16", "bf16", "f32")}
+"""Types that codebooks, norms and offsets can have as well."""
+
 K_ALIGN = 32
 """Columns of a packed group are padded to a multiple of this, so that kernels never meet a partial block."""
 
@@ -29,6 +41,8 @@ class Element(ABC):
 
     bits: int
     symmetric: bool
+    always_symmetric: ClassVar[bool] = False
+    """True for families without zero points: their text forms do not say `sym`."""
 
     @property
     @abstractmethod
@@ -37,7 +51,10 @@ class Element(ABC):
 
     @abstractmethod
     def levels(self) -> torch.Tensor:
-        """float32 [2**bits]: the value of every code. The definition that every decode program is tested against."""
+        """float32 [2**bits]: the value of every code. The definition that every decode program is tested against.
+
+        Codes that are never written, because they stand for infinity or NaN, have these as values.
+        """
 
     @abstractmethod
     def decode(self) -> Program:
@@ -73,17 +90,42 @@ class Granularity:
         return math.ceil(k / self.group_size(k))
 
 
+class WeightFormat(ABC):
+    """How one [N, K] matrix is stored. Frozen, hashable, and written as text by `str`."""
+
+    @abstractmethod
+    def check(self, n: int, k: int, where: str) -> None:
+        """Raise FormatError (LB0213) when the format does not fit an [n, k] matrix."""
+
+    @abstractmethod
+    def bits_per_weight(self, n: int, k: int) -> float:
+        """Stored bits per weight of an [n, k] matrix, everything included: codes, scales, codebooks, permutation."""
+
+    @property
+    @abstractmethod
+    def scale_dtype(self) -> torch.dtype:
+        """torch dtype of the stored side values (scales, offsets, codebooks)."""
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of an [n, k] matrix on disk, rounded up per tensor."""
+        return math.ceil(self.bits_per_weight(n, k) * n * k / 8)
+
+
 @dataclass(frozen=True)
-class Format:
-    """How one weight matrix is stored: `element` codes, a scale (and zero point when `zero`) per `granularity` unit.
+class Format(WeightFormat):
+    """One code per weight: `element` codes, a scale per `granularity` unit, and what shifts the scale's origin.
 
     value = (element value - zero point) * scale, where the zero point is an integer code offset and only present in
-    asymmetric formats.
+    asymmetric formats (`asym`); or value = element value * scale + offset with an offset of the scale's type (`fz`,
+    the "float zero point" of decoupleQ), in which case `offset` is set and the element is symmetric. With `tensor`
+    every scale is multiplied by one float32 of the whole matrix, and the product rounded to float32 is the scale.
     """
 
     element: Element
     granularity: Granularity
     scale: str = "f16"
+    offset: bool = False
+    tensor: bool = False
 
     def __post_init__(self) -> None:
         if self.scale not in SCALE_DTYPES:
@@ -92,11 +134,22 @@ class Format:
             )
         if self.granularity.kind == "g" and self.granularity.group < 1:
             raise FormatError("LB0212", f"group size must be positive, not {self.granularity.group}")
+        if self.offset and self.zero:
+            raise FormatError("LB0214", f"{self.element.name} cannot have both a zero point and an offset")
+        if self.offset and self.scale not in WIDE_DTYPES:
+            raise FormatError(
+                "LB0216", f"{self.scale} cannot hold offsets", hint="use one of " + ", ".join(WIDE_DTYPES)
+            )
+        if self.tensor and self.scale != "e4m3":
+            raise FormatError(
+                "LB0216", f"{self.scale} scales need no second one per tensor", hint="leave t32 out, or use e4m3.t32"
+            )
 
     def __str__(self) -> str:
-        symmetry = "sym" if self.element.symmetric else "asym"
-        tail = "" if self.scale == "f16" else f".{self.scale}"
-        return f"{self.element.name}.{self.granularity}.{symmetry}{tail}"
+        symmetry = ".fz" if self.offset else ".sym" if self.element.symmetric else ".asym"
+        symmetry = "" if symmetry == ".sym" and self.element.always_symmetric else symmetry
+        tail = ("" if self.scale == "f16" else f".{self.scale}") + (".t32" if self.tensor else "")
+        return f"{self.element.name}.{self.granularity}{symmetry}{tail}"
 
     @property
     def bits(self) -> int:
@@ -110,11 +163,15 @@ class Format:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """torch dtype of the stored scales."""
         return SCALE_DTYPES[self.scale]
 
+    @property
+    def packed_scale_dtype(self) -> torch.dtype:
+        """Type of scales and offsets in a kernel's layout, float16 or float32: the narrower one that is exact."""
+        narrow = self.scale == "f16" or (self.scale == "e4m3" and not self.tensor)
+        return torch.float16 if narrow else torch.float32
+
     def check(self, n: int, k: int, where: str) -> None:
-        """Raise FormatError (LB0213) when the format does not fit an [n, k] matrix."""
         g = self.granularity
         if g.kind == "g" and g.group > k:
             raise FormatError(
@@ -125,15 +182,11 @@ class Format:
             )
 
     def side_shape(self, n: int, k: int) -> tuple[int, int]:
-        """Shape of the scales (and zero points) of an [n, k] matrix: [n or 1, groups]."""
+        """Shape of the scales (and zero points or offsets) of an [n, k] matrix: [n or 1, groups]."""
         return (1 if self.granularity.kind == "t" else n, self.granularity.groups(k))
 
     def bits_per_weight(self, n: int, k: int) -> float:
-        """Stored bits per weight including scales and zero points (packed to `bits` bits each)."""
         rows, groups = self.side_shape(n, k)
-        side = 8 * self.scale_dtype.itemsize + (self.bits if self.zero else 0)
-        return self.bits + rows * groups * side / (n * k)
-
-    def nbytes(self, n: int, k: int) -> int:
-        """Bytes of an [n, k] matrix on disk, rounded up per tensor."""
-        return math.ceil(self.bits_per_weight(n, k) * n * k / 8)
+        stored = 8 * self.scale_dtype.itemsize
+        side = stored + (self.bits if self.zero else stored if self.offset else 0)
+        return self.bits + (rows * groups * side + (32 if self.tensor else 0)) / (n * k)

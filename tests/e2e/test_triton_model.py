@@ -14,7 +14,8 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
 from lowbit.compiler.runtime.modules import QuantLinear
-from lowbit.quantizers.qtensor import pack
+from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.weights import pack_weights, random_weight
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -24,9 +25,9 @@ class Interpreted(nn.Module):
 
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__()
-        q, words = layer.qtensor(), LAYOUTS["words"]
-        self.spec = KernelSpec((layer.out_features,), layer.in_features, str(layer.fmt), str(words), "float")
-        self.weight = pack([q], words)
+        layout = LAYOUTS[load_backend("triton").layout_of(layer.fmt)]
+        self.spec = KernelSpec((layer.out_features,), layer.in_features, str(layer.fmt), str(layout), "float")
+        self.weight = pack_weights([layer.qtensor()], layout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from lowbit.codegen.triton.interpret import Call, run_interpreted
@@ -37,9 +38,22 @@ class Interpreted(nn.Module):
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
+def vector_llama(fmt: str) -> nn.Module:
+    """One layer whose linear layers hold random vectors."""
+    model: nn.Module = tiny_llama(num_hidden_layers=1)
+    rng = torch.Generator().manual_seed(2)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not path.endswith("lm_head"):
+            q = random_weight(parse_format(fmt), module.out_features, module.in_features, rng)
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, QuantLinear.from_qtensor(q))
+    return model
+
+
 @pytest.mark.slow
-def test_two_layers_agree_with_the_oracle() -> None:
-    model = swap_linears(tiny_llama(), "int4.g32.sym")
+@pytest.mark.parametrize("fmt", ["int4.g32.sym", "vq.d4.k256.cn"])
+def test_layers_agree_with_the_oracle(fmt: str) -> None:
+    model = vector_llama(fmt) if fmt.startswith("vq") else swap_linears(tiny_llama(), fmt)
     oracle = dequantized(copy.deepcopy(model))
     for path, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):

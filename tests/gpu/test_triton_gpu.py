@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,9 @@ from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
 from lowbit.compiler.runtime.dispatch import kernel_for
 from lowbit.compiler.runtime.modules import QuantLinear
-from lowbit.quantizers.formats import parse_format
-from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack
+from lowbit.quantizers.formats import parse_format, scalar_format
+from lowbit.quantizers.qtensor import PackedWeight, QTensor
+from lowbit.quantizers.weights import pack_weights, random_weight
 
 pytestmark = pytest.mark.gpu
 
@@ -70,21 +71,12 @@ class Problem:
         epilogue: tuple[str, ...] = (),
         compute: str = "float",
     ) -> Problem:
-        spec = KernelSpec(segments, k, fmt, str(LAYOUTS["words"]), compute, x, x, epilogue)  # type: ignore[arg-type]
+        layout = LAYOUTS[TritonBackend().layout_of(parse_format(fmt))]
+        spec = KernelSpec(segments, k, fmt, str(layout), compute, x, x, epilogue)  # type: ignore[arg-type]
         rng = torch.Generator().manual_seed(7)
-        parts = []
-        for n in segments:
-            f = parse_format(fmt)
-            side = f.side_shape(n, k)
-            codes = torch.randint(0, 2**f.bits, (n, k), generator=rng).to(torch.uint8)
-            scale = (torch.rand(side, generator=rng) * 0.02 + 0.005).to(f.scale_dtype)
-            zero = torch.randint(0, 2**f.bits, side, generator=rng).to(torch.uint8) if f.zero else None
-            parts.append(QTensor(f, codes, scale, zero))
-        p = pack(parts, LAYOUTS["words"])
-        weight = PackedWeight(
-            p.fmt, p.layout, p.segments, p.k, tuple(w.cuda() for w in p.planes), p.scale.cuda(),
-            None if p.zero is None else p.zero.cuda(),
-        )  # fmt: skip
+        parts = [random_weight(spec.weight_format, n, k, rng) for n in segments]
+        p = pack_weights(parts, layout)
+        weight = replace(p, tensors={name: t.cuda() for name, t in p.tensors.items()})
         dense = torch.cat([q.dequantize() for q in parts]).double().cuda()
         bias = torch.randn(sum(segments), generator=rng).cuda() if "bias" in epilogue else None
         return Problem(spec, weight, dense, bias)
@@ -131,8 +123,10 @@ def test_formats(fmt: str, shape: str, load: Load) -> None:
         problem.run(launch, m)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("symmetry", ["sym", "asym"])
+WIDTHS = [(bits, s) for s in ("sym", "asym", "fz") for bits in range(1, 9) if s != "fz" or bits in (2, 3, 4, 8)]
+
+
+@pytest.mark.parametrize(("bits", "symmetry"), WIDTHS)
 def test_every_width(bits: int, symmetry: str, load: Load) -> None:
     problem = Problem.make(f"int{bits}.g32.{symmetry}", (136,), 320)
     problem.run(load(problem.spec, DOT), 5)
@@ -154,15 +148,66 @@ def test_epilogues(shape: str, load: Load) -> None:
     chain.run(load(chain.spec, SHAPES[shape]), 5)
 
 
-@pytest.mark.parametrize("fmt", ["int4.g128.sym", "int8.ch.asym", "int2.g64.asym", "int4.g96.sym"])
+@pytest.mark.parametrize("fmt", ["int4.g128.sym", "int8.ch.asym", "int2.g64.asym", "int4.g96.sym", "int2.g64.fz"])
 def test_int8_products(fmt: str, load: Load) -> None:
     problem = Problem.make(fmt, (200,), 576, compute="int8")
     for schedule in (DOT, WIDE, DOT.with_extra(swap=1), Schedule(16, 64, 64, 4, 3, split_k=2)):
         problem.run(load(problem.spec, schedule), 33)
 
 
+VECTOR_SHAPES = {
+    "gemv": Schedule(1, 64, 64, 4, 2).with_extra(gemv=1),
+    "gemv-split": Schedule(4, 32, 64, 4, 2, split_k=4).with_extra(gemv=1),
+    "dot": Schedule(16, 64, 64, 4, 3),
+    "split": Schedule(16, 64, 32, 4, 3, split_k=4),
+    "swap": Schedule(16, 128, 64, 4, 3).with_extra(swap=1),
+    "wide": Schedule(64, 128, 64, 8, 3),
+    "wide-swap": Schedule(128, 128, 32, 8, 3).with_extra(swap=1),
+}
+VECTOR_FORMATS = [
+    "vq.d4.k256",
+    "vq.d8.k256.r256",
+    "vq.d8.k4096.rn",
+    "vq.d16.k65536",
+    "vq.d2.k16.cn.f32",
+    "vq.d6.k4096.r16.c4.o2pv4k4096.cn",
+]
+
+
+@pytest.mark.parametrize("shape", VECTOR_SHAPES)
+@pytest.mark.parametrize("fmt", VECTOR_FORMATS)
+def test_vector_formats(fmt: str, shape: str, load: Load) -> None:
+    problem = Problem.make(fmt, (203,), 581)
+    launch = load(problem.spec, VECTOR_SHAPES[shape])
+    for m in tokens_for(VECTOR_SHAPES[shape]):
+        problem.run(launch, m)
+
+
+@pytest.mark.parametrize("shape", ["gemv-split", "split", "wide"])
+def test_vector_segments_and_epilogues(shape: str, load: Load) -> None:
+    gated = Problem.make("vq.d8.k256.r256", (133, 133), 576, epilogue=("bias", "silu_mul", "residual"))
+    gated.run(load(gated.spec, VECTOR_SHAPES[shape]), 5)
+    chain = Problem.make("vq.d4.k256.rn", (133, 70, 31), 576, "f16", epilogue=("bias", "residual"))
+    chain.run(load(chain.spec, VECTOR_SHAPES[shape]), 5)
+
+
+def test_prepared_activations_in_a_cuda_graph(load: Load) -> None:
+    """Two kernels and a workspace in one capture, replayed on new inputs."""
+    problem = Problem.make("vq.d8.k256.c2.o1pv4k256.cn", (200,), 584)
+    launch = load(problem.spec, VECTOR_SHAPES["split"])
+    x, out = problem.tokens(9)[0], problem.out(9)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(x, problem.weight, None, None, out)
+    for _ in range(3):
+        x.copy_(problem.tokens(9)[0])
+        out.fill_(float("nan"))
+        graph.replay()
+        problem.check(x, None, out)
+
+
 @pytest.mark.parametrize("m", [1, 16, 64, 300])
-@pytest.mark.parametrize("fmt", ["int4.g128.sym", "int3.g64.asym"])
+@pytest.mark.parametrize("fmt", ["int4.g128.sym", "int3.g64.asym", "int2.g64.fz", "vq.d4.k256", "vq.d8.k256.r256"])
 def test_predicted_best_schedules(fmt: str, m: int, load: Load) -> None:
     problem = Problem.make(fmt, (1024,), 2048)
     major, minor = torch.cuda.get_device_capability()
@@ -255,7 +300,7 @@ def test_module_dispatches_by_tokens() -> None:
     """A quantized layer on the GPU runs this backend for every token count, with another schedule where it helps."""
     problem = Problem.make("int4.g64.asym", (512,), 576)
     rng = torch.Generator().manual_seed(1)
-    fmt = parse_format("int4.g64.asym")
+    fmt = scalar_format("int4.g64.asym")
     codes = torch.randint(0, 16, (512, 576), generator=rng).to(torch.uint8)
     zero = torch.randint(0, 16, (512, 9), generator=rng).to(torch.uint8)
     q = QTensor(fmt, codes, (torch.rand(512, 9, generator=rng) * 0.02 + 0.005).half(), zero)

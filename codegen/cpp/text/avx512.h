@@ -32,6 +32,7 @@ LB_INLINE F fmul(F x, F y) { return _mm512_mul_ps(x, y); }
 LB_INLINE F fma_(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
 LB_INLINE F cvt(V x) { return _mm512_cvtepi32_ps(x); }
 LB_INLINE F bitcast(V x) { return _mm512_castsi512_ps(x); }
+LB_INLINE F half(V x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 LB_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 LB_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

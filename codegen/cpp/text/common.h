@@ -65,15 +65,16 @@ LB_INLINE float lb_silu(float x) {
   return x == x ? y : x;
 }
 
-struct Args {
-  const uint8_t* plane[3];
-  const void* scale;
-  const uint8_t* zero;
+// Index number V of a word of them, times 2**SHIFT: one rotation and one mask.
+template <int BITS, int V, int SHIFT> LB_INLINE uint64_t index_at(uint64_t w) {
+  constexpr int by = (V * BITS - SHIFT) & 63;
+  return (w >> by | w << (-by & 63)) & (((uint64_t(1) << BITS) - 1) << SHIFT);
+}
+
+// Arguments of a call, whatever the format; the weight's own follow in `Args`.
+struct Call {
   const float* bias;
   const void* residual;
   void* out;
   int64_t m;
-  const void* xq;    // activations, [chunk][token][digit][column]
-  const float* xs;   // activation scales, [chunk][token]
-  const int32_t* xi; // what an accumulator starts from, [chunk][token]
 };

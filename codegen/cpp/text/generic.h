@@ -43,6 +43,11 @@ LB_INLINE F fmul(F x, F y) { return x * y; }
 LB_INLINE F fma_(F x, F y, F z) { return x * y + z; }
 LB_INLINE F cvt(V x) { return __builtin_convertvector(x, F); }
 LB_INLINE F bitcast(V x) { return F(x); }
+LB_INLINE F half(V x) {
+  F y;
+  for (int i = 0; i < 16; ++i) y[i] = from_f16(uint16_t(x[i]));
+  return y;
+}
 LB_INLINE F load_f16(const void* p) {
   uint16_t h[16];
   memcpy(h, p, 32);

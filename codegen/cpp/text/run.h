@@ -1,32 +1,27 @@
-// The entry point: prepare the activations, then every thread runs its share of the work.
-extern "C" __attribute__((visibility("default"))) int lb_run(const void* x, int64_t m, const uint8_t* plane0,
-                                                             const uint8_t* plane1, const uint8_t* plane2,
-                                                             const void* scale, const uint8_t* zero, const float* bias,
-                                                             const void* residual, void* out, void* scratch,
-                                                             int64_t scratch_bytes, int threads) {
+// The entry point: prepare codebooks and activations, then every thread runs its share of the work.
+extern "C" __attribute__((visibility("default"))) int lb_run(const void* x, int64_t m, const void* const* weight,
+                                                             const float* bias, const void* residual, void* out,
+                                                             void* scratch, int64_t scratch_bytes, int threads) {
   if (m <= 0) return 0;
   // Waking other threads costs about as much as 2**17 products.
   if (threads < 1 || kProducts * m < (1 << 17)) threads = 1;
-  if (scratch_bytes < kTokenBytes * m + kThreadBytes * threads + 256) return 1;
-  uint8_t* at = (uint8_t*)((uintptr_t(scratch) + 63) & ~uintptr_t(63));
-  Args a = {{plane0, plane1, plane2}, scale, zero, bias, residual, out, m, at, nullptr, nullptr};
-  uint8_t* const rooms = at;
-  at += kThreadBytes * threads;
-  a.xq = at;
-  at += kChunks * m * kTokenStride * int64_t(sizeof(XQ));
-  a.xs = (float*)at;
-  a.xi = (int32_t*)(at + kChunks * m * 4);
+  if (scratch_bytes < kSharedBytes + kTokenBytes * m + kThreadBytes * threads + 256) return 1;
+  uint8_t* const shared = (uint8_t*)((uintptr_t(scratch) + 63) & ~uintptr_t(63));
+  uint8_t* const rooms = shared + kSharedBytes;
+  Args a;
+  a.bias = bias, a.residual = residual, a.out = out, a.m = m;
+  a.bind(weight, shared, rooms + kThreadBytes * threads);
   const auto load = [&](int part, int parts, uint8_t* room) {
-    load_tokens((const XT*)x, m * part / parts, m * (part + 1) / parts, m, (float*)room, (void*)a.xq, (float*)a.xs,
-                (int32_t*)a.xi);
+    prepare(a, part, parts);
+    load_tokens(a, (const XT*)x, m * part / parts, m * (part + 1) / parts, (float*)room);
   };
   if (threads == 1) {
     load(0, 1, rooms);
     work(a, 0, 1, rooms + kRowBytes);
     return 0;
   }
-  // With fewer tokens than threads a barrier costs more than the parallel part saves.
-  const bool early = m < threads;
+  // With fewer tokens than threads a barrier costs more than the parallel part saves, unless codebooks are large.
+  const bool early = m < threads && kSharedBytes < (1 << 16);
   if (early) load(0, 1, rooms);
 #pragma omp parallel num_threads(threads)
   {

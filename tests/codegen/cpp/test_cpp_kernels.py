@@ -30,6 +30,16 @@ LIMITS = {"float": 3e-6, "int16": 3e-6, "int8": 3e-6}
 TOKENS = (0, 1, 2, 3, 5, 8, 17, 33)
 
 
+# Float offsets: both kernel shapes, several chunks to a group and one, every kind of products.
+OFFSETS = [
+    ("int2.g64.fz", "int8", 40, 160, 8),
+    ("int2.ch.fz", "int16", 33, 576, 17),
+    ("int3.g48.fz.f32", "int16", 33, 160, 3),
+    ("int4.t.fz", "float", 17, 100, 17),
+    ("int8.ch.fz.bf16", "int8", 17, 576, 3),
+]
+
+
 def cases() -> list[tuple[str, str, int, int, int]]:
     """(format, compute, N, K, M class): every width and symmetry, with granularities, shapes, kinds of products and
     kernel shapes dealt out so that each pair of neighbours occurs."""
@@ -44,7 +54,7 @@ def cases() -> list[tuple[str, str, int, int, int]]:
             if bits == 1 and symmetry == "sym":
                 compute = "float"
             found.append((f"int{bits}.{grain}.{symmetry}", compute, n, k, 8 if turn % 2 else 17))
-    return found
+    return found + OFFSETS
 
 
 def check(run, spec, seed=0):  # type: ignore[no-untyped-def]
@@ -65,6 +75,7 @@ def test_every_width_symmetry_and_granularity() -> None:
 @pytest.mark.parametrize("arch", [a for a in CPU_ISAS if a != HOST and isa_runs_here(a)])
 def test_every_instruction_set_this_machine_runs(arch: str) -> None:
     pairs = [("int8.g48.asym", "int16", 17), ("int7.g32.asym", "int8", 2), ("int6.g48.asym", "float", 1)]
+    pairs += [("int3.g48.fz", "int16", 2), ("int2.g64.fz", "int8", 17)]
     jobs = [Job(spec_of(fmt, compute, (33,), 160), arch, m) for fmt, compute, m in pairs]
     for job, run in zip(jobs, build(jobs), strict=True):
         check(run, job.spec)

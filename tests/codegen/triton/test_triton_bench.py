@@ -19,6 +19,7 @@ from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.qtensor import PackedWeight, unpack
+from lowbit.quantizers.weights import unpack_weights
 
 BENCH = Path(__file__).resolve().parents[3] / "bench"
 FMT = "int3.g64.asym"
@@ -75,6 +76,16 @@ def test_oracle_agrees_with_the_layout(bench: ModuleType) -> None:
     assert len({c.planes[0].data_ptr() for c in copies}) == 4
 
 
+@pytest.mark.parametrize("fmt", ["int2.g64.fz", "vq.d4.k256", "vq.d8.k256.r256"])
+def test_oracle_of_offsets_and_vectors(fmt: str, bench: ModuleType) -> None:
+    problem = bench.Problem(fmt, 48, 192)
+    weight = bench.random_weight(problem)
+    (q,) = unpack_weights(weight)
+    torch.testing.assert_close(bench.dequantize(weight), q.dequantize())
+    assert problem.nbytes == weight.nbytes()
+    assert len({next(iter(c.tensors.values())).data_ptr() for c in bench.copies_of(weight, 1 << 14)}) == 4
+
+
 def test_tuning_keeps_the_fastest_right_schedule(bench: ModuleType, tmp_path: Path) -> None:
     run = bench.Run(tmp_path, 1000)
     assert bench.run_stage(run, "tune", bench.tune)
@@ -126,6 +137,8 @@ def test_peers_say_why_they_are_left_out(bench: ModuleType) -> None:
     problem = bench.Problem("int2.g64.asym", 64, 128)
     dense = torch.randn(64, 128)
     assert kernel_peers.prepare("torch-int4pack", problem, dense) == (None, "int4 with groups of 32 to 256 only")
+    vector = bench.Problem("vq.d4.k256", 64, 128)
+    assert kernel_peers.prepare("torch-int4pack", vector, dense) == (None, "has no vector formats")
     product, why = kernel_peers.prepare("torch-bf16", problem, dense)
     assert why == ""
     assert product is not None

@@ -67,7 +67,8 @@ def quantized(fmt: Format, n: int, k: int, rng: torch.Generator) -> QTensor:
     codes = torch.randint(0, 2**fmt.bits, (n, k), generator=rng).to(torch.uint8)
     scale = (torch.rand(side, generator=rng) * 0.05 + 0.01).to(fmt.scale_dtype)
     zero = torch.randint(0, 2**fmt.bits, side, generator=rng).to(torch.uint8) if fmt.zero else None
-    return QTensor(fmt, codes, scale, zero)
+    offset = (torch.randn(side, generator=rng) * 0.1).to(fmt.scale_dtype) if fmt.offset else None
+    return QTensor(fmt, codes, scale, zero, offset)
 
 
 def formats() -> list[Case]:
@@ -113,7 +114,22 @@ def integers() -> list[Case]:
     ]
 
 
-CASES = [*formats(), *shapes(), *integers()]
+def offsets() -> list[Case]:
+    """Float offsets: with weights, with sums, in integer products."""
+    split = Schedule(16, 64, 32, 4, 2, split_k=2)
+    return [
+        Case("int2.g64.fz", 3, 70, GEMV_AFTER, epilogue=("bias",)),
+        Case("int2.g64.fz", 17, 130, AFTER, x="bf16"),
+        Case("int3.g48.fz", 1, 130, GEMV, x="bf16"),
+        Case("int4.ch.fz.f32", 3, 70, SWAP_AFTER),
+        Case("int8.g32.fz", 2, 70, SPLIT_GEMV, (40, 40), epilogue=("silu_mul",)),
+        Case("int2.g64.fz", 3, 128, DOT, compute="int8"),
+        Case("int3.g48.fz", 3, 130, split, compute="int8"),
+        Case("int8.ch.fz", 17, 140, SWAP, compute="int8"),
+    ]
+
+
+CASES = [*formats(), *shapes(), *integers(), *offsets()]
 
 
 def inputs(case: Case) -> tuple[torch.Tensor, list[QTensor], torch.Tensor | None, torch.Tensor | None]:
@@ -189,7 +205,7 @@ def made_up_call(schedule: Schedule) -> tuple[Call, torch.Tensor]:
     x = torch.randn(3, 130, generator=rng)
     plain = KernelSpec((40,), 130, "int3.g48.asym", str(LAYOUTS["words"]), "float")
     spec = replace(plain)
-    spec.__dict__["fmt"] = fmt  # what parsing its text would give, were it in the list of elements
+    spec.__dict__["weight_format"] = fmt  # what parsing its text would give, were it in the list of elements
     call = Call(plain, schedule, x, pack([q], LAYOUTS["words"]), source=emit_source(spec, schedule))
     return call, x.double() @ q.dequantize().double().T
 

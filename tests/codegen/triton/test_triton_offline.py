@@ -19,7 +19,7 @@ from lowbit.compiler.ir.target import Target
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
-WORDS = str(LAYOUTS["words"])
+WORDS, VECTORS = str(LAYOUTS["words"]), str(LAYOUTS["vectors"])
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,12 @@ class Job:
     @property
     def spec(self) -> KernelSpec:
         segments = (4096, 4096) if "silu_mul" in self.epilogue else (4096,)
-        return KernelSpec(segments, 4096, self.fmt, WORDS, self.compute, self.x, self.x, self.epilogue)  # type: ignore[arg-type]
+        layout = VECTORS if self.vector else WORDS
+        return KernelSpec(segments, 4096, self.fmt, layout, self.compute, self.x, self.x, self.epilogue)  # type: ignore[arg-type]
+
+    @property
+    def vector(self) -> bool:
+        return self.fmt.startswith("vq")
 
     @property
     def matrix(self) -> bool:
@@ -55,12 +60,21 @@ JOBS = [
     Job("sm_90", "int4.g128.sym", Schedule(64, 128, 64, 8, 3), epilogue=GATED),
     Job("sm_90", "int3.g64.asym", Schedule(1, 32, 256, 4, 2, 2).with_extra(gemv=1, scale_after=1)),
     Job("sm_80", "int4.g128.sym", Schedule(64, 64, 32, 4, 3), compute="int8"),
+    Job("sm_80", "int2.g64.fz", Schedule(16, 64, 64, 4, 4, 2).with_extra(evict_first=1)),
+    Job("sm_90", "int2.g64.fz", Schedule(1, 32, 64, 4, 2, 2).with_extra(gemv=1, scale_after=1)),
+    Job("sm_80", "vq.d4.k256", Schedule(16, 64, 64, 4, 3, 4)),
+    Job("sm_90", "vq.d4.k256", Schedule(1, 64, 64, 4, 2, 4).with_extra(gemv=1)),
+    Job("sm_80", "vq.d8.k256.r256", Schedule(4, 64, 64, 4, 2, 4).with_extra(gemv=1)),
+    Job("sm_90", "vq.d8.k256.r256", Schedule(64, 128, 64, 8, 3), epilogue=GATED),
+    Job("sm_80", "vq.d8.k4096", Schedule(64, 64, 64, 4, 3)),
+    Job("sm_90", "vq.d8.k4096", Schedule(16, 128, 64, 4, 3).with_extra(swap=1)),
+    Job("sm_90", "vq.d6.k4096.c4.o2pv4k4096.cn", Schedule(128, 128, 64, 8, 3)),
 ]
 
 
 BROKEN = (
     "import triton\nimport triton.language as tl\n"
-    "ARGS = {'x_ptr': '*fp32'}\nQUANTIZE_ARGS = {}\nOPTIONS = {'num_warps': 4}\n"
+    "ARGS = {'x_ptr': '*fp32'}\nPREPARE_ARGS = {}\nOPTIONS = {'num_warps': 4}\n"
     "@triton.jit\ndef kernel(x_ptr):\n    tl.store(x_ptr + tl.arange(0, 3), 1.0)\n"
 )
 
@@ -118,9 +132,26 @@ def test_shared_memory_estimate_is_an_upper_bound(job: Job, reports: dict[str, l
         assert estimate <= 2 * measured
 
 
-def test_activation_rounding_is_a_kernel_of_its_own(reports: dict[str, list[OfflineReport]]) -> None:
+@pytest.mark.parametrize("job", [job for job in JOBS if job.vector], ids=str)
+def test_a_centroid_is_one_load(job: Job, reports: dict[str, list[OfflineReport]]) -> None:
+    """Vectors of a power of two, 16 bytes at most, are fetched whole: as many wide loads as the tile has vectors."""
+    fmt = job.spec.vector
+    assert fmt is not None
+    if fmt.outliers or job.epilogue:
+        return  # outliers and residuals of the epilogue are loaded in other widths
+    books = 2 if fmt.residual else 1
+    vectors = books * job.schedule.tile_n * job.schedule.tile_k // fmt.dim // (32 * job.schedule.warps)
+    width = f"{16 * fmt.dim}"
+    main = reports[str(job)][0]
+    assert sum(n for name, n in main.sass.items() if name.startswith("LDG") and width in name) >= vectors
+    assert "LDL" not in "".join(main.sass)
+
+
+def test_activations_are_prepared_by_a_kernel_of_their_own(reports: dict[str, list[OfflineReport]]) -> None:
     job = next(j for j in JOBS if j.compute == "int8")
-    assert [r.kernel for r in reports[str(job)]] == ["kernel", "quantize"]
+    assert [r.kernel for r in reports[str(job)]] == ["kernel", "prepare"]
+    ordered = next(j for j in JOBS if j.vector and ".c4" in j.fmt)
+    assert [r.kernel for r in reports[str(ordered)]] == ["kernel", "prepare"]
 
 
 def test_mask_and_exponent_are_one_instruction(reports: dict[str, list[OfflineReport]]) -> None:

@@ -17,7 +17,7 @@ from lowbit.compiler.ir.types import QType, tensor
 from lowbit.passes.lower_kernels import kernel_op, spec_of
 from lowbit.quantizers.formats import catalog
 
-FORMATS = [str(f) for f in catalog()]
+FORMATS = [*(str(f) for f in catalog()), "vq.d4.k256", "vq.d8.k4096.r256.c2.o4v4k16.cn"]
 WIDTHS = st.sampled_from([16, 33, 64])
 
 
@@ -67,9 +67,18 @@ def test_random_graphs_round_trip(module: ModuleOp) -> None:
     st.sampled_from(["f32", "bf16", "f16"]),
 )
 def test_kernels_round_trip_to_their_spec(fmt: str, compute: str, epilogue: tuple[str, ...], dtype: str) -> None:
-    if "int1.ch.sym" == fmt:
+    if fmt in ("int1.ch.sym", "int1.ch.fz") or fmt.startswith("vq"):
         compute = "float"
-    spec = KernelSpec((32, 32), 64, fmt, str(LAYOUTS["panel16"]), compute, dtype, dtype, epilogue)  # type: ignore[arg-type]
+    spec = KernelSpec(
+        (32, 32),
+        64,
+        fmt,
+        str(LAYOUTS["vectors8" if fmt.startswith("vq") else "panel16"]),
+        compute,
+        dtype,
+        dtype,
+        epilogue,
+    )  # type: ignore[arg-type]
     module = ModuleOp([kernel_op("k_test", spec)])
     text = print_module(module)
     again = parse_module(text)

@@ -116,7 +116,7 @@ def test_operator_passes_torchs_own_checks() -> None:
     q = random_qtensor("int4.g32.asym", 32, 64)
     inner = PackedLinear(pack([q], LAYOUTS["panel16"]), "float", ("bias", "residual"))
     p = inner.packed()
-    args = (torch.randn(2, 3, 64), list(p.planes), p.scale, p.zero, torch.randn(32), torch.randn(2, 3, 32), inner.key)
+    args = (torch.randn(2, 3, 64), list(p.tensors.values()), torch.randn(32), torch.randn(2, 3, 32), inner.key)
     torch.library.opcheck(torch.ops.lowbit.linear, args)
 
 

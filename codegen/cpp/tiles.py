@@ -1,0 +1,53 @@
+"""Register tiles of kernels for many tokens: tokens x panels of 16 rows, over a decoded chunk in a buffer."""
+
+from __future__ import annotations
+
+from lowbit.codegen.cpp.plan import KernelPlan
+from lowbit.codegen.cpp.products import Products
+from lowbit.codegen.cpp.sides import indent
+
+__all__ = ["float_tile", "pieces_of_work", "tile_pass"]
+
+
+def tile_pass(form: Products, width: int, height: int, stride: int, token_stride: int, digit_at: int = 0) -> list[str]:
+    """All steps of a chunk: `a<token>_<panel> += weights * activations`, panels side by side in rows of `stride`.
+
+    token_stride: elements from one token's activations to the next; digit_at: from its first to those used here.
+    """
+    items, per_step = (64, 4) if form.item == "int8_t" else (16, 1)
+    lines = ["#pragma GCC unroll 1", "for (int64_t k = 0; k < steps; ++k) {"]
+    lines += [f"const {form.vector} w{i} = {form.load}(buffer + (k * {stride} + {i}) * {items});" for i in range(width)]
+    for m in range(height):
+        x = form.activation("x", f"{m * token_stride + digit_at} + k * {per_step}")
+        lines += ["{", f"const {form.vector} v = {x};"]
+        lines += [f"a{m}_{i} = {form.multiply(f'a{m}_{i}', f'w{i}', 'v')};" for i in range(width)]
+        lines.append("}")
+    return [*lines, "}"]
+
+
+def float_tile(plan: KernelPlan, form: Products, width: int, height: int, stride: int) -> str:
+    """`tile_<width>_<height>(buffer, steps, x, y)`: adds the chunk's products to the partial sums at `y`."""
+    cells = [(m, i) for m in range(height) for i in range(width)]
+    lines = [f"static void tile_{width}_{height}(const float* buffer, int64_t steps, const float* x, float* y) {{"]
+    lines += [f"F a{m}_{i} = fzero();" for m, i in cells]
+    lines += tile_pass(form, width, height, stride, plan.token_stride)
+    for m, i in cells:
+        at = f"y + {(m * stride + i) * 16}"
+        lines.append(f"fstore({at}, fadd(a{m}_{i}, fload({at})));")
+    return indent([*lines, "}"])
+
+
+def pieces_of_work(plan: KernelPlan, body: list[str]) -> list[str]:
+    """`work`: units x token blocks, split evenly; the token blocks of a unit are neighbours, so its weights stay in
+    cache. `body` runs unit `n / pieces` for tokens [t0, t1)."""
+    return [
+        "static void work(const Args& a, int part, int parts, uint8_t* room) {",
+        f"const int64_t pieces = (a.m + {plan.tokens - 1}) / {plan.tokens}, items = kUnits * pieces;",
+        f"const int64_t each = ((a.m + pieces - 1) / pieces + {plan.tile_m - 1}) / {plan.tile_m} * {plan.tile_m};",
+        "for (int64_t n = items * part / parts; n < items * (part + 1) / parts; ++n) {",
+        "const int64_t t0 = n % pieces * each, t1 = t0 + each < a.m ? t0 + each : a.m;",
+        "if (t0 >= t1) continue;",
+        *body,
+        "}",
+        "}",
+    ]

@@ -1,0 +1,193 @@
+"""Any quantized matrix: packing, and the tensors it is stored as, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from lowbit.compiler.errors import FormatError
+from lowbit.compiler.ir.layout import LAYOUTS, Layout
+from lowbit.quantizers.bitstream import pack_bits, unpack_bits
+from lowbit.quantizers.formats import Format, VectorFormat, WeightFormat
+from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack, unpack
+from lowbit.quantizers.vqtensor import VQTensor, expected_shapes, pack_vectors, unpack_vectors
+
+__all__ = [
+    "QWeight",
+    "from_stored",
+    "kernel_layout",
+    "pack_weights",
+    "random_weight",
+    "stored",
+    "stored_names",
+    "stored_shapes",
+    "unpack_weights",
+]
+
+QWeight: TypeAlias = QTensor | VQTensor
+"""A quantized matrix in canonical form."""
+
+
+def kernel_layout(fmt: WeightFormat, device: torch.device) -> Layout:
+    """The packed layout that the kernels of a device read for this format."""
+    if isinstance(fmt, VectorFormat):
+        return LAYOUTS["vectors" if device.type == "cuda" else "vectors8"]
+    return LAYOUTS["words" if device.type == "cuda" else "panel16"]
+
+
+def pack_weights(weights: Sequence[QWeight], layout: Layout) -> PackedWeight:
+    """Pack sibling matrices of one format; raises FormatError (LB0223) when they cannot share a kernel."""
+    if all(isinstance(w, VQTensor) for w in weights):
+        return pack_vectors(cast("list[VQTensor]", list(weights)), layout)
+    if all(isinstance(w, QTensor) for w in weights):
+        return pack(cast("list[QTensor]", list(weights)), layout)
+    raise FormatError("LB0223", "matrices packed together must share format and input columns")
+
+
+def unpack_weights(packed: PackedWeight) -> list[QWeight]:
+    """Inverse of `pack_weights`, bit-exact."""
+    return [*unpack_vectors(packed)] if isinstance(packed.fmt, VectorFormat) else [*unpack(packed)]
+
+
+def stored(q: QWeight) -> dict[str, Tensor]:
+    """The tensors `q` is stored as on disk, by name.
+
+    Scalar formats, in compressed-tensors' terms: `weight_packed` int32 [N, ceil(K*b/32)] (dense bit stream per row),
+    `weight_scale` [N or 1, groups], `weight_zero_point` int32 [ceil(rows*b/32), groups] (packed along the rows),
+    `weight_offset` like the scales, `weight_shape` int64 [2]. Vector formats: `indices` int32 [groups * vectors,
+    words], one dense stream per row of vectors and column group with the residual index above the main one,
+    `centroids`, `residual_centroids`, `outlier_indices` int16, `outlier_centroids`, `perm` int16 (16 bits,
+    unsigned), `norm_scale`, `norm_bias`, `weight_shape`.
+    """
+    return _stored_vectors(q) if isinstance(q, VQTensor) else _stored_scalar(q)
+
+
+def _stored_scalar(q: QTensor) -> dict[str, Tensor]:
+    tensors = {"weight_packed": pack_bits(q.codes, q.fmt.bits), "weight_scale": q.scale.contiguous()}
+    if q.zero is not None:
+        tensors["weight_zero_point"] = pack_bits(q.zero.t().contiguous(), q.fmt.bits).t().contiguous()
+    if q.offset is not None:
+        tensors["weight_offset"] = q.offset.contiguous()
+    return {**tensors, "weight_shape": torch.tensor(list(q.shape))}
+
+
+def _stored_vectors(q: VQTensor) -> dict[str, Tensor]:
+    fmt = q.fmt
+    codes = q.indices.long()
+    if q.residual is not None:
+        codes = codes | q.residual.long() << fmt.index_bits
+    by_group = torch.cat(list(codes.chunk(fmt.groups, dim=1)))
+    tensors = {"indices": pack_bits(by_group, fmt.index_bits + fmt.residual_bits), "centroids": q.centroids}
+    for name in ("residual_centroids", "outlier_indices", "outlier_centroids", "perm", "norm_scale", "norm_bias"):
+        value: Tensor | None = getattr(q, name)
+        if value is not None:
+            tensors[name] = value.contiguous() if value.is_floating_point() else value.to(torch.int16)
+    return {**tensors, "weight_shape": torch.tensor(list(q.shape))}
+
+
+def stored_shapes(fmt: WeightFormat, n: int, k: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of every tensor in `stored` for an [n, k] matrix."""
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if isinstance(fmt, VectorFormat):
+        _, size = fmt.partition(k)
+        width = fmt.index_bits + fmt.residual_bits
+        for name, shape in expected_shapes(fmt, n, k).items():
+            if name == "indices":
+                shapes[name] = (torch.int32, (fmt.groups * fmt.vectors(n), _words(size * width)))
+            elif shape is not None and name != "residual":
+                whole = name in ("outlier_indices", "perm")
+                shapes[name] = (torch.int16 if whole else fmt.scale_dtype, shape)
+    else:
+        assert isinstance(fmt, Format)
+        side = fmt.side_shape(n, k)
+        shapes["weight_packed"] = (torch.int32, (n, _words(k * fmt.bits)))
+        shapes["weight_scale"] = (fmt.scale_dtype, side)
+        if fmt.zero:
+            shapes["weight_zero_point"] = (torch.int32, (_words(side[0] * fmt.bits), side[1]))
+        if fmt.offset:
+            shapes["weight_offset"] = (fmt.scale_dtype, side)
+    return {**shapes, "weight_shape": (torch.int64, (2,))}
+
+
+def stored_names(fmt: WeightFormat) -> tuple[str, ...]:
+    """Names of the tensors in `stored`: the same for every size."""
+    if isinstance(fmt, VectorFormat):
+        return tuple(stored_shapes(fmt, fmt.dim, 100 * fmt.groups + (fmt.outliers.count if fmt.outliers else 0)))
+    return tuple(stored_shapes(fmt, 1, 1))
+
+
+def _words(bits: int) -> int:
+    return -(-bits // 32)
+
+
+def from_stored(fmt: WeightFormat, n: int, k: int, tensors: Mapping[str, Tensor]) -> QWeight:
+    """Inverse of `stored`; raises FormatError (LB0227) when a tensor is missing or does not fit the format."""
+    for name, (dtype, shape) in stored_shapes(fmt, n, k).items():
+        value = tensors.get(name)
+        if value is None or tuple(value.shape) != shape or (value.dtype != dtype and not dtype.is_floating_point):
+            got = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+            raise FormatError("LB0227", f"{fmt} of {n}x{k} needs {name} as {dtype} {shape}, not {got}")
+    if isinstance(fmt, VectorFormat):
+        return _vectors_from(fmt, n, k, tensors)
+    assert isinstance(fmt, Format)
+    side = {"scale": tensors["weight_scale"].to(fmt.scale_dtype)}
+    if fmt.zero:
+        rows, _ = fmt.side_shape(n, k)
+        side["zero"] = unpack_bits(tensors["weight_zero_point"].t().contiguous(), fmt.bits, rows).t().contiguous()
+    if fmt.offset:
+        side["offset"] = tensors["weight_offset"].to(fmt.scale_dtype)
+    return QTensor(fmt, unpack_bits(tensors["weight_packed"], fmt.bits, k), **side)
+
+
+def _vectors_from(fmt: VectorFormat, n: int, k: int, tensors: Mapping[str, Tensor]) -> VQTensor:
+    _, size = fmt.partition(k)
+    codes = unpack_bits(tensors["indices"], fmt.index_bits + fmt.residual_bits, size)
+    codes = torch.cat(list(codes.chunk(fmt.groups)), dim=1).to(torch.int64)
+    found: dict[str, Tensor] = {"indices": (codes & (fmt.centroids - 1)).to(torch.int32)}
+    if fmt.residual:
+        found["residual"] = (codes >> fmt.index_bits).to(torch.int32)
+    for name in ("centroids", "residual_centroids", "outlier_centroids", "norm_scale", "norm_bias"):
+        if name in stored_shapes(fmt, n, k):
+            found[name] = tensors[name].to(fmt.scale_dtype)
+    for name, dtype in (("outlier_indices", torch.int32), ("perm", torch.int64)):
+        if name in stored_shapes(fmt, n, k):
+            found[name] = (tensors[name].to(torch.int64) & 0xFFFF).to(dtype)
+    if "perm" in found and not torch.equal(found["perm"].sort().values, torch.arange(k)):
+        raise FormatError("LB0227", f"perm is not a permutation of {k} columns")
+    limits = {"outlier_indices": fmt.outliers.centroids if fmt.outliers else 0}
+    for name, limit in limits.items():
+        if name in found and bool((found[name] >= limit).any()):
+            raise FormatError("LB0227", f"{name} points beyond the codebook of {limit} centroids")
+    return VQTensor(fmt, n, k, **found)
+
+
+def random_weight(fmt: WeightFormat, n: int, k: int, rng: torch.Generator) -> QWeight:
+    """Random codes, scales and codebooks in `fmt`, for checks and measurements."""
+    if isinstance(fmt, VectorFormat):
+        return _random_vectors(fmt, n, k, rng)
+    assert isinstance(fmt, Format)
+    side = fmt.side_shape(n, k)
+    codes = torch.randint(0, 2**fmt.bits, (n, k), generator=rng).to(torch.uint8)
+    scale = (torch.rand(side, generator=rng) * 0.02 + 0.001).to(fmt.scale_dtype)
+    zero = torch.randint(0, 2**fmt.bits, side, generator=rng).to(torch.uint8) if fmt.zero else None
+    offset = (torch.randn(side, generator=rng) * 0.02).to(fmt.scale_dtype) if fmt.offset else None
+    return QTensor(fmt, codes, scale, zero, offset)
+
+
+def _random_vectors(fmt: VectorFormat, n: int, k: int, rng: torch.Generator) -> VQTensor:
+    limits = {"indices": fmt.centroids, "residual": fmt.residual}
+    limits["outlier_indices"] = fmt.outliers.centroids if fmt.outliers else 0
+    found: dict[str, Tensor] = {}
+    for name, shape in expected_shapes(fmt, n, k).items():
+        if shape is None:
+            continue
+        if name in limits:
+            found[name] = torch.randint(0, limits[name], shape, generator=rng).to(torch.int32)
+        elif name == "perm":
+            found[name] = torch.randperm(k, generator=rng)
+        else:
+            found[name] = (torch.randn(shape, generator=rng) * 0.1 + (name == "norm_scale")).to(fmt.scale_dtype)
+    return VQTensor(fmt, n, k, **found)

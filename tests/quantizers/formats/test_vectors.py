@@ -1,0 +1,153 @@
+"""Vector formats: text form, sizes, exact meaning, packing and storage."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lowbit.codegen.reference.backend import decode_weight
+from lowbit.compiler.errors import FormatError
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.quantizers.formats import VectorFormat, parse_format, scalar_format
+from lowbit.quantizers.vqtensor import VQTensor
+from lowbit.quantizers.weights import (
+    from_stored,
+    pack_weights,
+    random_weight,
+    stored,
+    stored_names,
+    stored_shapes,
+    unpack_weights,
+)
+
+FORMATS = [
+    "vq.d4.k256",
+    "vq.d8.k4096.r256",
+    "vq.d6.k1024.c4.o2pv4k256",
+    "vq.d8.k256.cn.bf16",
+    "vq.d3.k16.rn.f32",
+    "vq.d5.k65536.r512.o6v2k16.cn",
+    "vq.d1.k4",
+]
+N, K = 50, 62
+
+
+def weight(text: str, n: int = N, k: int = K, seed: int = 0) -> VQTensor:
+    q = random_weight(parse_format(text), n, k, torch.Generator().manual_seed(seed))
+    assert isinstance(q, VQTensor)
+    return q
+
+
+def naive(q: VQTensor) -> torch.Tensor:
+    """Element by element, as the format is defined."""
+    fmt, out = q.fmt, torch.zeros(q.n, q.k)
+    outliers, size = fmt.partition(q.k)
+    for p in range(q.k):
+        column = int(q.perm[p]) if q.perm is not None else p
+        for row in range(q.n):
+            if p < outliers:
+                o = fmt.outliers
+                value = q.outlier_centroids[q.outlier_indices[row // o.dim, p], row % o.dim].float()
+            else:
+                c = p - outliers
+                value = q.centroids[c // size, q.indices[row // fmt.dim, c], row % fmt.dim].float()
+                if q.residual is not None:
+                    value = (
+                        value + q.residual_centroids[c // size, q.residual[row // fmt.dim, c], row % fmt.dim].float()
+                    )
+            if fmt.norm != "none":
+                i = column if fmt.norm == "col" else row
+                value = value * q.norm_scale[i].float() + q.norm_bias[i].float()
+            out[row, column] = value
+    return out
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_text_form_round_trips(text: str) -> None:
+    assert str(parse_format(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "vq",
+        "vq.d4",
+        "vq.d4.k100",
+        "vq.d17.k256",
+        "vq.d4.k256.r3",
+        "vq.d4.k256.x",
+        "vq.d4.k256.o0v4k16",
+        "vq.d4.k131072",
+    ],
+)
+def test_bad_formats_are_refused_with_advice(text: str) -> None:
+    with pytest.raises(FormatError, match="LB021"):
+        parse_format(text)
+
+
+def test_a_vector_format_is_no_scalar_one() -> None:
+    with pytest.raises(FormatError, match="one code per weight"):
+        scalar_format("vq.d4.k256")
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_dequantize_equals_the_definition(text: str) -> None:
+    q = weight(text)
+    assert torch.allclose(q.dequantize(), naive(q), atol=1e-6)
+
+
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("layout", ["vectors8", "vectors"])
+def test_packed_decode_equals_dequantize(text: str, layout: str) -> None:
+    fmt = parse_format(text)
+    assert isinstance(fmt, VectorFormat)
+    q = [weight(text, seed=seed) for seed in range(1 if fmt.ordered or fmt.norm == "col" else 2)]
+    packed = pack_weights(q, LAYOUTS[layout])
+    assert torch.equal(decode_weight(packed), torch.cat([t.dequantize() for t in q]))
+    for back, original in zip(unpack_weights(packed), q, strict=True):
+        assert torch.equal(back.dequantize(), original.dequantize())
+        assert {n: t.dtype for n, t in stored(back).items()} == {n: t.dtype for n, t in stored(original).items()}
+
+
+@pytest.mark.parametrize("text", [*FORMATS, "int2.g16.fz", "int3.g31.asym", "int8.ch.sym"])
+def test_storage_round_trips_and_has_the_size_that_was_promised(text: str) -> None:
+    fmt = parse_format(text)
+    q = random_weight(fmt, N, K, torch.Generator().manual_seed(3))
+    tensors = stored(q)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == stored_shapes(fmt, N, K)
+    assert tuple(tensors) == stored_names(fmt)
+    assert torch.equal(from_stored(fmt, N, K, tensors).dequantize(), q.dequantize())
+    if isinstance(fmt, VectorFormat):
+        nbytes = sum(t.numel() * t.element_size() for n, t in tensors.items() if n != "weight_shape")
+        assert math.isclose(fmt.bits_per_weight(N, K) * N * K, 8 * nbytes)
+
+
+def test_siblings_with_an_order_of_their_own_are_not_stacked() -> None:
+    q = weight("vq.d6.k1024.c4.o2pv4k256")
+    with pytest.raises(FormatError, match="LB0223"):
+        pack_weights([q, q], LAYOUTS["vectors"])
+
+
+def test_tensors_that_lie_are_refused() -> None:
+    q = weight("vq.d6.k1024.c4.o2pv4k256")
+    tensors = stored(q)
+    with pytest.raises(FormatError, match="LB0227"):
+        from_stored(q.fmt, N, K, {**tensors, "perm": torch.zeros(K, dtype=torch.int16)})
+    with pytest.raises(FormatError, match="LB0227"):
+        from_stored(q.fmt, N, K, {n: t for n, t in tensors.items() if n != "centroids"})
+    with pytest.raises(FormatError, match="LB0227"):
+        from_stored(q.fmt, N, K, {**tensors, "outlier_indices": tensors["outlier_indices"] + 256})
+
+
+@pytest.mark.parametrize("text", ["vq.d4.k256.c5", "vq.d16.k256", "vq.d4.k16.o62v4k16"])
+def test_shapes_that_do_not_fit_are_refused(text: str) -> None:
+    with pytest.raises(FormatError, match="LB0213"):
+        parse_format(text).check(8, K, "layer")
+
+
+def test_bits_count_every_overhead() -> None:
+    assert parse_format("vq.d4.k256").bits_per_weight(576, 576) == 2 + 256 * 4 * 16 / 576**2
+    bits = parse_format("vq.d8.k256.r256.cn").bits_per_weight(512, 1024)
+    assert bits == 2 + (2 * 256 * 8 * 16 + 2 * 1024 * 16) / (512 * 1024)
