@@ -10,23 +10,56 @@ A scheme is a preset name (`w4a16`), a TOML file, or either with `format` and `m
     [overrides]
     "*.down_proj" = "int8.ch.sym"
     "model.layers.0.*" = "keep"
+    [tune]
+    epochs = 2
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from lowbit.compiler.errors import FormatError
-from lowbit.quantizers.formats import Format, parse_format
+from lowbit.quantizers.formats import WeightFormat, parse_format
 
-__all__ = ["PRESETS", "Scheme", "load_scheme"]
+__all__ = ["PRESETS", "Scheme", "Tuning", "load_scheme"]
 
-_KEYS = {"name", "weight", "method", "ignore", "options", "overrides"}
+_KEYS = {"name", "weight", "method", "ignore", "options", "overrides", "tune", "finetune"}
+_TUNE = ("tune", "finetune")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Training of side values (scales, offsets, codebooks) and norm weights with frozen codes.
+
+    epochs: passes over the calibration samples. rate: first step size, as a share of a tensor's root mean square.
+    batch: samples per step. norms: train norm weights and biases too.
+    """
+
+    epochs: int = 2
+    rate: float = 2e-3
+    batch: int = 4
+    norms: bool = True
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 1 or not 0 < self.rate < 1:
+            raise FormatError("LB0232", "tuning needs epochs and batch of at least 1 and a rate between 0 and 1")
+
+    @staticmethod
+    def from_dict(values: Any, where: str) -> Tuning:
+        """From a table of a scheme file; raises FormatError (LB0232) for unknown keys or values of the wrong kind."""
+        known = {f.name: type(f.default) for f in fields(Tuning)}
+        if not isinstance(values, Mapping) or set(values) - set(known):
+            raise FormatError("LB0232", f"tuning takes a table of {', '.join(known)}", where=where)
+        for name, value in values.items():
+            fits = isinstance(value, known[name]) and isinstance(value, bool) == (known[name] is bool)
+            if not fits and not (known[name] is float and type(value) is int):
+                raise FormatError("LB0232", f"{name} must be {known[name].__name__}, not {value!r}", where=where)
+        return Tuning(**values)
 
 
 @dataclass(frozen=True)
@@ -34,17 +67,21 @@ class Scheme:
     """A weight format and method for a whole model; see the module's docstring.
 
     overrides: (glob over module paths, format or None to keep the layer as it is), first match wins.
-    ignore: globs of layers that stay as they are; a glob matches the whole path or its last part.
+    ignore: globs of layers that stay as they are; a glob matches the whole path or its last part. tune: train side
+    values block by block against the float model's hidden states. finetune: then train them all together against its
+    predictions.
     """
 
     name: str
-    weight: Format
+    weight: WeightFormat
     method: str = "gptq"
     options: Mapping[str, Any] = field(default_factory=dict)
     ignore: tuple[str, ...] = ("lm_head",)
-    overrides: tuple[tuple[str, Format | None], ...] = ()
+    overrides: tuple[tuple[str, WeightFormat | None], ...] = ()
+    tune: Tuning | None = None
+    finetune: Tuning | None = None
 
-    def format_for(self, path: str) -> Format | None:
+    def format_for(self, path: str) -> WeightFormat | None:
         """The format of the linear layer at `path`, or None when it is kept as it is."""
         for glob, fmt in self.overrides:
             if _matches(path, glob):
@@ -62,6 +99,7 @@ class Scheme:
             "options": dict(self.options),
             "ignore": list(self.ignore),
             "overrides": {glob: str(fmt) if fmt else "keep" for glob, fmt in self.overrides},
+            **{name: asdict(value) for name in ("tune", "finetune") if (value := getattr(self, name)) is not None},
         }
 
     @staticmethod
@@ -80,6 +118,7 @@ class Scheme:
             dict(values.get("options", {})),
             tuple(values.get("ignore", ("lm_head",))),
             tuple((glob, None if text == "keep" else parse_format(text)) for glob, text in overrides.items()),
+            *(Tuning.from_dict(values[key], f"{where}: {key}") if key in values else None for key in _TUNE),
         )
 
 
@@ -87,8 +126,8 @@ def _matches(path: str, glob: str) -> bool:
     return fnmatchcase(path, glob) or fnmatchcase(path.rsplit(".", 1)[-1], glob)
 
 
-def _preset(name: str, fmt: str, method: str = "gptq") -> Scheme:
-    return Scheme(name, parse_format(fmt), method)
+def _preset(name: str, fmt: str, method: str = "gptq", tune: Tuning | None = None) -> Scheme:
+    return Scheme(name, parse_format(fmt), method, tune=tune)
 
 
 PRESETS: dict[str, Scheme] = {
@@ -100,13 +139,25 @@ PRESETS: dict[str, Scheme] = {
         _preset("w4a16", "int4.g64.sym"),
         _preset("w3a16", "int3.g64.asym"),
         _preset("w2a16", "int2.g64.asym"),
+        _preset("w3-vptq", "vq.d4.k256.r16", "vptq", Tuning()),
+        _preset("w3-decoupleq", "int3.g64.fz", "decoupleq", Tuning()),
+        _preset("w2-vptq", "vq.d4.k256", "vptq", Tuning()),
+        _preset("w2-decoupleq", "int2.g64.fz", "decoupleq", Tuning()),
     )
 }
 """Named schemes, sizes from large to small. int4.g64.sym is the default: exact in every consumer, 4.25 bits."""
 
 
-def load_scheme(text: str, *, format: str | None = None, method: str | None = None) -> Scheme:
-    """A preset or TOML file, with format and method replaced where given.
+def load_scheme(
+    text: str,
+    *,
+    format: str | None = None,
+    method: str | None = None,
+    tune: int | None = None,
+    finetune: int | None = None,
+) -> Scheme:
+    """A preset or TOML file, with format, method and the passes of tuning and fine-tuning (0: none) replaced where
+    given.
 
     Raises FormatError LB0230 for a name that is neither, LB0231 for a bad file, LB0210 for a bad format.
     """
@@ -127,4 +178,8 @@ def load_scheme(text: str, *, format: str | None = None, method: str | None = No
         )
     if format is not None:
         scheme = replace(scheme, weight=parse_format(format), name=f"{scheme.name}+{format}")
+    for name, passes in (("tune", tune), ("finetune", finetune)):
+        if passes is not None:
+            settings = replace(getattr(scheme, name) or Tuning(), epochs=passes) if passes else None
+            scheme = replace(scheme, **{name: settings})  # type: ignore[arg-type]
     return scheme if method is None else replace(scheme, method=method)

@@ -8,12 +8,25 @@ from typing import Any
 
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error
+from lowbit.quantizers.methods.decoupleq import DecoupleQ
 from lowbit.quantizers.methods.gptq import Gptq
 from lowbit.quantizers.methods.rtn import Rtn
+from lowbit.quantizers.methods.vptq import Vptq
 
-__all__ = ["METHODS", "Gptq", "Method", "Quantized", "Rtn", "check_finite", "make_method", "proxy_error"]
+__all__ = [
+    "METHODS",
+    "DecoupleQ",
+    "Gptq",
+    "Method",
+    "Quantized",
+    "Rtn",
+    "Vptq",
+    "check_finite",
+    "make_method",
+    "proxy_error",
+]
 
-METHODS: dict[str, type[Method]] = {"rtn": Rtn, "gptq": Gptq}
+METHODS: dict[str, type[Method]] = {"rtn": Rtn, "gptq": Gptq, "decoupleq": DecoupleQ, "vptq": Vptq}
 """Name -> method. Options are the fields of the dataclass."""
 
 

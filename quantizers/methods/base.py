@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.compiler.errors import CheckpointError
+from lowbit.compiler.errors import CheckpointError, RunError
 from lowbit.quantizers.calibration import LayerStats
-from lowbit.quantizers.formats import Format
-from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.formats import Format, WeightFormat
+from lowbit.quantizers.weights import QWeight
 
-__all__ = ["Method", "Quantized", "check_finite", "proxy_error", "row_errors"]
+__all__ = ["Method", "Quantized", "check_finite", "proxy_error", "row_errors", "scalar_only"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Quantized:
     rtn_error: the same for clip-searched rounding to nearest. notes: what did not go as usual.
     """
 
-    qtensor: QTensor
+    qtensor: QWeight
     proxy_error: float
     rtn_error: float
     notes: tuple[str, ...] = ()
@@ -38,12 +38,22 @@ class Method(ABC):
     needs_hessian: ClassVar[bool]
 
     @abstractmethod
-    def quantize(self, weight: Tensor, fmt: Format, stats: LayerStats | None) -> Quantized:
+    def quantize(self, weight: Tensor, fmt: WeightFormat, stats: LayerStats | None) -> Quantized:
         """Quantize float32 [N, K] into `fmt`.
 
         Raises CheckpointError (LB0107) for a weight that is not finite, FormatError (LB0213) when the format does not
-        fit, RunError (LB0512) when the scale type cannot hold the weight's range.
+        fit, RunError LB0512 when the scale type cannot hold the weight's range, LB0515 for a kind of format that the
+        method cannot produce.
         """
+
+
+def scalar_only(fmt: WeightFormat, method: str) -> Format:
+    """`fmt`, which must have one code per weight; raises RunError (LB0515) otherwise."""
+    if not isinstance(fmt, Format):
+        raise RunError(
+            "LB0515", f"{method} cannot produce {fmt}", hint="use method vptq, or a format such as int4.g64.sym"
+        )
+    return fmt
 
 
 def check_finite(weight: Tensor, where: str | None = None) -> None:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.calibration import LayerStats
-from lowbit.quantizers.formats import Format
-from lowbit.quantizers.methods.base import Method, Quantized, check_finite, row_errors
+from lowbit.quantizers.formats import Format, WeightFormat
+from lowbit.quantizers.methods.base import Method, Quantized, check_finite, row_errors, scalar_only
 from lowbit.quantizers.methods.factor import Prepared, prepare
+from lowbit.quantizers.methods.fit import refit_scales
 from lowbit.quantizers.methods.grid import Grid, search_grid
 from lowbit.quantizers.methods.rtn import Rtn
-from lowbit.quantizers.methods.sweep import ColumnGrid, descend, feedback, refit_scales
+from lowbit.quantizers.methods.sweep import ColumnGrid, descend, feedback
 from lowbit.quantizers.qtensor import QTensor
 
-__all__ = ["Gptq"]
+__all__ = ["Gptq", "keep_better"]
 
 _WORTH_A_NOTE = 0.1  # share of rows in which plain rounding won
 _WEIGHTINGS = ("none", "diagonal", "conditional")
@@ -46,7 +47,7 @@ class Gptq(Method):
     act_order: bool = True
     static_groups: bool = True
     clip_search: bool = True
-    weighting: str = "conditional"
+    weighting: str = "diagonal"
     refits: int = 2
     sweeps: int = 1
     signed_scale: bool = True
@@ -71,8 +72,9 @@ class Gptq(Method):
                 hint="set act_order = false, or leave static_groups on",
             )
 
-    def quantize(self, weight: Tensor, fmt: Format, stats: LayerStats | None) -> Quantized:
+    def quantize(self, weight: Tensor, fmt: WeightFormat, stats: LayerStats | None) -> Quantized:
         check_finite(weight)
+        fmt = scalar_only(fmt, self.name)
         fmt.check(weight.shape[0], weight.shape[1], "weight")
         rtn = Rtn(self.clip_search, self.signed_scale)
         prepared = self._prepared(stats) if stats is not None else None
@@ -81,8 +83,8 @@ class Gptq(Method):
             why = "no calibration statistics" if stats is None else "the Hessian is zero or not finite"
             return Quantized(plain.qtensor, plain.proxy_error, plain.rtn_error, (f"{why}; rounded to nearest",))
         grid, codes = self._solve(weight, fmt, prepared)
-        baseline = rtn.quantize(weight, fmt, None).qtensor
-        return _keep_better(weight, grid.qtensor(codes), baseline, prepared)
+        baseline = rtn.round(weight, fmt)
+        return keep_better(weight, grid.qtensor(codes), baseline, prepared)
 
     def _prepared(self, stats: LayerStats) -> Prepared | None:
         """The factored Hessian, kept with the statistics: sibling layers (q, k, v) use the same one."""
@@ -135,7 +137,7 @@ class GroupSearch:
         return search_grid(weight, self.fmt, importance, clip=self.clip, signed=self.signed)
 
 
-def _keep_better(weight: Tensor, found: QTensor, baseline: QTensor, prepared: Prepared) -> Quantized:
+def keep_better(weight: Tensor, found: QTensor, baseline: QTensor, prepared: Prepared) -> Quantized:
     """Per row (per matrix when all rows share a scale), whichever of the two has the lower calibration loss."""
     hessian = prepared.raw
     size = float(row_errors(weight, hessian).sum())
@@ -155,7 +157,10 @@ def _keep_better(weight: Tensor, found: QTensor, baseline: QTensor, prepared: Pr
 
 def _mix(first: QTensor, second: QTensor, take_second: Tensor) -> QTensor:
     pick = take_second[:, None]
-    zero = torch.where(pick, second.zero, first.zero) if first.zero is not None and second.zero is not None else None
-    return QTensor(
-        first.fmt, torch.where(pick, second.codes, first.codes), torch.where(pick, second.scale, first.scale), zero
-    )
+
+    def mixed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return torch.where(pick, b, a) if a is not None and b is not None else None
+
+    scale = torch.where(pick, second.scale, first.scale)
+    zero, offset = mixed(first.zero, second.zero), mixed(first.offset, second.offset)
+    return QTensor(first.fmt, torch.where(pick, second.codes, first.codes), scale, zero, offset)

@@ -1,4 +1,4 @@
-"""Choosing the scale and zero point of every group, and rounding to the nearest code.
+"""Choosing the scale and zero point or offset of every group, and rounding to the nearest code.
 
 Everything works on scales as they will be stored: a candidate is rounded to the format's scale type first, then codes
 are chosen for it. Elements are known by their `levels()` only, so a new family of elements works here unchanged.
@@ -17,10 +17,11 @@ from lowbit.compiler.errors import RunError
 from lowbit.quantizers.formats import Element, Format
 from lowbit.quantizers.qtensor import QTensor
 
-__all__ = ["Codec", "Grid", "codec_of", "search_grid", "stored_scale"]
+__all__ = ["Codec", "Grid", "codec_of", "search_grid", "stored_offset", "stored_scale"]
 
 _CHUNK = 1 << 18  # elements handled at a time: what stays in the second-level cache
 _REFITS = 2
+_OFFSET_REFITS = 4  # two unknowns settle more slowly than one
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,16 +45,19 @@ class Codec:
         return bool((self.values == 0).any())
 
     def index(self, x: Tensor) -> Tensor:
-        """Position of the nearest level of every x, as a float tensor (uniform levels) or int64."""
-        if self.step:
-            return x.sub(self.low).div_(self.step).round_().clamp_(0, self.top)
-        return torch.bucketize(x, self.edges)
+        """Position of the nearest level of every x, as a float tensor (uniform levels; ties go up) or int64."""
+        if not self.step:
+            return torch.bucketize(x, self.edges)
+        steps = x.sub(self.low - self.step / 2)
+        if self.step != 1:
+            steps.div_(self.step)
+        return steps.floor_().clamp_(0, self.top)
 
     def level(self, index: Tensor) -> Tensor:
         """The level at each position."""
-        if self.step:
-            return index * self.step + self.low
-        return self.values[index]
+        if not self.step:
+            return self.values[index]
+        return index + self.low if self.step == 1 else index * self.step + self.low
 
     def code(self, index: Tensor) -> Tensor:
         """uint8 code at each position."""
@@ -92,38 +96,51 @@ def stored_scale(scale: Tensor, fmt: Format) -> Tensor:
     return torch.where(scale == 0, torch.zeros_like(scale), torch.copysign(rounded, scale))
 
 
+def stored_offset(offset: Tensor, fmt: Format) -> Tensor:
+    """float32 offsets as `fmt` will store them."""
+    largest = torch.finfo(fmt.scale_dtype).max
+    return offset.clamp(-largest, largest).to(fmt.scale_dtype).float()
+
+
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Scales float32 [rows, groups] (values the format can store) and zero points float32 of that shape, or None."""
+    """Scales float32 [rows, groups] (values the format can store), and of that shape too, or None where the format has
+    none of them: zero points (levels subtracted before scaling) and offsets (numbers added after scaling)."""
 
     fmt: Format
     scale: Tensor
     zero: Tensor | None
+    offset: Tensor | None = None
 
-    def column(self, k: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point per weight, [rows, k]."""
+    def column(self, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scale, zero point and offset per weight, [rows, k]."""
         size = self.fmt.granularity.group_size(k)
-        wide = [s.repeat_interleave(size, dim=1)[:, :k] if s is not None else None for s in (self.scale, self.zero)]
-        assert wide[0] is not None
-        return wide[0], wide[1]
+
+        def wide(side: Tensor) -> Tensor:
+            return side.repeat_interleave(size, dim=1)[:, :k]
+
+        zero, offset = (None if side is None else wide(side) for side in (self.zero, self.offset))
+        return wide(self.scale), zero, offset
 
     def encode(self, weight: Tensor) -> QTensor:
         """Round [N, K] to the nearest code of this grid."""
         codec = codec_of(self.fmt.element)
-        scale, zero = self.column(weight.shape[1])
+        scale, zero, offset = self.column(weight.shape[1])
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         for rows in _row_chunks(weight):
             side = slice(None) if scale.shape[0] == 1 else rows
-            x = weight[rows] * _inverse(scale[side])
+            x = (weight[rows] if offset is None else weight[rows] - offset[side]) * _inverse(scale[side])
             if zero is not None:
                 x += zero[side]
             codes[rows] = codec.code(codec.index(x))
         return self.qtensor(codes)
 
     def qtensor(self, codes: Tensor) -> QTensor:
-        """These codes with this grid's scales and zero points."""
+        """These codes with this grid's scales, zero points and offsets."""
         zero = self.zero.to(torch.uint8) if self.zero is not None else None
-        return QTensor(self.fmt, codes, self.scale.to(self.fmt.scale_dtype), zero)
+        dtype = self.fmt.scale_dtype
+        offset = self.offset.to(dtype) if self.offset is not None else None
+        return QTensor(self.fmt, codes, self.scale.to(dtype), zero, offset)
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -137,109 +154,154 @@ def _row_chunks(weight: Tensor) -> Iterator[slice]:
 
 
 def search_grid(
-    weight: Tensor, fmt: Format, importance: Tensor | None = None, *, clip: bool = True, signed: bool = False
+    weight: Tensor,
+    fmt: Format,
+    importance: Tensor | None = None,
+    *,
+    clip: bool = True,
+    signed: bool = False,
+    shrinks: int | None = None,
 ) -> Grid:
-    """Scales (and zero points) of float32 [N, K] that minimise the squared rounding error of each group.
+    """Scales (and zero points or offsets) of float32 [N, K] that minimise the squared rounding error of each group.
 
     importance: weight of each column's squared error, [K], such as the diagonal of the Hessian. clip: try ranges
-    smaller than the largest weight, then re-fit the scale to the codes in closed form; otherwise cover the range
-    exactly (min-max). signed: also try negative scales, which put the longer half of a symmetric integer's levels on
-    the other side. Raises RunError (LB0512) when the range overflows the scale type.
+    smaller than the largest weight, then re-fit the scale (and offset) to the codes in closed form; otherwise cover
+    the range exactly (min-max). signed: also try negative scales, which put the longer half of a symmetric integer's
+    levels on the other side. shrinks: how many ranges to try, if not the usual number.
+    Raises RunError (LB0512) when the range overflows the scale type.
     """
     _, k = weight.shape
+    factors = _shrinks(fmt, shrinks) if clip else torch.ones(1)
     kind = fmt.granularity.kind
     if kind == "t":
         wide = None if importance is None else importance.expand_as(weight).reshape(1, -1)
         units = weight.reshape(1, 1, -1)
-        scale, zero = _search_units(units, None if wide is None else wide[None], fmt, clip, signed)
-        return Grid(fmt, scale, zero)
+        return _search_units(units, None if wide is None else wide[None], fmt, factors, clip, signed)
     size, groups = fmt.granularity.group_size(k), fmt.granularity.groups(k)
     ragged = groups * size - k
     weights = importance if importance is not None else (torch.ones(k) if ragged else None)
     if weights is not None:
         weights = torch.nn.functional.pad(weights.float(), (0, ragged)).reshape(1, groups, size)
-    scales, zeros = [], []
-    for rows in _row_chunks(weight):
-        part = torch.nn.functional.pad(weight[rows], (0, ragged)) if ragged else weight[rows]
-        scale, zero = _search_units(part.reshape(-1, groups, size), weights, fmt, clip, signed)
-        scales.append(scale)
-        zeros.append(zero)
-    zero_points = [z for z in zeros if z is not None]
-    return Grid(fmt, torch.cat(scales), torch.cat(zero_points) if zero_points else None)
+    parts = []
+    for rows in _row_chunks(weight):  # the last weight repeated leaves the range of a ragged group as it is
+        part = torch.nn.functional.pad(weight[rows], (0, ragged), mode="replicate") if ragged else weight[rows]
+        parts.append(_search_units(part.reshape(-1, groups, size), weights, fmt, factors, clip, signed))
+    return _stacked(parts)
 
 
-def _shrinks(fmt: Format) -> Tensor:
+def _stacked(parts: list[Grid]) -> Grid:
+    """Grids of chunks of rows as one."""
+    zeros = [p.zero for p in parts if p.zero is not None]
+    offsets = [p.offset for p in parts if p.offset is not None]
+    scale = torch.cat([p.scale for p in parts])
+    return Grid(parts[0].fmt, scale, torch.cat(zeros) if zeros else None, torch.cat(offsets) if offsets else None)
+
+
+def _shrinks(fmt: Format, count: int | None) -> Tensor:
     """Fractions of the full range to try, largest first. Fewer levels gain from more clipping."""
     lowest = {1: 0.2, 2: 0.3, 3: 0.45, 4: 0.55, 5: 0.7}.get(fmt.bits, 0.8)
-    return torch.linspace(1.0, lowest, 16 if fmt.bits < 6 else 9)
+    return torch.linspace(1.0, lowest, count or (16 if fmt.bits < 6 else 9))
 
 
-def _search_units(
-    w: Tensor, importance: Tensor | None, fmt: Format, clip: bool, signed: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point [R, G] of units [R, G, E]."""
-    codec = codec_of(fmt.element)
-    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    best = _Best(w, importance, fmt, codec)
-    if fmt.zero:
-        full = (high / (codec.high - codec.low)) - (low / (codec.high - codec.low))
-        _check_range(full, fmt)
-        ratio = torch.where(full > 0, codec.low - low / full.clamp(min=1e-45), torch.zeros_like(full)).nan_to_num_(0)
-        limit = 2**fmt.bits - 1
-        offsets = [ratio.round().clamp(0, limit)]
-        if clip:
-            offsets = [ratio.floor().clamp(0, limit), ratio.ceil().clamp(0, limit)]
-        for shrink in _shrinks(fmt) if clip else torch.ones(1):
-            for zero in offsets:
-                best.offer(full * shrink, zero)
+def _search_units(w: Tensor, importance: Tensor | None, fmt: Format, shrinks: Tensor, clip: bool, signed: bool) -> Grid:
+    """The grid, [R, G], of units [R, G, E]."""
+    best = _Best(w, importance, fmt)
+    if fmt.offset:
+        _offer_ranges(best, shrinks)
+    elif fmt.zero:
+        _offer_zero_points(best, shrinks, clip)
     else:
-        reach = torch.maximum(high, -low)
-        full = reach / max(abs(codec.high), 1e-30)
-        if not clip:  # the longer half of the levels can serve the side it lies on
-            full = torch.maximum(high / codec.high, -low / -codec.low) if codec.low < 0 < codec.high else full
-        _check_range(full, fmt)
-        for shrink in _shrinks(fmt) if clip else torch.ones(1):
-            best.offer(full * shrink, None)
-            if signed and clip and codec.low != -codec.high:
-                best.offer(-full * shrink, None)
+        _offer_scales(best, shrinks, clip, signed)
     if clip:
         best.refine()
-    return best.result(codec)
+    return best.grid()
 
 
-def _check_range(full: Tensor, fmt: Format) -> None:
+def _offer_scales(best: _Best, shrinks: Tensor, clip: bool, signed: bool) -> None:
+    """Symmetric formats: fractions of the largest weight."""
+    codec, fmt = best.codec, best.fmt
+    low, high = best.w.amin(-1).clamp(max=0), best.w.amax(-1).clamp(min=0)
+    full = torch.maximum(high, -low) / max(abs(codec.high), 1e-30)
+    if not clip:  # the longer half of the levels can serve the side it lies on
+        full = torch.maximum(high / codec.high, -low / -codec.low) if codec.low < 0 < codec.high else full
+    _check_range(full, fmt, "scale")
+    for shrink in shrinks:
+        best.offer(full * shrink)
+        if signed and clip and codec.low != -codec.high:
+            best.offer(-full * shrink)
+
+
+def _offer_zero_points(best: _Best, shrinks: Tensor, clip: bool) -> None:
+    """Integer zero points: fractions of the range from the smallest to the largest weight, which has zero in it."""
+    codec, fmt = best.codec, best.fmt
+    low, high = best.w.amin(-1).clamp(max=0), best.w.amax(-1).clamp(min=0)
+    full = (high / (codec.high - codec.low)) - (low / (codec.high - codec.low))
+    _check_range(full, fmt, "scale")
+    ratio = torch.where(full > 0, codec.low - low / full.clamp(min=1e-45), torch.zeros_like(full)).nan_to_num_(0)
+    limit = 2**fmt.bits - 1
+    zeros = [ratio.round().clamp(0, limit)]
+    if clip:
+        zeros = [ratio.floor().clamp(0, limit), ratio.ceil().clamp(0, limit)]
+    for shrink in shrinks:
+        for zero in zeros:
+            best.offer(full * shrink, zero)
+
+
+def _offer_ranges(best: _Best, shrinks: Tensor) -> None:
+    """Float offsets: ranges that contract around the mean weight. Zero need not be in them."""
+    codec, fmt, span = best.codec, best.fmt, best.codec.high - best.codec.low
+    low, high, middle = best.w.amin(-1), best.w.amax(-1), best.mean(best.w)
+    full = high / span - low / span
+    _check_range(full, fmt, "scale")
+    _check_range((low - full * codec.low).abs(), fmt, "offset")
+    for shrink in shrinks:
+        scale = stored_scale(full * shrink, fmt)
+        best.offer(scale, offset=middle + (low - middle) * shrink - scale * codec.low)
+
+
+def _check_range(full: Tensor, fmt: Format, what: str) -> None:
     largest = torch.finfo(fmt.scale_dtype).max
     if bool((full > largest).any()):
+        symmetry = "fz" if fmt.offset else "asym" if fmt.zero else "sym"
         raise RunError(
             "LB0512",
-            f"a scale of {float(full.max()):.3g} does not fit {fmt.scale} (at most {largest:.3g})",
-            hint=f"use f32 scales: {fmt.element.name}.{fmt.granularity}.{'sym' if not fmt.zero else 'asym'}.f32",
+            f"{'an' if what == 'offset' else 'a'} {what} of {float(full.max()):.3g} does not fit {fmt.scale} "
+            f"(at most {largest:.3g})",
+            hint=f"use f32 scales: {fmt.element.name}.{fmt.granularity}.{symmetry}.f32",
         )
 
 
 class _Best:
-    """The best scale and zero point so far of each unit; strict improvement only, so that ties keep the first."""
+    """The best scale, zero point and offset so far of each unit; strict improvement only: ties keep the first."""
 
-    def __init__(self, w: Tensor, importance: Tensor | None, fmt: Format, codec: Codec) -> None:
-        self.w, self.h, self.fmt, self.codec = w, importance, fmt, codec
+    def __init__(self, w: Tensor, importance: Tensor | None, fmt: Format) -> None:
+        self.w, self.h, self.fmt, self.codec = w, importance, fmt, codec_of(fmt.element)
         self.scale = torch.zeros(w.shape[:2])
         self.zero = torch.zeros(w.shape[:2]) if fmt.zero else None
+        self.offset = torch.zeros(w.shape[:2]) if fmt.offset else None
         self.error = torch.full(w.shape[:2], torch.inf)
         self.untried = torch.ones(w.shape[:2], dtype=torch.bool)
 
-    def levels(self, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """Levels minus zero point nearest to w / scale."""
-        x = self.w * _inverse(scale)[..., None]
+    def mean(self, x: Tensor) -> Tensor:
+        """Weighted mean of every unit, [R, G, E] -> [R, G]."""
+        return x.mean(-1) if self.h is None else (x * self.h).sum(-1) / self.h.sum(-1).clamp(min=1e-45)
+
+    def levels(self, scale: Tensor, zero: Tensor | None, offset: Tensor | None = None) -> Tensor:
+        """Levels minus zero point nearest to (w - offset) / scale."""
+        x = (self.w if offset is None else self.w - offset[..., None]) * _inverse(scale)[..., None]
         if zero is not None:
             x += zero[..., None]
         value = self.codec.level(self.codec.index(x))
         return value.sub_(zero[..., None]) if zero is not None else value
 
-    def offer(self, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """Try scales (rounded to storage here) and zero points; returns the levels they lead to."""
+    def offer(self, scale: Tensor, zero: Tensor | None = None, offset: Tensor | None = None) -> None:
+        """Try scales and offsets (rounded to storage here) and zero points."""
         scale = stored_scale(scale, self.fmt)
-        levels = self.levels(scale, zero)
-        error = torch.addcmul(-self.w, levels, scale[..., None]).square_()
+        offset = None if offset is None else stored_offset(offset, self.fmt)
+        error = torch.addcmul(-self.w, self.levels(scale, zero, offset), scale[..., None])
+        if offset is not None:
+            error += offset[..., None]
+        error.square_()
         total = (error * self.h if self.h is not None else error).sum(-1)
         better = (total < self.error) | (self.untried & ~total.isfinite())  # squares of huge weights overflow
         self.untried &= ~better
@@ -247,10 +309,15 @@ class _Best:
         self.scale = torch.where(better, scale, self.scale)
         if self.zero is not None and zero is not None:
             self.zero = torch.where(better, zero, self.zero)
-        return levels
+        if self.offset is not None and offset is not None:
+            self.offset = torch.where(better, offset, self.offset)
 
     def refine(self) -> None:
-        """Scales re-fitted to the codes by least squares, and zero points moved by one, while that helps."""
+        """Least squares for fixed codes, and zero points moved by one, while that helps."""
+        if self.offset is not None:
+            for _ in range(_OFFSET_REFITS):
+                self._regress(self.offset)
+            return
         limit = 2**self.fmt.bits - 1
         for _ in range(_REFITS):
             shifts = (0,) if self.zero is None else (0, -1, 1)
@@ -261,8 +328,20 @@ class _Best:
                 scale = (weighted * self.w).sum(-1) / (weighted * levels).sum(-1)
                 self.offer(torch.where(scale.isfinite(), scale, self.scale), zero)
 
-    def result(self, codec: Codec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point; units of zeros get a scale that represents them exactly."""
+    def _regress(self, offset: Tensor) -> None:
+        """Offer the line of least squares from levels to weights; where all levels are equal, only its height."""
+        levels = self.levels(self.scale, None, offset)
+        mean = self.mean(levels)
+        centred = levels - mean[..., None]
+        weighted = centred * self.h if self.h is not None else centred
+        scale = (weighted * self.w).sum(-1) / (weighted * centred).sum(-1)
+        scale = stored_scale(torch.where(scale.isfinite() & (scale != 0), scale, self.scale), self.fmt)
+        self.offer(scale, offset=self.mean(self.w) - scale * mean)
+
+    def grid(self) -> Grid:
+        """What was found; units of zeros get a scale and offset that represent them exactly."""
         empty = self.w.abs().amax(-1) == 0
-        neutral = 1.0 if codec.has_zero or self.zero is not None else 0.0
-        return torch.where(empty, torch.full_like(self.scale, neutral), self.scale), self.zero
+        neutral = 1.0 if self.codec.has_zero or self.zero is not None else 0.0
+        scale = torch.where(empty, torch.full_like(self.scale, neutral), self.scale)
+        offset = None if self.offset is None else self.offset.masked_fill(empty, 0.0)
+        return Grid(self.fmt, scale, self.zero, offset)

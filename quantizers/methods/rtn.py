@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowbit.quantizers.calibration import LayerStats
-from lowbit.quantizers.formats import Format
-from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error
+from lowbit.quantizers.formats import Format, WeightFormat
+from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error, scalar_only
 from lowbit.quantizers.methods.grid import search_grid
+from lowbit.quantizers.qtensor import QTensor
 
 __all__ = ["Rtn"]
 
@@ -28,10 +29,15 @@ class Rtn(Method):
     name: ClassVar[str] = "rtn"
     needs_hessian: ClassVar[bool] = False
 
-    def quantize(self, weight: Tensor, fmt: Format, stats: LayerStats | None) -> Quantized:
+    def quantize(self, weight: Tensor, fmt: WeightFormat, stats: LayerStats | None) -> Quantized:
         check_finite(weight)
+        fmt = scalar_only(fmt, self.name)
         fmt.check(weight.shape[0], weight.shape[1], "weight")
-        qtensor = search_grid(weight, fmt, clip=self.clip_search, signed=self.signed_scale).encode(weight)
+        qtensor = self.round(weight, fmt)
         hessian = stats.hessian if stats is not None and bool(stats.hessian.isfinite().all()) else None
         error = proxy_error(weight, qtensor.dequantize(), hessian)
         return Quantized(qtensor, error, error)
+
+    def round(self, weight: Tensor, fmt: Format) -> QTensor:
+        """The codes alone."""
+        return search_grid(weight, fmt, clip=self.clip_search, signed=self.signed_scale).encode(weight)

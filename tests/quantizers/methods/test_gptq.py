@@ -14,8 +14,9 @@ from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import catalog, parse_format
 from lowbit.quantizers.methods import METHODS, Gptq, Rtn, make_method, proxy_error
 from lowbit.quantizers.methods.factor import factor_inverse, prepare
+from lowbit.quantizers.methods.fit import refit_scales
 from lowbit.quantizers.methods.grid import search_grid
-from lowbit.quantizers.methods.sweep import ColumnGrid, descend, feedback, refit_scales
+from lowbit.quantizers.methods.sweep import ColumnGrid, descend, feedback
 
 
 def stats_of(k: int, seed: int = 0, tokens: int = 400, spread: float = 1.0) -> LayerStats:

@@ -40,9 +40,9 @@ class Uneven(Element):
         raise NotImplementedError
 
 
-def exhaustive(values: torch.Tensor, fmt: Format, scale: float, zero: float) -> torch.Tensor:
+def exhaustive(values: torch.Tensor, fmt: Format, scale: float, zero: float, offset: float) -> torch.Tensor:
     """Distance of each value to the nearest number the format can write, by trying every code."""
-    numbers = (fmt.element.levels() - zero) * scale
+    numbers = (fmt.element.levels() - zero) * scale + offset
     return (values[:, None] - numbers[None]).abs().amin(1)
 
 
@@ -52,16 +52,18 @@ def test_every_value_gets_the_nearest_code(text: str) -> None:
     span = 2.0 ** (fmt.bits - 1) + 2
     values = torch.linspace(-span, span, 1001)
     scale, zero = torch.tensor([[0.75]]), torch.tensor([[1.0]]) if fmt.zero else None
-    q = Grid(fmt, scale, zero).encode(values[None])
+    offset = torch.tensor([[-0.3125]]) if fmt.offset else None
+    q = Grid(fmt, scale, zero, offset).encode(values[None])
     error = (q.dequantize()[0] - values).abs()
-    assert torch.allclose(error, exhaustive(values, fmt, 0.75, 1.0 if fmt.zero else 0.0), atol=1e-5)
+    expected = exhaustive(values, fmt, 0.75, 1.0 if fmt.zero else 0.0, -0.3125 if fmt.offset else 0.0)
+    assert torch.allclose(error, expected, atol=1e-5)
 
 
 def test_elements_known_by_their_levels_only() -> None:
     fmt = Format(Uneven(), Granularity("ch"))
     values = torch.linspace(-4, 4, 801)
     q = Grid(fmt, torch.tensor([[1.0]]), None).encode(values[None])
-    assert torch.allclose((q.dequantize()[0] - values).abs(), exhaustive(values, fmt, 1.0, 0.0), atol=1e-6)
+    assert torch.allclose((q.dequantize()[0] - values).abs(), exhaustive(values, fmt, 1.0, 0.0, 0.0), atol=1e-6)
     assert int(q.codes.max()) < 8
     assert 4 not in q.codes, "of two codes for zero the lower one is written"
     assert codec_of(Uneven()).step == 0

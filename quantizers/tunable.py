@@ -1,0 +1,102 @@
+"""Quantized matrices whose float side values (scales, offsets, codebooks, norms) can be trained, codes staying fixed.
+
+A `Tunable` gives the dense weight as a differentiable function of those values, as they would be stored: rounding to
+the stored type passes gradients straight through ("Estimating or Propagating Gradients Through Stochastic Neurons",
+Bengio et al.). The gradient of a scale or centroid is the sum over the weights it stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.vqtensor import VQTensor, dequantize_with
+from lowbit.quantizers.weights import QWeight
+
+__all__ = ["Tunable", "TunableScalar", "TunableVectors", "tunable"]
+
+_SCALAR = ("scale", "offset")
+_VECTOR = ("centroids", "residual_centroids", "outlier_centroids", "norm_scale", "norm_bias")
+
+
+class Tunable(nn.Module):
+    """float32 masters of the side values of one quantized matrix, as parameters; the codes are constants."""
+
+    def __init__(self, q: QWeight, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.dtype = q.fmt.scale_dtype
+        for name in names:
+            value: Tensor | None = getattr(q, name)
+            if value is not None:
+                self.register_parameter(name, nn.Parameter(value.detach().float().clone()))
+
+    def stored(self) -> dict[str, Tensor]:
+        """The side values as they would be stored, differentiable with respect to their masters."""
+        limit = torch.finfo(self.dtype).max
+        rounded = {}
+        for name, master in self.named_parameters():
+            near = master.detach().clamp(-limit, limit).to(self.dtype).float()
+            rounded[name] = master + (near - master.detach())
+        return rounded
+
+    def weight(self) -> Tensor:
+        """float32 [N, K]."""
+        raise NotImplementedError
+
+    def result(self) -> QWeight:
+        """The matrix with the side values as they are now."""
+        raise NotImplementedError
+
+    def _final(self) -> dict[str, Tensor]:
+        return {name: value.detach().to(self.dtype).contiguous() for name, value in self.stored().items()}
+
+
+class TunableScalar(Tunable):
+    """One code per weight: weight = (level - zero point) * scale + offset."""
+
+    def __init__(self, q: QTensor) -> None:
+        super().__init__(q, _SCALAR)
+        self._q = q
+        n, k = q.shape
+        size, groups = q.fmt.granularity.group_size(k), q.fmt.granularity.groups(k)
+        levels = q.fmt.element.levels().float()[q.codes.long()]
+        if q.zero is not None:
+            levels = levels - q.zero.float().repeat_interleave(size, dim=1)[:, :k]
+        # Groups as a dimension of their own; a ragged last one is padded, and the padding cut off again.
+        self.register_buffer("levels", nn.functional.pad(levels, (0, groups * size - k)).view(n, groups, size))
+
+    def weight(self) -> Tensor:
+        side = self.stored()
+        dense = self.get_buffer("levels") * side["scale"][..., None]
+        if "offset" in side:
+            dense = dense + side["offset"][..., None]
+        n, k = self._q.shape
+        return dense.reshape(n, -1)[:, :k]
+
+    def result(self) -> QTensor:
+        found: dict[str, Any] = self._final()
+        return replace(self._q, **found)
+
+
+class TunableVectors(Tunable):
+    """Vector quantization: every codebook, and the norms if the format has them."""
+
+    def __init__(self, q: VQTensor) -> None:
+        super().__init__(q, _VECTOR)
+        self._q = q
+
+    def weight(self) -> Tensor:
+        return dequantize_with(self._q, self.stored())
+
+    def result(self) -> VQTensor:
+        found: dict[str, Any] = self._final()
+        return replace(self._q, **found)
+
+
+def tunable(q: QWeight) -> Tunable:
+    """The tunable form of any quantized matrix."""
+    return TunableVectors(q) if isinstance(q, VQTensor) else TunableScalar(q)
