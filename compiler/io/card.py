@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit.compiler.io.source import ModelSource
-from lowbit.quantizers.formats import Format
+from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = ["model_card"]
@@ -15,11 +15,20 @@ __all__ = ["model_card"]
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
+_NOTES = {
+    "compressed-tensors": "vLLM and transformers (with compressed-tensors 0.18 or newer) load it as it is; with "
+    "`import lowbit`, `lowbit.load` runs it on compiled kernels.",
+    "vptq": "transformers loads it with the vptq package and a GPU (4.53 does; 5.23 stops at any checkpoint in VPTQ's "
+    "layout); with `import lowbit`, `lowbit.load` runs it on compiled kernels.",
+    "lowbit": "The format needs lowbit: `import lowbit` before loading. Without it, loading fails.",
+}
+"""Who can load a checkpoint, by layout."""
+
 
 def model_card(
     source: ModelSource,
     scheme: Scheme,
-    formats: Mapping[str, Format],
+    formats: Mapping[str, WeightFormat],
     shapes: Mapping[str, tuple[int, int]],
     layout: str,
     report: Mapping[str, Any],
@@ -44,11 +53,11 @@ def _front_matter(source: ModelSource, layout: str) -> str:
         lines += [f"base_model: {source.base_model}", "base_model_relation: quantized"]
     if source.licence.name and _WORD.fullmatch(source.licence.name):
         lines.append(f"license: {source.licence.name.lower()}")
-    tags = ["lowbit", "quantized", *(["compressed-tensors"] if layout == "compressed-tensors" else [])]
+    tags = ["lowbit", "quantized", *([layout] if layout != "lowbit" else [])]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
-def _formats_table(formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]]) -> str:
+def _formats_table(formats: Mapping[str, WeightFormat], shapes: Mapping[str, tuple[int, int]]) -> str:
     """Layers, weights and stored bits per weight of every format."""
     counts: dict[str, tuple[int, int, float]] = {}
     for path, fmt in formats.items():
@@ -86,12 +95,7 @@ def _plain(text: str) -> str:
 
 
 def _usage(layout: str) -> str:
-    note = (
-        "vLLM and transformers (with compressed-tensors 0.18 or newer) load it as it is; with `import lowbit`, "
-        "`lowbit.load` runs it on compiled kernels."
-        if layout == "compressed-tensors"
-        else "The format needs lowbit: `import lowbit` before loading. Without it, loading fails."
-    )
+    note = _NOTES[layout]
     code = [
         "```python",
         "import lowbit",

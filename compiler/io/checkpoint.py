@@ -2,8 +2,8 @@
 
 A checkpoint is a model folder as transformers writes it: safetensors, config.json with a `quantization_config`,
 tokenizer and licence, a model card, and lowbit.json, which says how it was made. Where compressed-tensors can hold
-every layer's format that layout is used, so that transformers and vLLM read it without lowbit; otherwise the native
-one.
+every layer's format that layout is used, so that transformers and vLLM read it without lowbit; where all layers are
+vector-quantized in ways that VPTQ's layout can hold, that one, for the vptq package; otherwise the native one.
 """
 
 from __future__ import annotations
@@ -13,60 +13,64 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
 from lowbit.compiler.io import compressed_tensors as ct
-from lowbit.compiler.io import gptq, native
+from lowbit.compiler.io import gptq, native, vptq, vptq_tensors
 from lowbit.compiler.io.card import model_card
 from lowbit.compiler.io.safetensors_file import SafetensorsFile
 from lowbit.compiler.io.source import ModelSource
 from lowbit.compiler.io.source_folder import contained, load_json, open_shards
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
-from lowbit.quantizers.formats import Format, parse_format
-from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.formats import Format, VectorFormat, WeightFormat, parse_format
 from lowbit.quantizers.scheme import Scheme
+from lowbit.quantizers.weights import QWeight, stored_names
 
 __all__ = ["Checkpoint", "checkpoint_layout", "export_layout", "read_checkpoint", "stored_dtype", "write_checkpoint"]
 
-Layout = Literal["compressed-tensors", "lowbit"]
+Layout = Literal["compressed-tensors", "lowbit", "vptq"]
 
 _SHARD_BYTES = 2_000_000_000
 _MARGIN = 1_000_000
 """Bytes for headers, configs and the card, on top of tensors and carried files."""
 
 
-def export_layout(fmt: Format, n: int | None = None, k: int | None = None) -> Layout:
+def export_layout(fmt: WeightFormat, n: int | None = None, k: int | None = None) -> Layout:
     """The layout a checkpoint gets when it holds an [n, k] matrix in `fmt`."""
-    return "lowbit" if ct.can_express(fmt, n, k) else "compressed-tensors"
+    if not ct.can_express(fmt, n, k):
+        return "compressed-tensors"
+    return "lowbit" if vptq.can_express(fmt, n, k) else "vptq"
 
 
 def write_checkpoint(
     out: Path,
     source: ModelSource,
-    quantized: Mapping[str, Callable[[], QTensor]],
+    quantized: Mapping[str, Callable[[], QWeight]],
     scheme: Scheme,
     *,
     report: Mapping[str, Any],
     shard_bytes: int = _SHARD_BYTES,
     dtype: torch.dtype | None = None,
+    replaced: Mapping[str, Callable[[], torch.Tensor]] | None = None,
 ) -> Path:
     """Write the model of `source` to the folder `out`, with the weights of some modules replaced.
 
     quantized: loader of the quantized weight by module path, called when the weight is written (and once before, where
     the scheme has no format for the module). report: figures of the run, for report.json and the card. dtype: of the
-    other float tensors and of config.json; theirs when None. The folder appears complete or not at all. Raises
+    other float tensors and of config.json; theirs when None. replaced: loaders of other tensors whose values a run
+    changed (norm weights), by name. The folder appears complete or not at all. Raises
     CheckpointError: LB0110 `out` is not empty, LB0111 disk full, LB0114 a module or tensor that does not fit, LB0115
     not writable.
     """
     formats = {path: _planned_format(path, load, scheme) for path, load in quantized.items()}
     shapes = {path: _matrix_shape(source, path) for path in quantized}
     layout = checkpoint_layout(formats, shapes)
-    parts = _parts(source, quantized, formats, shapes, dtype)
+    parts = _parts(source, quantized, formats, layout, dtype, replaced or {})
     extras = source.extras()
     needed = sum(p.nbytes for p in parts) + sum(e.stat().st_size for e in extras) + _MARGIN
     config = _config(source, formats, layout, dtype)
@@ -85,13 +89,16 @@ def write_checkpoint(
     return out
 
 
-def checkpoint_layout(formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]]) -> Layout:
+def checkpoint_layout(formats: Mapping[str, WeightFormat], shapes: Mapping[str, tuple[int, int]]) -> Layout:
     """The layout of a checkpoint whose modules, by path, have these formats and (N, K)."""
-    native_only = any(export_layout(fmt, *shapes[path]) == "lowbit" for path, fmt in formats.items())
-    return "lowbit" if native_only or ct.config_problem(formats.values()) else "compressed-tensors"
+    layouts = {export_layout(fmt, *shapes[path]) for path, fmt in formats.items()} or {"compressed-tensors"}
+    if layouts == {"vptq"}:
+        return "vptq"
+    common = layouts == {"compressed-tensors"} and not ct.config_problem(formats.values())
+    return "compressed-tensors" if common else "lowbit"
 
 
-def _planned_format(path: str, load: Callable[[], QTensor], scheme: Scheme) -> Format:
+def _planned_format(path: str, load: Callable[[], QWeight], scheme: Scheme) -> WeightFormat:
     """The scheme's format, which is checked again when the weight is written; the weight's own when it is ignored."""
     return scheme.format_for(path) or load().fmt
 
@@ -106,31 +113,35 @@ def _matrix_shape(source: ModelSource, path: str) -> tuple[int, int]:
 
 def _parts(
     source: ModelSource,
-    quantized: Mapping[str, Callable[[], QTensor]],
-    formats: Mapping[str, Format],
-    shapes: Mapping[str, tuple[int, int]],
+    quantized: Mapping[str, Callable[[], QWeight]],
+    formats: Mapping[str, WeightFormat],
+    layout: Layout,
     dtype: torch.dtype | None,
+    replaced: Mapping[str, Callable[[], torch.Tensor]],
 ) -> list[Part]:
     parts = []
     for name in source.names():
         path = name.removesuffix(".weight")
         if name.endswith(".weight") and path in quantized:
-            parts.append(_quantized_part(path, quantized[path], formats[path], *shapes[path]))
+            n, k = _matrix_shape(source, path)
+            parts.append(_quantized_part(path, quantized[path], formats[path], n, k, layout))
         else:
-            parts.append(_plain_part(source, name, dtype))
+            parts.append(_plain_part(source, name, dtype, replaced.get(name)))
     return parts
 
 
-def _quantized_part(path: str, load: Callable[[], QTensor], fmt: Format, n: int, k: int) -> Part:
+def _quantized_part(path: str, load: Callable[[], QWeight], fmt: WeightFormat, n: int, k: int, layout: Layout) -> Part:
+    form = vptq_tensors if layout == "vptq" else ct
+
     def tensors() -> dict[str, torch.Tensor]:
         q = load()
         if q.fmt != fmt or q.shape != (n, k):
             raise CheckpointError(
                 "LB0114", f"expected {fmt} {n}x{k}, got {q.fmt} {q.shape[0]}x{q.shape[1]}", where=path
             )
-        return {f"{path}.{name}": tensor for name, tensor in ct.to_tensors(q).items()}
+        return {f"{path}.{name}": tensor for name, tensor in form.to_tensors(q).items()}
 
-    shapes = ct.tensor_shapes(fmt, n, k)
+    shapes = form.tensor_shapes(fmt, n, k)
     return Part(tuple(Blob(f"{path}.{name}", dtype, shape) for name, (dtype, shape) in shapes.items()), tensors)
 
 
@@ -142,11 +153,13 @@ def stored_dtype(source: ModelSource, name: str, dtype: torch.dtype | None = Non
     return source.kept_dtype if source.kept_dtype is not None and len(source.shape(name)) > 1 else own
 
 
-def _plain_part(source: ModelSource, name: str, dtype: torch.dtype | None) -> Part:
+def _plain_part(
+    source: ModelSource, name: str, dtype: torch.dtype | None, load: Callable[[], torch.Tensor] | None = None
+) -> Part:
     target = stored_dtype(source, name, dtype)
 
     def tensors() -> dict[str, torch.Tensor]:
-        value = source.tensor(name).to(target)
+        value = (load() if load else source.tensor(name)).to(target)
         if target is torch.float16 and not bool(value.isfinite().all()):
             raise CheckpointError("LB0114", f"{name} has values that float16 cannot hold", hint="pass a dtype")
         return {name: value}
@@ -155,7 +168,7 @@ def _plain_part(source: ModelSource, name: str, dtype: torch.dtype | None) -> Pa
 
 
 def _config(
-    source: ModelSource, formats: Mapping[str, Format], layout: Layout, dtype: torch.dtype | None
+    source: ModelSource, formats: Mapping[str, WeightFormat], layout: Layout, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """Values of config.json, without the guard of native checkpoints."""
     values: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=True))
@@ -169,7 +182,13 @@ def _config(
         values["quantization_config"] = native.quantization_config(formats)
     else:
         linears = [p for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, torch.nn.Linear)]
-        values["quantization_config"] = ct.quantization_config(formats, set(linears) - set(formats))
+        kept = set(linears) - set(formats)
+        if layout == "vptq":
+            shapes = {path: _matrix_shape(source, path) for path in formats}
+            biased = {path for path in formats if f"{path}.bias" in source.names()}
+            values["quantization_config"] = vptq.quantization_config(formats, shapes, biased, kept)
+        else:
+            values["quantization_config"] = ct.quantization_config(formats, kept)
     return values
 
 
@@ -189,7 +208,9 @@ def _copy_extras(extras: list[Path], stage: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def _provenance(source: ModelSource, scheme: Scheme, formats: Mapping[str, Format], layout: Layout) -> dict[str, Any]:
+def _provenance(
+    source: ModelSource, scheme: Scheme, formats: Mapping[str, WeightFormat], layout: Layout
+) -> dict[str, Any]:
     """Values of lowbit.json: how the checkpoint was made, and the format of every module."""
     return {
         "schema": native.SCHEMA,
@@ -211,13 +232,14 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     quantization_config: dict[str, Any]
-    modules: dict[str, Format]
+    modules: dict[str, WeightFormat]
     _files: dict[str, SafetensorsFile]
     _gptq: gptq.GPTQLayout | None = None
+    _vptq: Mapping[str, vptq.VPTQLayer] | None = None
 
     @property
     def method(self) -> str:
-        """`compressed-tensors`, `lowbit` or `gptq`."""
+        """`compressed-tensors`, `lowbit`, `vptq` or `gptq`."""
         return str(self.quantization_config["quant_method"])
 
     def names(self) -> list[str]:
@@ -226,11 +248,27 @@ class Checkpoint:
 
     def plain_names(self) -> list[str]:
         """Names of the tensors that belong to no quantized weight."""
-        suffixes = (
-            gptq.SUFFIXES if self._gptq else ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-        )
-        taken = {f"{path}.{suffix}" for path in self.modules for suffix in suffixes}
+        taken = {f"{path}.{name}" for path in self.modules for name in self._suffixes(path)}
         return [name for name in self._files if name not in taken]
+
+    def module_names(self, path: str) -> list[str]:
+        """Full names of the stored tensors of a quantized module's weight."""
+        return [f"{path}.{name}" for name in self._suffixes(path) if f"{path}.{name}" in self._files]
+
+    def _suffixes(self, path: str) -> tuple[str, ...]:
+        if self._vptq is not None:
+            return vptq.SUFFIXES
+        return gptq.SUFFIXES if self._gptq else stored_names(self.modules[path])
+
+    def shape(self, path: str) -> tuple[int, int]:
+        """(N, K) of a quantized module. Errors as `qtensor`; only GPTQ checkpoints have to unpack the weight."""
+        if self._vptq is not None and path in self._vptq:
+            return (self._vptq[path].n, self._vptq[path].k)
+        name = f"{path}.weight_shape"
+        if name in self._files and self._files[name].header.tensors[name].shape == (2,):
+            n, k = (int(d) for d in self.tensor(name))
+            return (n, k)
+        return self.qtensor(path).shape
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one stored tensor; raises CheckpointError (LB0114) when there is none of that name."""
@@ -238,7 +276,7 @@ class Checkpoint:
             raise CheckpointError("LB0114", f"has no tensor {name[:200]!r}", where=str(self.folder))
         return self._files[name].tensor(name)
 
-    def qtensor(self, path: str) -> QTensor:
+    def qtensor(self, path: str) -> QWeight:
         """The quantized weight of a module, exactly as stored.
 
         Raises CheckpointError: LB0113 when its columns are permuted (GPTQ activation order), LB0114 when its tensors
@@ -247,23 +285,26 @@ class Checkpoint:
         tensors = self.module_tensors(path)
         where = f"{self.folder}: {path}"
         if self._gptq:
-            return gptq.to_qtensor(self._gptq, self.modules[path], tensors, where)
+            fmt = self.modules[path]
+            assert isinstance(fmt, Format)  # as read from the config
+            return gptq.to_qtensor(self._gptq, fmt, tensors, where)
+        if self._vptq is not None:
+            return vptq_tensors.to_vqtensor(self._vptq[path], tensors, where)
         return ct.from_tensors(self.modules[path], tensors, where)
 
     def module_tensors(self, path: str) -> dict[str, torch.Tensor]:
         """The stored tensors of a quantized module's weight, by their name in the module."""
         if path not in self.modules:
             raise CheckpointError("LB0114", "is not a quantized module", where=f"{self.folder}: {path}")
-        fmt = self.modules[path]
-        names = gptq.SUFFIXES if self._gptq else tuple(ct.tensor_shapes(fmt, 1, max(1, fmt.granularity.group)))
-        return {name: self.tensor(f"{path}.{name}") for name in names if f"{path}.{name}" in self._files}
+        return {name.removeprefix(f"{path}."): self.tensor(name) for name in self.module_names(path)}
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized) or GPTQ.
+    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized), GPTQ or VPTQ.
 
     Raises CheckpointError: LB0101 no such folder, LB0102 broken file, LB0103 bad index, LB0108 bad config.json, LB0113
-    GPTQ of a kind that is not supported, LB0114 not a quantized checkpoint, or one that contradicts itself.
+    GPTQ of a kind that is not supported, LB0114 not a quantized checkpoint, or one that contradicts itself, LB0118 VPTQ
+    of a kind that is not supported.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -281,14 +322,18 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         return Checkpoint(folder, config, quant, _ct_formats(folder, quant, files), files)
     if method == "gptq":
         layout = gptq.layout(quant, str(folder))
-        return Checkpoint(folder, config, quant, gptq.formats(layout, files, str(folder)), files, layout)
+        return Checkpoint(folder, config, quant, {**gptq.formats(layout, files, str(folder))}, files, layout)
+    if method == "vptq":
+        layers = _vptq_layers(folder, quant, files)
+        formats: dict[str, WeightFormat] = {path: layer.fmt for path, layer in layers.items()}
+        return Checkpoint(folder, config, quant, formats, files, None, layers)
     raise CheckpointError(
         "LB0114", f"quantization method {str(method)[:40]!r} is not supported", where=str(folder),
-        hint="lowbit reads lowbit, compressed-tensors (pack-quantized) and gptq checkpoints",
+        hint="lowbit reads lowbit, compressed-tensors (pack-quantized), gptq and vptq checkpoints",
     )  # fmt: skip
 
 
-def _ct_formats(folder: Path, quant: dict[str, Any], files: dict[str, SafetensorsFile]) -> dict[str, Format]:
+def _ct_formats(folder: Path, quant: dict[str, Any], files: dict[str, SafetensorsFile]) -> dict[str, WeightFormat]:
     """Formats of a compressed-tensors checkpoint: from its config, which must agree with lowbit.json if that exists."""
     paths = [name.removesuffix(".weight_packed") for name in files if name.endswith(".weight_packed")]
     scales = {}
@@ -297,18 +342,36 @@ def _ct_formats(folder: Path, quant: dict[str, Any], files: dict[str, Safetensor
         if name not in files:
             raise CheckpointError("LB0114", "weight_scale is missing", where=f"{folder}: {path}")
         scales[path] = files[name].header.tensors[name].dtype
-    formats = ct.formats_from_config(quant, scales, str(folder))
-    if (folder / "lowbit.json").exists():
-        _check_provenance(folder, formats)
+    formats: dict[str, WeightFormat] = {**ct.formats_from_config(quant, scales, str(folder))}
+    declared = _declared_formats(folder)
+    if declared is not None and declared != formats:
+        raise _disagreement(folder)
     return formats
 
 
-def _check_provenance(folder: Path, formats: Mapping[str, Format]) -> None:
+def _vptq_layers(folder: Path, quant: dict[str, Any], files: dict[str, SafetensorsFile]) -> dict[str, vptq.VPTQLayer]:
+    """Layers of a VPTQ checkpoint, with the formats of lowbit.json (a percentage of outliers) where that exists."""
+    layers = vptq.read_layers(quant, files, str(folder))
+    declared = _declared_formats(folder)
+    if declared is None:
+        return layers
+    exact = {path: vptq.exact_format(fmt, layers[path].k) for path, fmt in declared.items() if path in layers}
+    if set(declared) != set(layers) or exact != {path: layer.fmt for path, layer in layers.items()}:
+        raise _disagreement(folder)
+    return {path: replace(layer, fmt=cast(VectorFormat, declared[path])) for path, layer in layers.items()}
+
+
+def _declared_formats(folder: Path) -> dict[str, WeightFormat] | None:
+    """The formats in lowbit.json, None where there is no such file."""
+    if not (folder / "lowbit.json").exists():
+        return None
     values = load_json(contained(folder, "lowbit.json"), "LB0114")
     declared = values.get("formats")
     try:
-        known = {path: parse_format(text) for path, text in declared.items()} if isinstance(declared, dict) else None
-    except (FormatError, AttributeError) as e:
+        return {path: parse_format(text) for path, text in declared.items()}  # type: ignore[union-attr]
+    except (FormatError, AttributeError, TypeError) as e:
         raise CheckpointError("LB0114", f"lowbit.json has a bad format: {e}", where=str(folder)) from e
-    if known != formats:
-        raise CheckpointError("LB0114", "lowbit.json and config.json disagree about formats", where=str(folder))
+
+
+def _disagreement(folder: Path) -> CheckpointError:
+    return CheckpointError("LB0114", "lowbit.json and config.json disagree about formats", where=str(folder))

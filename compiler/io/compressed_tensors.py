@@ -14,7 +14,6 @@ zero points and several formats do not go together (`config_problem`).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,9 +21,8 @@ from typing import Any
 import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
-from lowbit.quantizers.bitstream import pack_bits, unpack_bits
-from lowbit.quantizers.formats import SCALE_DTYPES, Format, Granularity, IntElement
-from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.formats import SCALE_DTYPES, Format, Granularity, IntElement, VectorFormat, WeightFormat
+from lowbit.quantizers.weights import QWeight, from_stored, stored, stored_shapes
 
 __all__ = [
     "can_express",
@@ -43,8 +41,12 @@ _VERSION = "0.18.0"
 _SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
-def can_express(fmt: Format, n: int | None = None, k: int | None = None) -> str | None:
+def can_express(fmt: WeightFormat, n: int | None = None, k: int | None = None) -> str | None:
     """None when pack-quantized files can hold `fmt` (for an [n, k] matrix, when given), else the reason."""
+    if not isinstance(fmt, Format):
+        return "pack-quantized holds one code per weight"
+    if fmt.offset:
+        return "pack-quantized has integer zero points only"
     if not isinstance(fmt.element, IntElement):
         return f"pack-quantized holds integers, not {fmt.element.name}"
     if fmt.bits == 1 and fmt.element.symmetric:
@@ -56,10 +58,10 @@ def can_express(fmt: Format, n: int | None = None, k: int | None = None) -> str 
     return None
 
 
-def config_problem(formats: Iterable[Format]) -> str | None:
+def config_problem(formats: Iterable[WeightFormat]) -> str | None:
     """None when one pack-quantized checkpoint can hold all `formats` for every reader, else the reason."""
     distinct = set(formats)
-    if len(distinct) > 1 and any(fmt.zero for fmt in distinct):
+    if len(distinct) > 1 and any(isinstance(fmt, Format) and fmt.zero for fmt in distinct):
         return "transformers decodes all layers of a checkpoint with zero points by one format"
     return None
 
@@ -80,38 +82,23 @@ def scale_note(fmt: Format, dtype: torch.dtype) -> str | None:
     return f"transformers casts the {fmt.scale} scales of {fmt} to the model's {model}{hint}"
 
 
-def tensor_shapes(fmt: Format, n: int, k: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def tensor_shapes(fmt: WeightFormat, n: int, k: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape of each stored tensor of an [n, k] matrix in `fmt`, by name."""
-    rows, groups = fmt.side_shape(n, k)
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "weight_packed": (torch.int32, (n, math.ceil(k * fmt.bits / 32))),
-        "weight_scale": (fmt.scale_dtype, (rows, groups)),
-        "weight_shape": (torch.int64, (2,)),
-    }
-    if fmt.zero:
-        shapes["weight_zero_point"] = (torch.int32, (math.ceil(rows * fmt.bits / 32), groups))
-    return shapes
+    return stored_shapes(fmt, n, k)
 
 
-def to_tensors(q: QTensor) -> dict[str, torch.Tensor]:
+def to_tensors(q: QWeight) -> dict[str, torch.Tensor]:
     """The stored tensors of `q`."""
-    tensors = {
-        "weight_packed": pack_bits(q.codes, q.fmt.bits),
-        "weight_scale": q.scale.contiguous(),
-        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
-    }
-    if q.zero is not None:
-        tensors["weight_zero_point"] = pack_bits(q.zero.t().contiguous(), q.fmt.bits).t().contiguous()
-    return tensors
+    return stored(q)
 
 
-def from_tensors(fmt: Format, tensors: Mapping[str, torch.Tensor], where: str) -> QTensor:
+def from_tensors(fmt: WeightFormat, tensors: Mapping[str, torch.Tensor], where: str) -> QWeight:
     """Inverse of `to_tensors`, bit-exact.
 
     Raises CheckpointError (LB0114), naming `where`, when a tensor is missing or has the wrong shape or type.
     """
-    n, k = _matrix_shape(tensors, where)
-    for name, (dtype, shape) in tensor_shapes(fmt, n, k).items():
+    n, k = _matrix_shape(fmt, tensors, where)
+    for name, (dtype, shape) in stored_shapes(fmt, n, k).items():
         actual = tensors.get(name)
         if actual is None:
             raise CheckpointError("LB0114", f"{name} is missing", where=where)
@@ -120,32 +107,38 @@ def from_tensors(fmt: Format, tensors: Mapping[str, torch.Tensor], where: str) -
             raise CheckpointError(
                 "LB0114", f"{name} of {fmt} {n}x{k} must be {dtype} {list(shape)}, not {found}", where=where
             )
-    zero = None
-    if fmt.zero:
-        rows, _ = fmt.side_shape(n, k)
-        zero = unpack_bits(tensors["weight_zero_point"].t().contiguous(), fmt.bits, rows).t().contiguous()
-    return QTensor(fmt, unpack_bits(tensors["weight_packed"], fmt.bits, k), tensors["weight_scale"], zero)
+    try:
+        return from_stored(fmt, n, k, tensors)
+    except FormatError as e:
+        raise CheckpointError("LB0114", e.message, where=where) from e
 
 
-def _matrix_shape(tensors: Mapping[str, torch.Tensor], where: str) -> tuple[int, int]:
+def _matrix_shape(fmt: WeightFormat, tensors: Mapping[str, torch.Tensor], where: str) -> tuple[int, int]:
     shape = tensors.get("weight_shape")
     if shape is None or shape.numel() != 2 or shape.is_floating_point():
         raise CheckpointError("LB0114", "weight_shape must be two integers", where=where)
     n, k = (int(v) for v in shape.reshape(-1))
-    packed = tensors.get("weight_packed")
+    name, rows, groups = "weight_packed", n, 1
+    if isinstance(fmt, VectorFormat):
+        name, groups = "indices", fmt.groups
+        rows = fmt.vectors(n) * groups
+    packed = tensors.get(name)
     # Bounded by the tensor that is there, so that a lie cannot ask for memory.
-    if packed is None or packed.ndim != 2 or n != packed.shape[0] or not 0 < k <= packed.shape[1] * 32:
-        raise CheckpointError("LB0114", f"weight_shape {n}x{k} does not fit weight_packed", where=where)
+    fits = packed is not None and packed.ndim == 2 and n > 0 and rows == packed.shape[0]
+    rest = tensors["perm"].numel() if "perm" in tensors else 0
+    if packed is None or not fits or not 0 < k <= max(packed.shape[1] * 32 * groups, rest):
+        raise CheckpointError("LB0114", f"weight_shape {n}x{k} does not fit {name}", where=where)
     return n, k
 
 
-def quantization_config(formats: Mapping[str, Format], kept: Iterable[str]) -> dict[str, Any]:
+def quantization_config(formats: Mapping[str, WeightFormat], kept: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint: `formats` by module path, and the paths of linear layers kept as is.
 
     One format is a group for every Linear, with the kept ones ignored; several formats are groups of named layers.
     """
     groups: dict[Format, list[str]] = {}
     for path, fmt in formats.items():
+        assert isinstance(fmt, Format), f"{fmt} is no pack-quantized format"
         groups.setdefault(fmt, []).append(path)
     single = len(groups) == 1
     asymmetric = {"dequantize": True} if any(fmt.zero for fmt in groups) else {}

@@ -20,7 +20,7 @@ from lowbit.compiler.io import hf_config, native
 from lowbit.compiler.io.hf_config import LowbitConfig
 from lowbit.compiler.io.load import load_quantized, save_quantized
 from lowbit.compiler.runtime.modules import QuantLinear
-from lowbit.quantizers.formats import Format
+from lowbit.quantizers.formats import WeightFormat
 
 __all__ = [
     "LowbitConfig",
@@ -38,7 +38,7 @@ class LowbitQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, modules: Mapping[str, str] | None = None, schema: int = native.SCHEMA, **unused: Any) -> None:
         super().__init__(quant_method="lowbit")
         values = {"schema": schema, "modules": dict(modules or {})}
-        self.formats: dict[str, Format] = native.formats_from_config(values, "quantization_config")
+        self.formats: dict[str, WeightFormat] = native.formats_from_config(values, "quantization_config")
 
     def to_dict(self) -> dict[str, Any]:
         """The values of config.json."""
@@ -86,7 +86,7 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _swap(model: nn.Module, path: str, fmt: Format) -> None:
+def _swap(model: nn.Module, path: str, fmt: WeightFormat) -> None:
     old = model.get_submodule(path)
     if not isinstance(old, nn.Linear):
         raise CheckpointError("LB0114", f"is a {type(old).__name__}, not a linear layer", where=path)

@@ -10,13 +10,14 @@ from torch import nn
 
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io import compressed_tensors as ct
-from lowbit.compiler.io import native
+from lowbit.compiler.io import native, vptq, vptq_tensors
 from lowbit.compiler.io.checkpoint import Checkpoint, checkpoint_layout, read_checkpoint
 from lowbit.compiler.io.source import skeleton
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
 from lowbit.compiler.runtime.fused import QuantGatedMLP, SiblingLinear
 from lowbit.compiler.runtime.modules import QuantLinear
-from lowbit.quantizers.formats import Format
+from lowbit.quantizers.formats import WeightFormat
+from lowbit.quantizers.weights import stored_names
 
 __all__ = ["load_quantized", "module_formats", "save_quantized"]
 
@@ -26,7 +27,7 @@ _MARGIN = 20_000_000
 def load_quantized(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
     """The causal LM of a quantized checkpoint, with its quantized layers on lowbit's kernels, in eval mode.
 
-    Reads lowbit's, compressed-tensors (pack-quantized) and GPTQ checkpoints; weights stay quantized, one layer is
+    Reads lowbit's, compressed-tensors (pack-quantized), GPTQ and VPTQ checkpoints; weights stay quantized, one layer is
     unpacked at a time. dtype: of everything else, the config's when None. Raises CheckpointError as `read_checkpoint`,
     and LB0114 when tensors and architecture do not fit.
     """
@@ -102,14 +103,14 @@ def _set_generation_config(model: nn.Module, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
-def module_formats(model: nn.Module) -> dict[str, Format]:
+def module_formats(model: nn.Module) -> dict[str, WeightFormat]:
     """Format by module path of every quantized layer, fused ones included."""
     return {path: fmt for path, (fmt, _) in _layers(model).items()}
 
 
-def _layers(model: nn.Module) -> dict[str, tuple[Format, tuple[int, int]]]:
+def _layers(model: nn.Module) -> dict[str, tuple[WeightFormat, tuple[int, int]]]:
     """(format, (N, K)) by module path of every quantized layer."""
-    found: dict[str, tuple[Format, tuple[int, int]]] = {}
+    found: dict[str, tuple[WeightFormat, tuple[int, int]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
             found[path] = (module.fmt, (module.out_features, module.in_features))
@@ -123,7 +124,11 @@ def _layers(model: nn.Module) -> dict[str, tuple[Format, tuple[int, int]]]:
 
 
 def describe(model: nn.Module) -> None:
-    """Set the config of a model with quantized layers, so that `save_pretrained` writes what it is."""
+    """Set the config of a model with quantized layers, so that `save_pretrained` writes what it is.
+
+    `save_pretrained` writes lowbit's own tensors, so vector formats get the native config there; VPTQ's layout, which
+    has other tensors, is written by `save_quantized`.
+    """
     from lowbit.compiler.io import hf_config
 
     config: Any = model.config
@@ -132,12 +137,22 @@ def describe(model: nn.Module) -> None:
 
 
 def _quantization_config(model: nn.Module) -> dict[str, Any]:
+    formats = module_formats(model)
+    if _layout(model) != "compressed-tensors":
+        return native.quantization_config(formats)
+    return ct.quantization_config(formats, _kept_linears(model))
+
+
+def _layout(model: nn.Module) -> str:
     layers = _layers(model)
     formats = {path: fmt for path, (fmt, _) in layers.items()}
-    if checkpoint_layout(formats, {path: shape for path, (_, shape) in layers.items()}) == "lowbit":
-        return native.quantization_config(formats)
+    return checkpoint_layout(formats, {path: shape for path, (_, shape) in layers.items()})
+
+
+def _kept_linears(model: nn.Module) -> set[str]:
+    """Paths of the linear layers that are not quantized."""
     kept = {path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
-    return ct.quantization_config(formats, kept - set(formats))
+    return kept - set(module_formats(model))
 
 
 def save_quantized(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> Path:
@@ -149,10 +164,15 @@ def save_quantized(model: nn.Module, folder: str | Path, *, tokenizer: Any = Non
     if not module_formats(model):
         raise CheckpointError("LB0114", "the model has no quantized layers", hint="call lowbit.quantize first")
     describe(model)
-    parts = [_part(name, tensor) for name, tensor in _state(model).items()]
+    state, by_vptq = _state(model), _layout(model) == "vptq"
+    if by_vptq:
+        state = _vptq_state(model, state)
+    parts = [_part(name, tensor) for name, tensor in state.items()]
     needed = sum(part.nbytes for part in parts) + _MARGIN
     config: Any = model.config
     values = config.to_diff_dict()
+    if by_vptq:
+        values = {**native.unguard(values), "quantization_config": _vptq_config(model, set(state))}
     values["architectures"] = [type(model).__name__]
     values["dtype"] = str(next(p.dtype for p in model.parameters())).removeprefix("torch.")
     with staged_folder(Path(folder), needed) as stage:
@@ -179,3 +199,21 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _part(name: str, tensor: torch.Tensor) -> Part:
     return Part((Blob(name, tensor.dtype, tuple(tensor.shape)),), lambda: {name: tensor})
+
+
+def _vptq_config(model: nn.Module, names: set[str]) -> dict[str, Any]:
+    layers = _layers(model)
+    formats = {path: fmt for path, (fmt, _) in layers.items()}
+    biased = {path for path in formats if f"{path}.bias" in names}
+    shapes = {path: shape for path, (_, shape) in layers.items()}
+    return vptq.quantization_config(formats, shapes, biased, _kept_linears(model))
+
+
+def _vptq_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with the tensors of quantized layers in VPTQ's form instead of lowbit's."""
+    state = dict(state)
+    for path, fmt in module_formats(model).items():
+        ours = {name: state.pop(f"{path}.{name}").cpu() for name in stored_names(fmt)}
+        theirs = vptq_tensors.to_tensors(ct.from_tensors(fmt, ours, path))
+        state |= {f"{path}.{name}": tensor for name, tensor in theirs.items()}
+    return state

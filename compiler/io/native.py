@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit.compiler.errors import CheckpointError, FormatError
-from lowbit.quantizers.formats import Format, parse_format
+from lowbit.quantizers.formats import WeightFormat, parse_format
 
 __all__ = ["CONFIG_FILE", "CONFIG_SOURCE", "SCHEMA", "formats_from_config", "guard", "quantization_config", "unguard"]
 
@@ -55,12 +55,12 @@ def unguard(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def quantization_config(formats: Mapping[str, Format]) -> dict[str, Any]:
+def quantization_config(formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
     """The `quantization_config` of a native checkpoint: the format of every quantized module, as text."""
     return {"quant_method": "lowbit", "schema": SCHEMA, "modules": {path: str(fmt) for path, fmt in formats.items()}}
 
 
-def formats_from_config(config: Mapping[str, Any], where: str) -> dict[str, Format]:
+def formats_from_config(config: Mapping[str, Any], where: str) -> dict[str, WeightFormat]:
     """Formats by module path; raises CheckpointError (LB0114) for a schema from the future or a bad entry."""
     schema, modules = config.get("schema"), config.get("modules")
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
