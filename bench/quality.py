@@ -28,10 +28,10 @@ from lowbit.compiler.job.layers import versions
 from lowbit.quantizers.calibration import HessianAccumulator, InputGroups, LayerStats, calibration_tokens
 from lowbit.quantizers.formats import Format, parse_format
 from lowbit.quantizers.methods import Method, make_method
-from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.scheme import Scheme
+from lowbit.quantizers.weights import QWeight
 
-Codes = dict[str, QTensor]
+Codes = dict[str, QWeight]
 
 
 def load(source: ModelSource) -> nn.Module:

@@ -134,18 +134,11 @@ def _quantized(checkpoint: Checkpoint, infos: dict[str, TensorInfo]) -> Contents
     plain = set(checkpoint.plain_names())
     tensors = [_plain(name, infos[name]) for name in infos if name in plain]
     for path, fmt in checkpoint.modules.items():
-        parts = [info for name, info in infos.items() if name not in plain and name.rpartition(".")[0] == path]
-        shape = _matrix(checkpoint, path)
+        parts = [infos[name] for name in checkpoint.module_names(path)]
+        shape = checkpoint.shape(path)
         tensors.append(Stored(path, str(fmt), shape, math.prod(shape), sum(p.end - p.start for p in parts)))
     architectures = checkpoint.config.get("architectures") or ["unknown"]
     return Contents(", ".join(map(str, architectures)), checkpoint.method, tuple(tensors))
-
-
-def _matrix(checkpoint: Checkpoint, path: str) -> tuple[int, ...]:
-    """[N, K] of a quantized module: stored beside it, or (GPTQ) known only once it is unpacked."""
-    if f"{path}.weight_shape" in checkpoint.names():
-        return tuple(int(d) for d in checkpoint.tensor(f"{path}.weight_shape"))
-    return checkpoint.qtensor(path).shape
 
 
 def _gguf(path: Path) -> Contents:

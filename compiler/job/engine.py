@@ -7,7 +7,7 @@ that share an input, and the quantized block's outputs go on, so that later laye
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,12 +17,13 @@ from torch import nn
 
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import BlockCall
+from lowbit.compiler.job.workers import Result, Workers
 from lowbit.quantizers.calibration import Coverage, InputGroups, LayerStats
-from lowbit.quantizers.formats import Format
+from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.methods import Method, Quantized
-from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.weights import QWeight
 
-__all__ = ["BlockEngine", "Group", "LayerEntry", "Meter"]
+__all__ = ["BlockEngine", "Group", "LayerEntry", "Meter", "entry", "known_entry"]
 
 
 _WORK_BYTES = 64  # per entry of a Hessian: float64 copies while it is factored, float32 ones while it is used
@@ -61,7 +62,7 @@ class LayerEntry:
         return {**asdict(self), "shape": list(self.shape), "notes": list(self.notes)}
 
 
-Group = dict[str, tuple[QTensor, LayerEntry]]
+Group = dict[str, tuple[QWeight, LayerEntry]]
 """Finished layers that share an input, by module path."""
 
 
@@ -70,7 +71,7 @@ class BlockEngine:
     """Quantizes blocks with one method.
 
     finished: called after every group of layers that share an input, with their results; the place where a run saves
-    them, reports progress, and may stop by raising.
+    them, reports progress, and may stop by raising. workers: processes that quantize independent matrices.
     """
 
     method: Method
@@ -78,15 +79,16 @@ class BlockEngine:
     skip_first: int = 0
     meter: Meter = field(default_factory=Meter)
     finished: Callable[[Group], None] = lambda group: None
+    workers: Workers = field(default_factory=Workers)
 
     def run(
         self,
         block: nn.Module,
         call: BlockCall,
-        linears: Mapping[str, tuple[nn.Linear, Format]],
+        linears: Mapping[str, tuple[nn.Linear, WeightFormat]],
         inputs: Activations,
         outputs: Activations | None,
-        done: Mapping[str, QTensor],
+        done: Mapping[str, QWeight],
     ) -> None:
         """Quantize `linears` (path -> layer and its format) of a block whose weights are loaded in float32.
 
@@ -101,7 +103,7 @@ class BlockEngine:
             else:
                 self._parallel(block, call, linears, modules, inputs, outputs, order, done)
 
-    def run_plain(self, linears: Mapping[str, tuple[nn.Linear, Format]], done: Mapping[str, QTensor]) -> None:
+    def run_plain(self, linears: Mapping[str, tuple[nn.Linear, WeightFormat]], done: Mapping[str, QWeight]) -> None:
         """Quantize a block's layers without any calibration."""
         group = [path for path in linears if path not in done]
         if group:
@@ -121,12 +123,12 @@ class BlockEngine:
         self,
         block: nn.Module,
         call: BlockCall,
-        linears: Mapping[str, tuple[nn.Linear, Format]],
+        linears: Mapping[str, tuple[nn.Linear, WeightFormat]],
         modules: Mapping[str, nn.Module],
         inputs: Activations,
         outputs: Activations | None,
         order: list[list[str]],
-        done: Mapping[str, QTensor],
+        done: Mapping[str, QWeight],
     ) -> None:
         for index, group in enumerate(order):
             if not all(path in done for path in group):
@@ -143,17 +145,18 @@ class BlockEngine:
         self,
         block: nn.Module,
         call: BlockCall,
-        linears: Mapping[str, tuple[nn.Linear, Format]],
+        linears: Mapping[str, tuple[nn.Linear, WeightFormat]],
         modules: Mapping[str, nn.Module],
         inputs: Activations,
         outputs: Activations | None,
         order: list[list[str]],
-        done: Mapping[str, QTensor],
+        done: Mapping[str, QWeight],
     ) -> None:
         missing = [i for i, group in enumerate(order) if not all(path in done for path in group)]
         stats = self._collect(block, call, modules, inputs, order, missing, outputs)
-        for index in missing:
-            self.quantize_group(order[index], linears, stats.pop(index, None))
+        waiting = [(order[i], self._submit(order[i], linears, stats.get(i)), stats.pop(i, None)) for i in missing]
+        while waiting:
+            self._finish_group(*waiting.pop(0), linears)  # popped, so that its statistics go when it is done
 
     def _collect(
         self,
@@ -184,17 +187,31 @@ class BlockEngine:
         return {index: a.stats() for index, a in groups.accumulators.items() if a.tokens}
 
     def quantize_group(
-        self, group: Sequence[str], linears: Mapping[str, tuple[nn.Linear, Format]], stats: LayerStats | None
+        self, group: Sequence[str], linears: Mapping[str, tuple[nn.Linear, WeightFormat]], stats: LayerStats | None
     ) -> None:
         """Quantize layers that share statistics, replace their weights when sequential, and hand the results on."""
+        self._finish_group(group, self._submit(group, linears, stats), stats, linears)
+
+    def _submit(
+        self, group: Sequence[str], linears: Mapping[str, tuple[nn.Linear, WeightFormat]], stats: LayerStats | None
+    ) -> list[Result]:
+        weights = [(linears[path][0].weight.detach(), linears[path][1]) for path in group]
+        return [self.workers.submit(self.method, weight, fmt, stats) for weight, fmt in weights]
+
+    def _finish_group(
+        self,
+        group: Sequence[str],
+        waiting: Sequence[Result],
+        stats: LayerStats | None,
+        linears: Mapping[str, tuple[nn.Linear, WeightFormat]],
+    ) -> None:
         results: Group = {}
         held = 0
-        for path in group:
-            linear, fmt = linears[path]
-            started = time.perf_counter()
-            quantized = self.method.quantize(linear.weight.detach(), fmt, stats)
-            results[path] = (quantized.qtensor, entry(path, fmt, quantized, stats, time.perf_counter() - started))
-            held += quantized.qtensor.codes.numel()
+        for path, wait in zip(group, waiting, strict=True):
+            fmt = linears[path][1]
+            quantized, seconds = wait()
+            results[path] = (quantized.qtensor, entry(path, fmt, quantized, stats, seconds))
+            held += fmt.nbytes(*quantized.qtensor.shape)
         if self.sequential:
             for path, (qtensor, _) in results.items():
                 _put(linears[path][0], qtensor)
@@ -204,7 +221,7 @@ class BlockEngine:
         self.meter.take(-held - worked)
 
 
-def entry(path: str, fmt: Format, quantized: Quantized, stats: LayerStats | None, seconds: float) -> LayerEntry:
+def entry(path: str, fmt: WeightFormat, quantized: Quantized, stats: LayerStats | None, seconds: float) -> LayerEntry:
     """The report line of a layer."""
     notes, coverage = list(quantized.notes), None
     if stats is not None:
@@ -227,7 +244,12 @@ def entry(path: str, fmt: Format, quantized: Quantized, stats: LayerStats | None
     )
 
 
-def _put(linear: nn.Module, qtensor: QTensor) -> None:
+def known_entry(path: str, q: QWeight) -> LayerEntry:
+    """The report line of a layer whose quantized weight was given."""
+    return LayerEntry(path, str(q.fmt), q.shape, q.bits_per_weight, math.nan, math.nan, 0.0, 0, 0, ("was given",))
+
+
+def _put(linear: nn.Module, qtensor: QWeight) -> None:
     """Replace a layer's weight by what its codes stand for."""
     assert isinstance(linear, nn.Linear)
     linear.weight.data.copy_(qtensor.dequantize())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ from torch import Tensor, nn
 from lowbit.compiler.errors import RunError
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import Trunk, linears_in
-from lowbit.compiler.job.engine import BlockEngine, Group, LayerEntry
+from lowbit.compiler.job.blockwise import States, run_tuned
+from lowbit.compiler.job.engine import BlockEngine, Group, LayerEntry, known_entry
+from lowbit.compiler.job.finetune import finetune
 from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Quiet, Selection, select_layers
+from lowbit.compiler.job.tune import TuneResult
+from lowbit.compiler.job.workers import Workers
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.calibration import InputGroups, LayerStats, calibration_tokens
 from lowbit.quantizers.methods import Method, check_finite, make_method
-from lowbit.quantizers.qtensor import QTensor
-from lowbit.quantizers.scheme import Scheme
+from lowbit.quantizers.scheme import Scheme, Tuning
+from lowbit.quantizers.weights import QWeight
 
-__all__ = ["choose_codes", "quantize_model"]
+__all__ = ["Choice", "choose", "choose_codes", "quantize_model"]
 
 
 def quantize_model(
@@ -34,12 +39,14 @@ def quantize_model(
     length: int = 512,
     seed: int = 0,
     sequential: bool = True,
+    workers: int = 1,
     progress: ProgressSink | None = None,
 ) -> nn.Module:
     """Replace the linear layers of `model` by `QuantLinear`, in place, and return it.
 
     calibration: token ids [samples, length], or text as in `calibration_tokens` (needs `tokenizer`); None is enough
-    for methods that need no statistics. The model is changed only after every layer was quantized. Raises FormatError,
+    for methods that need no statistics. workers: processes that quantize independent matrices (more than one needs a
+    `__main__` guard in scripts). The model is changed only after every layer was quantized. Raises FormatError,
     RunError (LB0524 without calibration where it is needed), CheckpointError (LB0107).
     """
     tokens = None
@@ -51,13 +58,24 @@ def quantize_model(
                 hint="pass calibration=token ids or text with a tokenizer, or method='rtn'",
             )
         tokens = calibration_tokens(tokenizer, calibration, samples, length, seed)
-    found = choose_codes(model, scheme, tokens, sequential=sequential, progress=progress)
-    for path, (qtensor, _) in found.items():
+    choice = choose(model, scheme, tokens, sequential=sequential, workers=workers, progress=progress)
+    state = dict(model.named_parameters())
+    for name, value in choice.plain.items():
+        state[name].data.copy_(value)
+    for path, (qtensor, _) in choice.layers.items():
         old = model.get_submodule(path)
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, QuantLinear.from_qtensor(qtensor, bias))
     return model
+
+
+@dataclass
+class Choice:
+    """What quantization decides: a quantized weight and report entry by layer, other tensors (tuned norms) by name."""
+
+    layers: dict[str, tuple[QWeight, LayerEntry]] = field(default_factory=dict)
+    plain: dict[str, Tensor] = field(default_factory=dict)
 
 
 def choose_codes(
@@ -68,10 +86,26 @@ def choose_codes(
     sequential: bool = True,
     skip_first: int = 0,
     progress: ProgressSink | None = None,
-) -> dict[str, tuple[QTensor, LayerEntry]]:
-    """Codes and report entry of every layer the scheme covers; the model is left as it is.
+) -> dict[str, tuple[QWeight, LayerEntry]]:
+    """The layers' part of `choose`."""
+    return choose(model, scheme, tokens, sequential=sequential, skip_first=skip_first, progress=progress).layers
 
-    tokens: int64 [samples, length]; None only for methods that need no statistics.
+
+def choose(
+    model: nn.Module,
+    scheme: Scheme,
+    tokens: Tensor | None,
+    *,
+    sequential: bool = True,
+    skip_first: int = 0,
+    workers: int = 1,
+    known: Mapping[str, QWeight] | None = None,
+    progress: ProgressSink | None = None,
+) -> Choice:
+    """Quantized weight and report entry of every layer the scheme covers; the model is left as it is.
+
+    tokens: int64 [samples, length]; None only for methods that need no statistics, and then nothing is tuned. known:
+    layers in blocks whose quantized weights are taken as they are (and may be tuned).
     """
     method, sink = make_method(scheme.method, scheme.options), progress or Quiet()
     tied = _tied_weights(model)
@@ -80,25 +114,36 @@ def choose_codes(
     for path in selection.formats:
         check_finite(linears[path].weight.detach(), f"{path}.weight")
     names = list(selection.formats)
-    found: dict[str, tuple[QTensor, LayerEntry]] = {}
+    choice = Choice()
 
     def keep(group: Group) -> None:
         for path, result in group.items():
-            found[path] = result
-            sink.layer(len(found), len(names), path, result[1].to_dict())
+            choice.layers[path] = result
+            sink.layer(len(choice.layers), len(names), path, result[1].to_dict())
 
     sink.start(len(names), names)
-    engine = BlockEngine(method, sequential, skip_first, finished=keep)
+    pool = Workers(workers)
+    engine = BlockEngine(method, sequential, skip_first, finished=keep, workers=pool)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), pool:
             if tokens is None:
                 engine.run_plain(_float_copies(linears, selection), {})
             else:
-                _run_blocks(model, selection, engine, tokens)
+                _run_blocks(model, selection, engine, tokens, scheme.tune, choice, known or {})
                 _run_outside(model, selection, method, tokens, engine, linears)
+        if tokens is not None and scheme.finetune is not None:
+            teacher = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+            weights = {path: q for path, (q, _) in choice.layers.items()}
+            _keep(choice, finetune(teacher, weights, choice.plain, tokens, scheme.finetune, sink.message), "")
     finally:
         sink.finish()
-    return found
+    return choice
+
+
+def _keep(choice: Choice, result: TuneResult, prefix: str) -> None:
+    for path, q in result.weights.items():
+        choice.layers[path] = (q, choice.layers[path][1] if path in choice.layers else known_entry(path, q))
+    choice.plain.update({prefix + name: value for name, value in result.plain.items()})
 
 
 def _tied_weights(model: nn.Module) -> set[str]:
@@ -119,7 +164,15 @@ def _float_copies(linears: dict[str, nn.Linear], selection: Selection) -> dict[s
     return {path: (_float_copy(linears[path]), fmt) for path, fmt in selection.formats.items()}
 
 
-def _run_blocks(model: nn.Module, selection: Selection, engine: BlockEngine, tokens: Tensor) -> None:
+def _run_blocks(
+    model: nn.Module,
+    selection: Selection,
+    engine: BlockEngine,
+    tokens: Tensor,
+    tuning: Tuning | None,
+    choice: Choice,
+    known: Mapping[str, QWeight],
+) -> None:
     blocks = selection.blocks
     assert blocks is not None
     trunk = Trunk(model, blocks)
@@ -127,16 +180,30 @@ def _run_blocks(model: nn.Module, selection: Selection, engine: BlockEngine, tok
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     width = trunk.embed(tokens[:1]).shape[-1]
     shape = (tokens.shape[0], tokens.shape[1], width)
-    hidden = Activations(shape, batch, create=True)
-    for samples in hidden.batches:
-        hidden.write(samples, trunk.embed(tokens[samples]))
+    two_streams = tuning is not None
+
+    def states() -> States:
+        streams = [Activations(shape, batch, create=True) for _ in range(1 + two_streams)]
+        return States(*streams)
+
+    inputs = states()
+    for samples in inputs.hidden.batches:
+        embedded = trunk.embed(tokens[samples])
+        for stream in inputs.files.values():
+            stream.write(samples, embedded)
     for index, module in enumerate(blocks.modules):
         block = copy.deepcopy(module).cpu().float()
         layers = linears_in(block, blocks.name(index))
         linears = {path: (layers[path], fmt) for path, fmt in selection.inside[index].items()}
-        outputs = Activations(shape, batch, create=True) if index + 1 < len(blocks.modules) else None
-        engine.run(block, calls[index], linears, hidden, outputs, {})
-        hidden = outputs or hidden
+        done = {path: known[path] for path in linears if path in known}
+        last = index + 1 == len(blocks.modules)
+        outputs = states() if tuning is not None or not last else None
+        if tuning is not None and outputs is not None:
+            result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, None, tuning)
+            _keep(choice, result, f"{blocks.name(index)}.")
+        else:
+            engine.run(block, calls[index], linears, inputs.hidden, outputs.hidden if outputs else None, done)
+        inputs = outputs or inputs
 
 
 def _run_outside(

@@ -22,15 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lowbit.compiler.errors import RunError
-from lowbit.quantizers.bitstream import pack_bits, unpack_bits
 from lowbit.quantizers.formats import parse_format
-from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.weights import QWeight, from_stored, stored, stored_shapes
 
 __all__ = ["Journal", "load_qtensor", "save_qtensors"]
 
 _NAME = "journal.jsonl"
-_OURS = (_NAME, "lock", "group_", "acts_", ".staged")
-_ROWS = 1 << 20  # codes packed at a time
+_OURS = (_NAME, "lock", "group_", "acts_", ".staged", "tuned_", "finetuned_")
 
 
 class Journal:
@@ -230,28 +228,23 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def save_qtensors(path: Path, tensors: Mapping[str, QTensor]) -> None:
-    """Write quantized matrices, codes packed densely, to one safetensors file."""
-    flat: dict[str, torch.Tensor] = {}
-    meta = {}
-    for name, q in tensors.items():
-        n, k = q.shape
-        step = max(1, _ROWS // k)
-        words = [pack_bits(q.codes[i : i + step], q.fmt.bits) for i in range(0, n, step)]
-        flat[f"{name}.codes"], flat[f"{name}.scale"] = torch.cat(words), q.scale.contiguous()
-        if q.zero is not None:
-            flat[f"{name}.zero"] = q.zero.contiguous()
-        meta[name] = f"{q.fmt} {k}"
-    save_file(flat, path, metadata=meta)
+def save_qtensors(path: Path, tensors: Mapping[str, QWeight], plain: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write quantized matrices, codes packed densely, and other tensors by their names, to one safetensors file."""
+    flat = {f"{name}.{part}": t for name, q in tensors.items() for part, t in stored(q).items()}
+    flat.update({f"plain.{name}": t.contiguous() for name, t in (plain or {}).items()})
+    save_file(flat, path, metadata={name: str(q.fmt) for name, q in tensors.items()})
 
 
-def load_qtensor(path: Path, name: str) -> QTensor:
+def load_plain(path: Path, name: str) -> torch.Tensor:
+    """One of the other tensors in a file of `save_qtensors`."""
+    with safe_open(path, framework="pt") as file:
+        value: torch.Tensor = file.get_tensor(f"plain.{name}")
+        return value
+
+
+def load_qtensor(path: Path, name: str) -> QWeight:
     """One matrix from a file of `save_qtensors`."""
     with safe_open(path, framework="pt") as file:
-        text, k = file.metadata()[name].split()
-        fmt = parse_format(text)
-        words = file.get_tensor(f"{name}.codes")
-        step = max(1, _ROWS // int(k))
-        codes = [unpack_bits(words[i : i + step], fmt.bits, int(k)) for i in range(0, len(words), step)]
-        zero = file.get_tensor(f"{name}.zero") if fmt.zero else None
-        return QTensor(fmt, torch.cat(codes), file.get_tensor(f"{name}.scale"), zero)
+        fmt = parse_format(file.metadata()[name])
+        n, k = file.get_tensor(f"{name}.weight_shape").tolist()
+        return from_stored(fmt, n, k, {part: file.get_tensor(f"{name}.{part}") for part in stored_shapes(fmt, n, k)})

@@ -15,7 +15,7 @@ from torch import nn
 from lowbit.compiler.errors import IRError, RunError
 from lowbit.compiler.frontend.formats import assign
 from lowbit.compiler.job.blocks import Blocks, find_blocks, linears_in
-from lowbit.quantizers.formats import Format
+from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = [
@@ -71,13 +71,13 @@ class Selection:
     """The layers to quantize: those of each block, those outside the blocks, and remarks about others."""
 
     blocks: Blocks | None
-    inside: tuple[Mapping[str, Format], ...]
-    outside: Mapping[str, Format]
+    inside: tuple[Mapping[str, WeightFormat], ...]
+    outside: Mapping[str, WeightFormat]
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
-    def formats(self) -> dict[str, Format]:
+    def formats(self) -> dict[str, WeightFormat]:
         """Format by module path, in the order in which the run does them."""
         return {path: fmt for group in (*self.inside, self.outside) for path, fmt in group.items()}
 
@@ -94,7 +94,7 @@ def select_layers(
     linears = linears_in(model, "")
     if not linears:
         raise RunError("LB0504", "the model has no linear layers", where=type(model).__name__)
-    chosen: dict[str, Format] = {}
+    chosen: dict[str, WeightFormat] = {}
     wanted, notes = _wanted(model, scheme, linears)
     for path, fmt in wanted.items():
         if not owns_weight(path):
@@ -116,7 +116,9 @@ def select_layers(
     return Selection(blocks, inside, outside, shapes, tuple(notes))
 
 
-def _wanted(model: nn.Module, scheme: Scheme, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, Format], list[str]]:
+def _wanted(
+    model: nn.Module, scheme: Scheme, linears: Mapping[str, nn.Linear]
+) -> tuple[dict[str, WeightFormat], list[str]]:
     """Formats by the pass pipeline (import, canonicalize, assign-formats), in the model's order of modules.
 
     Layers the traced graph does not show (experts no token reached, or a model that cannot be traced, which is noted)
@@ -128,7 +130,7 @@ def _wanted(model: nn.Module, scheme: Scheme, linears: Mapping[str, nn.Linear]) 
     except IRError as e:
         notes.append(f"formats were assigned without the graph: {e.message}")
         assignment = None
-    found: dict[str, Format] = {}
+    found: dict[str, WeightFormat] = {}
     for path in linears:
         kept = assignment is not None and path in assignment.reasons and path not in assignment.formats
         fmt = assignment.formats.get(path) if assignment is not None else None

@@ -23,9 +23,10 @@ from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.layers import select_layers
-from lowbit.quantizers.formats import Format, parse_format
+from lowbit.quantizers.formats import Format, WeightFormat, parse_format
 from lowbit.quantizers.methods import METHODS
 from lowbit.quantizers.scheme import Scheme
+from lowbit.quantizers.weights import stored_shapes
 
 if TYPE_CHECKING:
     from lowbit.compiler.io.source import ModelSource
@@ -189,12 +190,9 @@ def _owner(source: ModelSource) -> Callable[[str], bool]:
     return lambda path: f"{path}.weight" in stored
 
 
-def _stored_bytes(fmt: Format, n: int, k: int) -> int:
-    """Bytes of the checkpoint's tensors: codes in 32-bit words per row, zero points in words along the rows."""
-    rows, groups = fmt.side_shape(n, k)
-    codes = n * math.ceil(k * fmt.bits / 32) * 4
-    zeros = math.ceil(rows * fmt.bits / 32) * 4 * groups if fmt.zero else 0
-    return codes + rows * groups * fmt.scale_dtype.itemsize + zeros + 16
+def _stored_bytes(fmt: WeightFormat, n: int, k: int) -> int:
+    """Bytes of the checkpoint's tensors."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in stored_shapes(fmt, n, k).values())
 
 
 def _sizes(source: ModelSource, chosen: list[LayerPlan], name_of_model: str) -> Sizes:
@@ -273,7 +271,7 @@ def _flops_per_second(size: int = 768) -> float:
     return 2 * size**3 / max(best, 1e-9)
 
 
-def runs_on(fmt: Format, n: int = 4096, k: int = 4096, target: Target | None = None) -> dict[str, str | None]:
+def runs_on(fmt: WeightFormat, n: int = 4096, k: int = 4096, target: Target | None = None) -> dict[str, str | None]:
     """Backend name -> None when it can run `fmt` for an [n, k] weight, else why not.
 
     Backends that serve this machine are asked about it; others about a GPU of their kind (sm_90).
@@ -287,8 +285,9 @@ def runs_on(fmt: Format, n: int = 4096, k: int = 4096, target: Target | None = N
             found[name] = f"cannot be imported: {e}"
             continue
         device = host if host.kind in backend.kinds else Target("cuda", "sm_90")
-        compute = "int16" if device.kind == "cpu" and fmt.element.integer and device.arch != "generic" else "float"
-        spec = KernelSpec((n,), k, str(fmt), str(LAYOUTS[backend.layout]), compute)  # type: ignore[arg-type]
+        exact = isinstance(fmt, Format) and fmt.element.integer
+        compute = "int16" if device.kind == "cpu" and exact and device.arch != "generic" else "float"
+        spec = KernelSpec((n,), k, str(fmt), str(LAYOUTS[backend.layout_of(fmt)]), compute)  # type: ignore[arg-type]
         found[name] = backend.supports(spec, device)
     return found
 
@@ -320,15 +319,18 @@ def _refusal(name: str, reasons: list[tuple[int, str]], host: Target) -> str | N
 
 def _consumers(chosen: list[LayerPlan]) -> dict[str, str]:
     """Who can load the result, and who cannot and why."""
-    from lowbit.compiler.io.checkpoint import export_layout
+    from lowbit.compiler.io.checkpoint import checkpoint_layout, export_layout
 
     layers = [(x.path, x.n, x.k, parse_format(str(x.format))) for x in chosen]
     native = [path for path, n, k, fmt in layers if export_layout(fmt, n, k) != "compressed-tensors"]
+    layout = checkpoint_layout({p: fmt for p, _, _, fmt in layers}, {p: (n, k) for p, n, k, _ in layers})
     reasons = vllm_notes(layers)
     if native and not reasons:
         reasons = ["it does not know lowbit's own layout"]
     first = native[0] if native else ""
     why = f"with `import lowbit` only: compressed-tensors cannot hold {len(native)} layers, such as {first}"
+    if layout == "vptq":
+        why = "with the vptq package and a GPU: 4.53 loads VPTQ's layout, 5.23 stops at it"
     return {
         "lowbit": "yes",
         "transformers": why if native else "yes",
@@ -336,7 +338,7 @@ def _consumers(chosen: list[LayerPlan]) -> dict[str, str]:
     }
 
 
-def vllm_notes(layers: Iterable[tuple[str, int, int, Format]]) -> list[str]:
+def vllm_notes(layers: Iterable[tuple[str, int, int, WeightFormat]]) -> list[str]:
     """Why vLLM's compressed-tensors loader would refuse (path, n, k, format) layers; empty when it takes them."""
     counts: dict[str, int] = {}
     first: dict[str, str] = {}
@@ -347,9 +349,11 @@ def vllm_notes(layers: Iterable[tuple[str, int, int, Format]]) -> list[str]:
     return [f"{reason} ({count} layers, first {first[reason]})" for reason, count in counts.items()]
 
 
-def _vllm_reasons(fmt: Format, k: int) -> list[str]:
+def _vllm_reasons(fmt: WeightFormat, k: int) -> list[str]:
+    if not isinstance(fmt, Format):
+        return ["it has no kernels for vector quantization"]
     g = fmt.granularity
-    reasons = []
+    reasons = ["it has no kernels for float offsets"] if fmt.offset else []
     if fmt.bits not in (4, 8):
         reasons.append(f"it has kernels for 4 and 8 bits, not {fmt.bits}")
     if fmt.scale == "f32":
@@ -368,12 +372,16 @@ def _notes(layers: tuple[LayerPlan, ...], chosen: list[LayerPlan]) -> Iterable[s
     if kept:
         shown = ", ".join(kept[:3]) + (" ..." if len(kept) > 3 else "")
         yield f"{_count(len(kept), 'linear layer')} kept as stored: {shown}"
-    ragged = [x for x in chosen if (g := parse_format(str(x.format)).granularity).kind == "g" and x.k % g.group]
+    ragged = [x for x in chosen if _ragged(parse_format(str(x.format)), x.k)]
     if ragged:
         yield f"{_count(len(ragged), 'layer')} with a shorter last group, as the group size does not divide the width"
     narrow = [x for x in chosen if x.k % 128 or x.n % 64]
     if narrow:
         yield f"{_count(len(narrow), 'layer')} not a multiple of 128 x 64: vLLM's fastest kernel (Marlin) skips them"
+
+
+def _ragged(fmt: WeightFormat, k: int) -> bool:
+    return isinstance(fmt, Format) and fmt.granularity.kind == "g" and k % fmt.granularity.group > 0
 
 
 def _count(number: int, what: str) -> str:

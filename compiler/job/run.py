@@ -59,6 +59,7 @@ def run(
     sequential: bool = True,
     seed: int = 0,
     skip_first: int = 0,
+    workers: int = 1,
     restart: bool = False,
     progress: ProgressSink | None = None,
     workdir: Path | None = None,
@@ -66,7 +67,8 @@ def run(
     """Quantize a model (folder, GGUF file or hub id) and write the checkpoint folder `out`.
 
     calibration: see `calibration_tokens`; not used by methods that need no statistics. sequential: see `BlockEngine`.
-    workdir: where the journal is kept while the run lasts; by default beside `out`. restart: forget an interrupted
+    workers: processes that quantize independent matrices; results do not depend on their number. workdir: where the
+    journal is kept while the run lasts; by default beside `out`. restart: forget an interrupted
     run. Raises CheckpointError (LB01xx), FormatError (LB02xx) and RunError (LB05xx); LB0530 when interrupted once by
     Ctrl-C, after the layers in work were saved.
     """
@@ -100,7 +102,20 @@ def run(
         **versions(),
     }
     with Journal(folder, settings, restart=restart) as journal:
-        stream = BlockStream(source, network, selection, method, tokens, journal, sink, sequential, skip_first)
+        stream = BlockStream(
+            source,
+            network,
+            selection,
+            method,
+            tokens,
+            journal,
+            sink,
+            sequential,
+            skip_first,
+            scheme.tune,
+            scheme.finetune,
+            workers,
+        )
         report = _finished_report(out, journal)
         if report is None:
             _refuse_occupied(out)
@@ -109,7 +124,7 @@ def run(
             report = _report(stream, scheme, named if tokens is not None else "none", time.monotonic() - started)
             if not journal.events("writing"):  # so that a kill after the checkpoint is in place is understood
                 journal.append({"event": "writing"})
-            write_checkpoint(out, source, stream.done(), scheme, report=report)
+            write_checkpoint(out, source, stream.done(), scheme, report=report, replaced=stream.plain())
         journal.remove()
     return RunResult(out, report)
 
@@ -159,6 +174,7 @@ def _report(stream: BlockStream, scheme: Scheme, calibration: str, seconds: floa
         "peak_memory": {"process_bytes": peak_rss(), "tensor_bytes": stream.meter.peak},
         "seconds": round(seconds, 1),
         "resumed_layers": stream.resumed,
+        "tuning": stream.tuning_report(),
         "versions": versions(),
         "notes": [*source.notes, *stream.selection.notes, *_aggregate(layers)],
         "layers": layers,

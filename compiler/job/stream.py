@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,13 +18,18 @@ from lowbit.compiler.errors import CheckpointError, LowbitError, RunError
 from lowbit.compiler.io.source import ModelSource
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import BlockCall, Trunk, linears_in, materialize, release
+from lowbit.compiler.job.blockwise import States, run_tuned
 from lowbit.compiler.job.engine import BlockEngine, Group, Meter
+from lowbit.compiler.job.finetune import finetune
 from lowbit.compiler.job.interrupt import Interrupt
-from lowbit.compiler.job.journal import Journal, load_qtensor, save_qtensors
+from lowbit.compiler.job.journal import Journal, load_plain, load_qtensor, save_qtensors
 from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Selection
 from lowbit.compiler.job.tail import quantize_outside
+from lowbit.compiler.job.tune import TuneResult
+from lowbit.compiler.job.workers import Workers
 from lowbit.quantizers.methods import Method, check_finite
-from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.scheme import Tuning
+from lowbit.quantizers.weights import QWeight
 
 __all__ = ["BlockStream"]
 
@@ -41,6 +47,9 @@ class BlockStream:
     sink: ProgressSink
     sequential: bool
     skip_first: int
+    tune: Tuning | None = None
+    finetune: Tuning | None = None
+    workers: int = 1
     meter: Meter = field(default_factory=Meter)
     resumed: int = 0
 
@@ -55,7 +64,7 @@ class BlockStream:
                 self.sink.message(f"continuing an interrupted run: {len(done)} of {len(names)} layers are done")
             elif not self.journal.records:
                 self._preflight_or_leave_nothing()
-            with Interrupt(self.sink) as interrupt:
+            with Interrupt(self.sink) as interrupt, Workers(self.workers) as self._pool:
                 self._run_blocks(interrupt)
         finally:
             self.sink.finish()
@@ -73,7 +82,9 @@ class BlockStream:
         for name in self.source.names():
             check_finite(self.source.tensor(name), name)
         codes = sum(fmt.nbytes(*self.selection.shapes[path]) for path, fmt in self.selection.formats.items())
-        needed = 2 * codes + 2 * self._hidden_bytes()
+        needed = (4 if self.tune or self.finetune else 2) * codes + (
+            4 if self._two_streams else 2
+        ) * self._hidden_bytes()
         free = shutil.disk_usage(self.journal.folder).free
         if free < needed:
             raise CheckpointError(
@@ -94,36 +105,49 @@ class BlockStream:
     def _names(self) -> frozenset[str]:
         return frozenset(self.source.names())
 
-    def done(self) -> dict[str, Callable[[], QTensor]]:
-        """Loaders of the layers the journal has."""
-        found: dict[str, Callable[[], QTensor]] = {}
-        for record in self.journal.events("group"):
+    def done(self) -> dict[str, Callable[[], QWeight]]:
+        """Loaders of the layers the journal has, in their latest state: quantized, tuned, fine-tuned."""
+        found: dict[str, Callable[[], QWeight]] = {}
+        for record in self._saved():
             path = self.journal.folder / record["file"]
             for layer in record["layers"]:
                 found[layer["path"]] = partial(load_qtensor, path, layer["path"])
         return found
 
+    def plain(self) -> dict[str, Callable[[], Tensor]]:
+        """Loaders of the other tensors that tuning changed, by name in the model."""
+        found: dict[str, Callable[[], Tensor]] = {}
+        for record in self._saved():
+            path = self.journal.folder / record["file"]
+            found.update({name: partial(load_plain, path, name) for name in record.get("plain", ())})
+        return found
+
+    def _saved(self) -> list[dict[str, Any]]:
+        return [record for kind in ("group", "tuned", "finetuned") for record in self.journal.events(kind)]
+
     def _run_blocks(self, interrupt: Interrupt) -> None:
-        for record in self.journal.events("group"):
+        for record in self._saved():
             self.journal.verified(record)
         blocks = self.selection.blocks
         calls: list[BlockCall] = []
-        hidden: Activations | None = None
+        states: States | None = None
         passed = len(self.journal.events("block"))
         count = len(blocks.modules) if blocks else 0
         done = self.done()
         outside = any(path not in done for path in self.selection.outside)
         if self.tokens is not None and (passed < count or outside):
-            calls, hidden = self._start()
+            calls, states = self._start()
         for index in range(passed, count):
-            hidden = self._run_block(index, calls, hidden, interrupt)
+            states = self._run_block(index, calls, states, interrupt)
         if outside:
+            hidden = states.hidden if states else None
             quantize_outside(
                 self.network, self.selection, self.method, self.tokens, hidden, self._load, self._saver(-1, interrupt),
                 self.skip_first,
             )  # fmt: skip
+        self._finetune()
 
-    def _start(self) -> tuple[list[BlockCall], Activations]:
+    def _start(self) -> tuple[list[BlockCall], States]:
         """How blocks are called, and the hidden states that enter the first unfinished one."""
         assert self.tokens is not None
         assert self.selection.blocks is not None
@@ -131,44 +155,55 @@ class BlockStream:
         taken = self._materialize_around()
         calls = trunk.calls(self.tokens[:2])
         records = [*self.journal.events("embedded"), *self.journal.events("block")]
-        if records:
-            path = self.journal.folder / records[-1]["file"]
-            hidden = Activations(tuple(records[-1]["shape"]), self._batch, path, create=False)
-            if hidden.digest() != records[-1]["sha256"]:
-                raise RunError("LB0534", "is damaged", where=str(path), hint="begin the run again with --restart")
-        else:
-            hidden = self._embed(trunk)
+        states = States(**{name: self._reopen(s) for name, s in records[-1]["streams"].items()}) if records else None
+        states = states or self._embed(trunk)
         self._release_around()
         self.meter.take(-taken)
-        return calls, hidden
+        return calls, states
 
-    def _embed(self, trunk: Trunk) -> Activations:
+    def _reopen(self, stream: dict[str, Any]) -> Activations:
+        path = self.journal.folder / stream["file"]
+        hidden = Activations(tuple(stream["shape"]), self._batch, path, create=False)
+        if hidden.digest() != stream["sha256"]:
+            raise RunError("LB0534", "is damaged", where=str(path), hint="begin the run again with --restart")
+        return hidden
+
+    @property
+    def _two_streams(self) -> bool:
+        return self.tune is not None
+
+    def _embed(self, trunk: Trunk) -> States:
         assert self.tokens is not None
         self.sink.message(f"embedding {len(self.tokens)} samples of {self.tokens.shape[1]} tokens")
         width = trunk.embed(self.tokens[:1]).shape[-1]
-        hidden = self._activations(0, (*self.tokens.shape, width))
-        for samples in hidden.batches:
-            hidden.write(samples, trunk.embed(self.tokens[samples]))
-        self._seal("embedded", -1, hidden)
-        return hidden
+        states = self._states(0, (*self.tokens.shape, width))
+        for samples in states.hidden.batches:
+            embedded = trunk.embed(self.tokens[samples])
+            for stream in states.files.values():
+                stream.write(samples, embedded)
+        self._seal("embedded", -1, states)
+        return states
 
     @property
     def _batch(self) -> int:
         assert self.tokens is not None
         return max(1, BATCH_TOKENS // self.tokens.shape[1])
 
-    def _activations(self, index: int, shape: tuple[int, ...]) -> Activations:
+    def _states(self, index: int, shape: tuple[int, ...]) -> States:
         samples, length, width = shape
-        return Activations(
-            (samples, length, width), self._batch, self.journal.folder / f"acts_{index:04d}.bin", create=True
-        )
 
-    def _seal(self, event: str, block: int, hidden: Activations) -> None:
-        assert hidden.path is not None
-        digest = hidden.seal()
-        self.journal.append(
-            {"event": event, "block": block, "file": hidden.path.name, "sha256": digest, "shape": list(hidden.shape)}
-        )
+        def stream(name: str) -> Activations:
+            path = self.journal.folder / f"acts_{index:04d}{name}.bin"
+            return Activations((samples, length, width), self._batch, path, create=True)
+
+        return States(stream(""), stream("_reference") if self._two_streams else None)
+
+    def _seal(self, event: str, block: int, states: States | None) -> None:
+        streams = {}
+        for name, stream in states.files.items() if states else ():
+            assert stream.path is not None
+            streams[name] = {"file": stream.path.name, "sha256": stream.seal(), "shape": list(stream.shape)}
+        self.journal.append({"event": event, "block": block, "streams": streams})
 
     def _materialize_around(self) -> int:
         """Weights of everything but the blocks and the output layer."""
@@ -185,35 +220,96 @@ class BlockStream:
             release(module, recurse=False)
 
     def _run_block(
-        self, index: int, calls: list[BlockCall], inputs: Activations | None, interrupt: Interrupt
-    ) -> Activations | None:
+        self, index: int, calls: list[BlockCall], inputs: States | None, interrupt: Interrupt
+    ) -> States | None:
         blocks = self.selection.blocks
         assert blocks is not None
         block, name = blocks.modules[index], blocks.name(index)
         last = index + 1 == len(blocks.modules)
+        unused = last and not self.selection.outside
         outputs = None
-        if inputs is not None and not (last and not self.selection.outside):
-            outputs = self._activations(index + 1, inputs.shape)
+        if inputs is not None and not (unused and self.tune is None):
+            outputs = self._states(index + 1, inputs.hidden.shape)
         taken = materialize(block, name, self._load)
         self.meter.take(taken)
         layers = linears_in(block, name)
         linears = {path: (layers[path], fmt) for path, fmt in self.selection.inside[index].items()}
         finished = self.done()
         done = {path: finished[path]() for path in linears if path in finished}
-        engine = BlockEngine(self.method, self.sequential, self.skip_first, self.meter, self._saver(index, interrupt))
+        engine = BlockEngine(
+            self.method, self.sequential, self.skip_first, self.meter, self._saver(index, interrupt), self._pool
+        )
         if inputs is None:
             engine.run_plain(linears, done)
+        elif self.tune is not None and outputs is not None:
+            tuned = self._tuned(index)
+            result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, tuned, self.tune)
+            if tuned is None:
+                self._save_tuned("tuned", index, name, result)
         else:
-            engine.run(block, calls[index], linears, inputs, outputs, done)
+            engine.run(block, calls[index], linears, inputs.hidden, outputs.hidden if outputs else None, done)
         release(block)
         self.meter.take(-taken)
-        if outputs is not None:
-            self._seal("block", index, outputs)
-            if inputs is not None and inputs.path is not None:
-                inputs.path.unlink()
-        else:
-            self.journal.append({"event": "block", "block": index, "file": "", "sha256": "", "shape": []})
-        return outputs
+        self._seal("block", index, None if unused else outputs)
+        for stream in [
+            *(inputs.files.values() if inputs else ()),
+            *(outputs.files.values() if unused and outputs else ()),
+        ]:
+            if stream.path is not None:
+                stream.path.unlink()
+        return None if unused else outputs
+
+    def _tuned(self, index: int) -> TuneResult | None:
+        """What an interrupted run saved after tuning this block."""
+        for record in self.journal.events("tuned"):
+            if record["block"] == index:
+                path = self.journal.folder / record["file"]
+                weights = {layer["path"]: load_qtensor(path, layer["path"]) for layer in record["layers"]}
+                prefix = f"{record['prefix']}."
+                plain = {name.removeprefix(prefix): load_plain(path, name) for name in record["plain"]}
+                return TuneResult(weights, plain, record["before"], record["after"])
+        return None
+
+    def _save_tuned(self, event: str, index: int, prefix: str, result: TuneResult) -> None:
+        name = f"{event}_{index + 1:05d}.safetensors"
+        plain = {f"{prefix}.{key}" if prefix else key: value for key, value in result.plain.items()}
+        digest = self.journal.store(name, lambda path: save_qtensors(path, result.weights, plain))
+        self.journal.append(
+            {
+                "event": event,
+                "block": index,
+                "prefix": prefix,
+                "file": name,
+                "sha256": digest,
+                "layers": [{"path": path} for path in result.weights],
+                "plain": list(plain),
+                "before": result.before,
+                "after": result.after,
+            }
+        )
+        what = f"tuned {prefix}: error" if prefix else "fine-tuned: divergence"
+        self.sink.message(f"{what} {result.before:.4g} -> {result.after:.4g}")
+
+    def tuning_report(self) -> dict[str, Any]:
+        """Mean relative error of blocks before and after tuning, and divergence before and after fine-tuning."""
+        found: dict[str, Any] = {}
+        for event in ("tuned", "finetuned"):
+            if records := self.journal.events(event):
+                found[event] = {key: sum(r[key] for r in records) / len(records) for key in ("before", "after")}
+        return found
+
+    def _finetune(self) -> None:
+        """The whole model in memory, trained against itself."""
+        if self.finetune is None or self.tokens is None or self.journal.events("finetuned"):
+            return
+        materialize(self.network, "", self._load)
+        self.network.tie_weights()  # type: ignore[operator]
+        weights = {path: load() for path, load in self.done().items()}
+        plain = {name: load() for name, load in self.plain().items()}
+        result = finetune(self.network, weights, plain, self.tokens, self.finetune, self.sink.message)
+        release(self.network)
+        kept = result if result.weights else TuneResult(weights, plain, result.before, result.after)
+        self._save_tuned("finetuned", -1, "", kept)
 
     def _saver(self, index: int, interrupt: Interrupt) -> Callable[[Group], None]:
         """Saves a finished group, reports it, and stops the run when that was asked for."""

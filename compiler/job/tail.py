@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +12,7 @@ from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import Trunk, linears_in, materialize, release
 from lowbit.compiler.job.engine import Group, entry
 from lowbit.compiler.job.layers import Selection
+from lowbit.compiler.job.workers import Workers
 from lowbit.quantizers.calibration import InputGroups, LayerStats
 from lowbit.quantizers.methods import Method
 
@@ -40,9 +40,7 @@ def quantize_outside(
         stats = _tail_stats(network, selection, layers, tokens, hidden, load, skip_first)
     for path, fmt in selection.outside.items():
         materialize(layers[path], path, load)
-        started = time.perf_counter()
-        quantized = method.quantize(layers[path].weight.detach(), fmt, stats.get(path))
-        seconds = time.perf_counter() - started
+        quantized, seconds = Workers().submit(method, layers[path].weight.detach(), fmt, stats.get(path))()
         release(layers[path])
         save({path: (quantized.qtensor, entry(path, fmt, quantized, stats.get(path), seconds))})
 

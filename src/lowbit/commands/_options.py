@@ -19,7 +19,9 @@ __all__ = [
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file or a hub id.")]
 SchemeOption = Annotated[str, typer.Option("--scheme", "-s", help="A preset (`quantize schemes`) or a .toml file.")]
 FormatOption = Annotated[str | None, typer.Option("--format", "-f", help="Weight format, such as int4.g64.sym.")]
-MethodOption = Annotated[str | None, typer.Option("--method", "-m", help="How values are chosen: gptq or rtn.")]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", "-m", help="How values are chosen: rtn, gptq, decoupleq or vptq.")
+]
 SamplesOption = Annotated[int, typer.Option("--samples", "-n", min=1, help="Calibration sequences.")]
 LengthOption = Annotated[int, typer.Option("--length", "-l", min=2, help="Tokens per calibration sequence.")]
 Sequential = Annotated[

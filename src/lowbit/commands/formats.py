@@ -26,7 +26,7 @@ def formats(json_output: JsonFlag = False) -> None:
             (
                 r["element"],
                 r["bits"],
-                "yes" if r["zero_point"] else "no",
+                r["zero"],
                 r["example"],
                 f"{r['bits_per_weight']:.3f}",
                 r["export"],
@@ -37,8 +37,15 @@ def formats(json_output: JsonFlag = False) -> None:
     )
     typer.echo("")
     typer.echo("A format is element.granularity.symmetry[.scale], such as int4.g128.asym or int8.ch.sym.f32:")
+    typer.echo("  symmetry     sym, asym (a zero point stored as a code), fz (an offset stored like the scale)")
     typer.echo("  granularity  t (one scale per tensor), ch (per output row), g64 (per 64 input columns; any size)")
     typer.echo(f"  scale        {', '.join(_scales())}; f16 when left out")
+    typer.echo(
+        "Vector quantization is vq.d<length>.k<centroids>[.r<residual centroids>][.c<column groups>], then any of"
+    )
+    typer.echo(
+        "  o<columns>v<length>k<centroids> (outliers; 2p is 2 percent), cn or rn (norms per column or row), a type"
+    )
 
 
 def _scales() -> list[str]:
@@ -52,24 +59,29 @@ def _format_rows() -> list[dict[str, Any]]:
 
     from lowbit.compiler.io.checkpoint import export_layout
     from lowbit.compiler.job.plan import runs_on
-    from lowbit.quantizers.formats import Granularity, catalog
+    from lowbit.quantizers.formats import Granularity, WeightFormat, catalog, vector_catalog
+
+    def row(fmt: WeightFormat, element: str, bits: float, zero: str) -> dict[str, Any]:
+        runs = runs_on(fmt)
+        return {
+            "element": element,
+            "bits": bits,
+            "zero": zero,
+            "example": str(fmt),
+            "bits_per_weight": fmt.bits_per_weight(*_SHAPE),
+            "export": export_layout(fmt),
+            "backends": [name for name, why in runs.items() if why is None],
+            "why_not": {name: why for name, why in runs.items() if why is not None},
+        }
 
     rows = []
     for base in catalog():
         fmt = replace(base, granularity=Granularity("g", 64 if base.bits <= 4 else 128))
-        rows.append(
-            {
-                "element": fmt.element.name,
-                "bits": fmt.bits,
-                "symmetric": not fmt.zero,
-                "zero_point": fmt.zero,
-                "example": str(fmt),
-                "bits_per_weight": fmt.bits_per_weight(*_SHAPE),
-                "export": export_layout(fmt),
-                "backends": [name for name, why in runs_on(fmt).items() if why is None],
-                "why_not": {name: why for name, why in runs_on(fmt).items() if why is not None},
-            }
-        )
+        zero = "code" if fmt.zero else "float" if fmt.offset else "no"
+        rows.append(row(fmt, fmt.element.name, fmt.bits, zero))
+    for vector in vector_catalog():
+        bits = (vector.index_bits + vector.residual_bits) / vector.dim
+        rows.append(row(vector, "vq", bits, "no"))
     return rows
 
 

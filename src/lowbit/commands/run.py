@@ -34,6 +34,16 @@ def run(
     samples: SamplesOption = 128,
     length: LengthOption = 512,
     sequential: Sequential = True,
+    tune: Annotated[
+        int | None, typer.Option("--tune", min=0, help="Passes of training scales, codebooks and norms block by block.")
+    ] = None,
+    finetune: Annotated[
+        int | None,
+        typer.Option("--finetune", min=0, help="Passes of training them together; needs the whole model in memory."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes that quantize matrices side by side.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Chooses the calibration sequences.")] = 0,
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget an interrupted run instead of continuing it.")
@@ -47,18 +57,20 @@ def run(
     """
     from lowbit.compiler.job.report import write_report
     from lowbit.compiler.job.run import run as run_job
+    from lowbit.compiler.job.workers import default_workers
     from lowbit.quantizers.scheme import load_scheme
 
     with quiet_stdout(json_output):
         result = run_job(
             model,
             out,
-            load_scheme(scheme, format=format, method=method),
+            load_scheme(scheme, format=format, method=method, tune=tune, finetune=finetune),
             calib,
             samples=samples,
             length=length,
             sequential=sequential,
             seed=seed,
+            workers=workers or default_workers(),
             restart=restart,
             progress=make_sink(json_output),
         )

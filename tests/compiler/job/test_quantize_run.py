@@ -280,8 +280,9 @@ def test_a_bad_layer_leaves_the_model_as_it_was() -> None:
 
 def test_half_precision_models_are_calibrated_in_float32() -> None:
     net = tiny_llama().to(torch.bfloat16)
-    found = choose_codes(net, scheme(), token_ids())
-    again = choose_codes(tiny_llama().to(torch.bfloat16).float(), scheme(), token_ids())
+    chosen = scheme(refits=0, clip_search=False)  # searches would turn the last bits of statistics into other codes
+    found = choose_codes(net, chosen, token_ids())
+    again = choose_codes(tiny_llama().to(torch.bfloat16).float(), chosen, token_ids())
     equal = [(found[p][0].codes == again[p][0].codes).float().mean() for p in found]
     assert min(equal) > 0.9, "only the rotary tables are rounded to half precision by the model itself"
     assert next(net.parameters()).dtype == torch.bfloat16
