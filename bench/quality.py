@@ -26,7 +26,7 @@ from lowbit.compiler.job.blocks import Trunk, find_blocks, linears_in, materiali
 from lowbit.compiler.job.inmemory import choose_codes
 from lowbit.compiler.job.layers import versions
 from lowbit.quantizers.calibration import HessianAccumulator, InputGroups, LayerStats, calibration_tokens
-from lowbit.quantizers.formats import Format, parse_format
+from lowbit.quantizers.formats import Format, parse_format, scalar_format
 from lowbit.quantizers.methods import Method, make_method
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import QWeight
@@ -133,7 +133,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = [{"format": "float32", "perplexity": perplexity(model, windows)}]
     print(rows[0], flush=True)
     if args.mode == "parallel":
-        formats = [parse_format(text) for text in args.formats]
+        formats = [scalar_format(text) for text in args.formats]
         codes = parallel(model, tokens, args.samples, formats, make_method(args.method, options))
         for (fmt, size), layers in codes.items():
             rows.append({"format": fmt, "samples": size, "perplexity": with_codes(model, layers, windows)})

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lowbit.compiler.io.source import open_model
+from lowbit.compiler.job.engine import known_entry
 from lowbit.compiler.job.finetune import finetune
 from lowbit.compiler.job.inmemory import Choice, choose
 from lowbit.compiler.job.journal import load_qtensor, save_qtensors
@@ -75,36 +77,59 @@ def bits(weights: Mapping[str, QWeight]) -> float:
     return sum(q.bits_per_weight * size[path] for path, q in weights.items()) / sum(size.values())
 
 
-def stages(model: nn.Module, run: str, tokens: Tensor, args: argparse.Namespace) -> Iterator[tuple[str, float, Choice]]:
-    """(stage, seconds, result) one after the other."""
+def stages(
+    model: nn.Module, run: str, tokens: Tensor, more: Tensor, args: argparse.Namespace
+) -> Iterator[tuple[str, float, Choice]]:
+    """(stage, seconds, result) one after the other; `more` are the tokens of fine-tuning."""
     fmt, method = run.split(":")
     scheme = Scheme("bench", parse_format(fmt), method, json.loads(args.options))
     kept = Path(args.keep) / f"{run.replace(':', '_')}.safetensors" if args.keep else None
     started = time.monotonic()
+    before = kept.with_name(f"tuned_{kept.name}") if kept is not None else None
+    if before is not None and before.exists() and args.finetune:  # only fine-tuning is left to do
+        yield from _finetuned(model, kept_choice(before), more, args)
+        return
     if kept is not None and kept.exists():
-        known = {path: load_qtensor(kept, path) for path in json.loads(kept.with_suffix(".json").read_text())}
-        result = Choice({path: (q, None) for path, q in known.items()})  # type: ignore[misc]
+        result = kept_choice(kept)
+        known = {path: q for path, (q, _) in result.layers.items()}
     else:
         mode = {"sequential": args.sequential, "workers": args.workers, "progress": Say()}
         result = choose(model, scheme, tokens, **mode)
         known = {path: q for path, (q, _) in result.layers.items()}
         if kept is not None:
             save_qtensors(kept, known)
-            kept.with_suffix(".json").write_text(json.dumps(list(known)))
     yield "codes", time.monotonic() - started, result
     if args.tune:
         started = time.monotonic()
         tuned = Scheme("bench", scheme.weight, method, {}, tune=Tuning(args.tune, args.tune_rate, args.batch))
         result = choose(model, tuned, tokens, sequential=False, known=known, progress=Say())
+        if before is not None:
+            plain = {name: value.clone() for name, value in result.plain.items()}
+            save_qtensors(before, {p: q for p, (q, _) in result.layers.items()}, plain)
         yield "tuned", time.monotonic() - started, result
     if args.finetune:
-        started = time.monotonic()
-        weights = {path: q for path, (q, _) in result.layers.items()}
-        settings = Tuning(args.finetune, args.finetune_rate, args.batch)
-        trained = finetune(model.requires_grad_(False), weights, result.plain, tokens, settings, Say().message)
-        print("    divergence", trained.before, "->", trained.after, flush=True)
-        final = Choice({path: (q, None) for path, q in trained.weights.items()}, dict(trained.plain))  # type: ignore[misc]
-        yield "fine-tuned", time.monotonic() - started, final
+        yield from _finetuned(model, result, more, args)
+
+
+def kept_choice(file: Path) -> Choice:
+    """What an earlier call kept."""
+    with safe_open(file, framework="pt") as f:
+        paths = list(f.metadata())
+        plain = {name.removeprefix("plain."): f.get_tensor(name) for name in f.keys() if name.startswith("plain.")}
+    layers = {path: load_qtensor(file, path) for path in paths}
+    return Choice({path: (q, known_entry(path, q)) for path, q in layers.items()}, plain)
+
+
+def _finetuned(
+    model: nn.Module, start: Choice, more: Tensor, args: argparse.Namespace
+) -> Iterator[tuple[str, float, Choice]]:
+    started = time.monotonic()
+    weights = {path: q for path, (q, _) in start.layers.items()}
+    settings = Tuning(args.finetune, args.finetune_rate, args.finetune_batch)
+    trained = finetune(model.requires_grad_(False), weights, start.plain, more, settings, Say().message)
+    print("    divergence", trained.before, "->", trained.after, flush=True)
+    final = {path: (q, known_entry(path, q)) for path, q in trained.weights.items()}
+    yield "fine-tuned", time.monotonic() - started, Choice(final, dict(trained.plain))
 
 
 def main() -> None:
@@ -122,6 +147,8 @@ def main() -> None:
     parser.add_argument("--tune-rate", type=float, default=4e-3)
     parser.add_argument("--finetune", type=int, default=0, help="passes of end-to-end fine-tuning")
     parser.add_argument("--finetune-rate", type=float, default=1e-3)
+    parser.add_argument("--finetune-batch", type=int, default=2)
+    parser.add_argument("--finetune-samples", type=int, default=0, help="other samples than the codes were chosen on")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--windows", type=int, default=16)
@@ -135,8 +162,9 @@ def main() -> None:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     windows = ids[: args.windows * args.length].reshape(args.windows, args.length)
     tokens = calibration_tokens(tokenizer, args.calib, args.samples, args.calib_length, 0)
+    more = calibration_tokens(tokenizer, args.calib, args.finetune_samples or args.samples, args.calib_length, 1)
     for run in args.runs:
-        for stage, seconds, result in stages(model, run, tokens, args):
+        for stage, seconds, result in stages(model, run, tokens, more, args):
             weights = {path: q for path, (q, _) in result.layers.items()}
             row = {
                 "run": run,

@@ -76,7 +76,8 @@ class KernelSpec:
         """Names of the weight's tensors, in the order in which the operator passes them (see `PackedWeight`)."""
         if (v := self.vector) is None:
             planes = tuple(f"plane{i}" for i in range(len(plane_bits(self.fmt.bits))))
-            return (*planes, "scale", *(["zero"] if self.fmt.zero else ["offset"] if self.fmt.offset else []))
+            sides = ["zero"] * self.fmt.zero + ["offset"] * self.fmt.offset + ["tensor_scale"] * self.fmt.tensor
+            return (*planes, "scale", *sides)
         parts = ["index", "book"]
         parts += ["residual_index", "residual_book"] if v.residual else []
         parts += ["outlier_index", "outlier_book"] if v.outliers else []
@@ -139,8 +140,10 @@ class KernelSpec:
 
     @property
     def scale_dtype(self) -> str:
-        """dtype of packed scales or codebooks: `f16` or `f32` (bfloat16 ones are widened when packed)."""
-        return "f16" if self.weight_format.scale_dtype == torch.float16 else "f32"
+        """dtype of packed scales or codebooks: `f16` or `f32` (others are widened when packed)."""
+        fmt = self.weight_format
+        packed = fmt.packed_scale_dtype if isinstance(fmt, Format) else fmt.scale_dtype
+        return "f16" if packed == torch.float16 else "f32"
 
     def key(self) -> str:
         """Canonical JSON: equal specs, equal text."""

@@ -21,7 +21,8 @@ class QTensor:
 
     codes: uint8 [N, K]. scale: [rows, groups] in the format's scale dtype, rows = N (1 for per-tensor formats).
     zero: uint8 [rows, groups] (a code offset), present exactly when the format is asymmetric. offset: like `scale`,
-    added to every value, present exactly when the format has offsets (`fz`).
+    added to every value, present exactly when the format has offsets (`fz`). tensor_scale: float32 [1], multiplied
+    into every scale, present exactly when the format has a second scale (`t32`).
     """
 
     fmt: Format
@@ -29,6 +30,7 @@ class QTensor:
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    tensor_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -45,6 +47,12 @@ class QTensor:
         given = None if self.offset is None else (tuple(self.offset.shape), self.offset.dtype)
         if given != ((side, self.fmt.scale_dtype) if self.fmt.offset else None):
             raise FormatError("LB0225", f"{self.fmt} of {n}x{k} needs {'' if self.fmt.offset else 'no '}offsets {side}")
+        whole = self.tensor_scale
+        given = None if whole is None else (tuple(whole.shape), whole.dtype)
+        if given != (((1,), torch.float32) if self.fmt.tensor else None):
+            raise FormatError(
+                "LB0228", f"{self.fmt} {'needs one float32' if self.fmt.tensor else 'has no'} tensor scale"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,13 +64,19 @@ class QTensor:
         """Stored bits per weight, scales and zero points included."""
         return self.fmt.bits_per_weight(*self.shape)
 
+    @property
+    def full_scale(self) -> torch.Tensor:
+        """float32 [rows, groups]: what levels are multiplied with. The tensor's scale is in it, rounded once."""
+        scale = self.scale.float()
+        return scale if self.tensor_scale is None else scale * self.tensor_scale
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The [N, K] matrix of numbers these codes stand for: the oracle every kernel is compared with."""
         n, k = self.shape
         values = self.fmt.element.levels()[self.codes.long()]
         if self.zero is not None:
             values = values - self._spread(self.zero.float(), n, k)
-        values = values * self._spread(self.scale.float(), n, k)
+        values = values * self._spread(self.full_scale, n, k)
         if self.offset is not None:
             values = values + self._spread(self.offset.float(), n, k)
         return values.to(dtype)
@@ -79,7 +93,9 @@ class PackedWeight:
     segments: rows of each sibling matrix, one after the other; each is padded to the layout's row tile. tensors: the
     operands of the kernel by name, in a fixed order. Scalar formats have `plane0`, `plane1` ... (1-D containers, low
     bits first), `scale`, and if stored `zero` (uint8) and `offset`, laid out by `Layout.pack_side`; scales and offsets
-    are float16 or float32. Padded columns hold code 0 and meet zero activations; padded rows hold scale 0. Vector
+    are float16 or float32 (`Format.packed_scale_dtype`). A tensor's second scale is multiplied into its scales, which
+    is exact because `QTensor` rounds the product in the same way; `tensor_scale` [segments], which kernels do not read,
+    is kept to undo it. Padded columns hold code 0 and meet zero activations; padded rows hold scale 0. Vector
     formats: see `quantizers.vqtensor`.
     """
 
@@ -159,9 +175,13 @@ def pack(tensors: list[QTensor], layout: Layout) -> PackedWeight:
         codes.append(padded)
     parts = {f"plane{i}": plane for i, plane in enumerate(layout.pack(torch.cat(codes), fmt.bits))}
     for name in ("scale", "zero", "offset"):
-        sides = [_pad_side(getattr(t, name), t.shape[0], layout) for t in tensors if getattr(t, name) is not None]
+        given = [(t.full_scale if name == "scale" else getattr(t, name), t.shape[0]) for t in tensors]
+        dtype = torch.uint8 if name == "zero" else fmt.packed_scale_dtype
+        sides = [_pad_side(side, n, layout, dtype) for side, n in given if side is not None]
         if sides:
             parts[name] = layout.pack_side(torch.cat(sides))
+    if fmt.tensor:
+        parts["tensor_scale"] = torch.cat([t.tensor_scale for t in tensors if t.tensor_scale is not None])
     return PackedWeight(fmt, layout, tuple(t.shape[0] for t in tensors), k, parts)
 
 
@@ -174,20 +194,22 @@ def unpack(packed: PackedWeight) -> list[QTensor]:
     sides = {
         name: layout.unpack_side(packed.tensors[name]) for name in ("scale", "zero", "offset") if name in packed.tensors
     }
-    sides = {name: side if name == "zero" else side.to(fmt.scale_dtype) for name, side in sides.items()}
     rows = 1 if fmt.granularity.kind == "t" else None
     out, start = [], 0
-    for n in packed.segments:
+    for i, n in enumerate(packed.segments):
         part = {name: side[start : start + (rows or n)] for name, side in sides.items()}
+        if fmt.tensor:
+            part["tensor_scale"] = packed.tensors["tensor_scale"][i : i + 1]
+            part["scale"] = part["scale"] / part["tensor_scale"]  # off by less than rounding to e4m3 repairs
+        for name in part.keys() - {"zero", "tensor_scale"}:
+            part[name] = part[name].to(fmt.scale_dtype)
         out.append(QTensor(fmt, codes[start : start + n], **part))
         start += _round_up(n, layout.row_tile)
     return out
 
 
-def _pad_side(side: torch.Tensor, n: int, layout: Layout) -> torch.Tensor:
-    """Side values of one matrix, [n or 1, groups] -> [padded n, groups], zero in padded rows; bfloat16 is widened
-    (exactly), because kernels read float16 and float32."""
-    dtype = torch.float32 if side.dtype == torch.bfloat16 else side.dtype
+def _pad_side(side: torch.Tensor, n: int, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """Side values of one matrix, [n or 1, groups] -> [padded n, groups] of `dtype`, zero in padded rows."""
     out = torch.zeros(_round_up(n, layout.row_tile), side.shape[1], dtype=dtype)
     out[:n] = side
     return out

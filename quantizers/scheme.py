@@ -135,6 +135,8 @@ PRESETS: dict[str, Scheme] = {
     for s in (
         _preset("w8a16", "int8.ch.sym", "rtn"),
         _preset("w6a16", "int6.g128.sym"),
+        _preset("w6a16-fp6", "e2m3.ch"),
+        _preset("w6-zeroquant", "e3m2.ch", "rtn"),
         _preset("w5a16", "int5.g64.sym"),
         _preset("w4a16", "int4.g64.sym"),
         _preset("w3a16", "int3.g64.asym"),
@@ -145,7 +147,11 @@ PRESETS: dict[str, Scheme] = {
         _preset("w2-decoupleq", "int2.g64.fz", "decoupleq", Tuning()),
     )
 }
-"""Named schemes, sizes from large to small. int4.g64.sym is the default: exact in every consumer, 4.25 bits."""
+"""Named schemes, sizes from large to small. int4.g64.sym is the default: exact in every consumer, 4.25 bits.
+
+w6-zeroquant is the FP6 of "ZeroQuant(4+2): Redefining LLMs Quantization with a New FP6-Centric Strategy for Diverse
+Generative Tasks" (Wu et al.): e3m2, one scale per row, rounded to nearest. w6a16-fp6 gives the mantissa a bit more.
+"""
 
 
 def load_scheme(

@@ -71,7 +71,8 @@ class TunableScalar(Tunable):
 
     def weight(self) -> Tensor:
         side = self.stored()
-        dense = self.get_buffer("levels") * side["scale"][..., None]
+        scale = side["scale"] if self._q.tensor_scale is None else side["scale"] * self._q.tensor_scale
+        dense = self.get_buffer("levels") * scale[..., None]
         if "offset" in side:
             dense = dense + side["offset"][..., None]
         n, k = self._q.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias, cast
 
 import torch
@@ -13,6 +14,7 @@ from lowbit.compiler.ir.layout import LAYOUTS, Layout
 from lowbit.quantizers.bitstream import pack_bits, unpack_bits
 from lowbit.quantizers.formats import Format, VectorFormat, WeightFormat
 from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack, unpack
+from lowbit.quantizers.scales import stored_scale
 from lowbit.quantizers.vqtensor import VQTensor, expected_shapes, pack_vectors, unpack_vectors
 
 __all__ = [
@@ -57,10 +59,10 @@ def stored(q: QWeight) -> dict[str, Tensor]:
 
     Scalar formats, in compressed-tensors' terms: `weight_packed` int32 [N, ceil(K*b/32)] (dense bit stream per row),
     `weight_scale` [N or 1, groups], `weight_zero_point` int32 [ceil(rows*b/32), groups] (packed along the rows),
-    `weight_offset` like the scales, `weight_shape` int64 [2]. Vector formats: `indices` int32 [groups * vectors,
-    words], one dense stream per row of vectors and column group with the residual index above the main one,
-    `centroids`, `residual_centroids`, `outlier_indices` int16, `outlier_centroids`, `perm` int16 (16 bits,
-    unsigned), `norm_scale`, `norm_bias`, `weight_shape`.
+    `weight_offset` like the scales, `weight_tensor_scale` float32 [1], `weight_shape` int64 [2]. Vector formats:
+    `indices` int32 [groups * vectors, words], one dense stream per row of vectors and column group with the residual
+    index above the main one, `centroids`, `residual_centroids`, `outlier_indices` int16, `outlier_centroids`, `perm`
+    int16 (16 bits, unsigned), `norm_scale`, `norm_bias`, `weight_shape`.
     """
     return _stored_vectors(q) if isinstance(q, VQTensor) else _stored_scalar(q)
 
@@ -71,6 +73,8 @@ def _stored_scalar(q: QTensor) -> dict[str, Tensor]:
         tensors["weight_zero_point"] = pack_bits(q.zero.t().contiguous(), q.fmt.bits).t().contiguous()
     if q.offset is not None:
         tensors["weight_offset"] = q.offset.contiguous()
+    if q.tensor_scale is not None:
+        tensors["weight_tensor_scale"] = q.tensor_scale
     return {**tensors, "weight_shape": torch.tensor(list(q.shape))}
 
 
@@ -109,6 +113,8 @@ def stored_shapes(fmt: WeightFormat, n: int, k: int) -> dict[str, tuple[torch.dt
             shapes["weight_zero_point"] = (torch.int32, (_words(side[0] * fmt.bits), side[1]))
         if fmt.offset:
             shapes["weight_offset"] = (fmt.scale_dtype, side)
+        if fmt.tensor:
+            shapes["weight_tensor_scale"] = (torch.float32, (1,))
     return {**shapes, "weight_shape": (torch.int64, (2,))}
 
 
@@ -134,6 +140,8 @@ def from_stored(fmt: WeightFormat, n: int, k: int, tensors: Mapping[str, Tensor]
         return _vectors_from(fmt, n, k, tensors)
     assert isinstance(fmt, Format)
     side = {"scale": tensors["weight_scale"].to(fmt.scale_dtype)}
+    if fmt.tensor:
+        side["tensor_scale"] = tensors["weight_tensor_scale"].float()
     if fmt.zero:
         rows, _ = fmt.side_shape(n, k)
         side["zero"] = unpack_bits(tensors["weight_zero_point"].t().contiguous(), fmt.bits, rows).t().contiguous()
@@ -170,11 +178,15 @@ def random_weight(fmt: WeightFormat, n: int, k: int, rng: torch.Generator) -> QW
         return _random_vectors(fmt, n, k, rng)
     assert isinstance(fmt, Format)
     side = fmt.side_shape(n, k)
-    codes = torch.randint(0, 2**fmt.bits, (n, k), generator=rng).to(torch.uint8)
-    scale = (torch.rand(side, generator=rng) * 0.02 + 0.001).to(fmt.scale_dtype)
+    finite = fmt.element.levels().isfinite().nonzero().flatten().to(torch.uint8)
+    codes = finite[torch.randint(0, len(finite), (n, k), generator=rng)]
+    whole = torch.full((1,), 1e-4 + 1e-3 * float(torch.rand((), generator=rng))) if fmt.tensor else None
+    size = 100.0 if fmt.tensor else 0.02
+    scale = stored_scale((torch.rand(side, generator=rng) + 0.05) * size, replace(fmt, tensor=False))
+    scale = scale.to(fmt.scale_dtype)
     zero = torch.randint(0, 2**fmt.bits, side, generator=rng).to(torch.uint8) if fmt.zero else None
     offset = (torch.randn(side, generator=rng) * 0.02).to(fmt.scale_dtype) if fmt.offset else None
-    return QTensor(fmt, codes, scale, zero, offset)
+    return QTensor(fmt, codes, scale, zero, offset, whole)
 
 
 def _random_vectors(fmt: VectorFormat, n: int, k: int, rng: torch.Generator) -> VQTensor:

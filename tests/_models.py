@@ -34,7 +34,8 @@ def random_qtensor(fmt: Format | str, n: int, k: int, seed: int = 0) -> QTensor:
     fmt = scalar_format(fmt) if isinstance(fmt, str) else fmt
     rng = torch.Generator().manual_seed(seed)
     side = fmt.side_shape(n, k)
-    codes = torch.randint(0, 2**fmt.bits, (n, k), generator=rng).to(torch.uint8)
+    finite = fmt.element.levels().isfinite().nonzero().flatten().to(torch.uint8)
+    codes = finite[torch.randint(0, len(finite), (n, k), generator=rng)]
     scale = (torch.rand(side, generator=rng) + 0.01).to(fmt.scale_dtype)
     zero = torch.randint(0, 2**fmt.bits, side, generator=rng).to(torch.uint8) if fmt.zero else None
     offset = torch.randn(side, generator=rng).to(fmt.scale_dtype) if fmt.offset else None

@@ -34,6 +34,8 @@ def kernel_args(spec: KernelSpec, schedule: Schedule) -> dict[str, str]:
         args["zero_ptr"] = "*u8"
     if spec.fmt.offset:
         args["offset_ptr"] = args["scale_ptr"]
+    if spec.fmt.tensor:
+        args["tensor_scale_ptr"] = "*fp32"  # part of the scales already
     return {**args, **output_args(spec, schedule)}
 
 

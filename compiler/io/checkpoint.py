@@ -27,7 +27,7 @@ from lowbit.compiler.io.safetensors_file import SafetensorsFile
 from lowbit.compiler.io.source import ModelSource
 from lowbit.compiler.io.source_folder import contained, load_json, open_shards
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
-from lowbit.quantizers.formats import Format, VectorFormat, WeightFormat, parse_format
+from lowbit.quantizers.formats import ChoiceFormat, Format, VectorFormat, WeightFormat, parse_format
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import QWeight, stored_names
 
@@ -99,8 +99,10 @@ def checkpoint_layout(formats: Mapping[str, WeightFormat], shapes: Mapping[str, 
 
 
 def _planned_format(path: str, load: Callable[[], QWeight], scheme: Scheme) -> WeightFormat:
-    """The scheme's format, which is checked again when the weight is written; the weight's own when it is ignored."""
-    return scheme.format_for(path) or load().fmt
+    """The scheme's format, which is checked again when the weight is written; the weight's own when the scheme has none
+    for it or left a choice."""
+    planned = scheme.format_for(path)
+    return load().fmt if planned is None or isinstance(planned, ChoiceFormat) else planned
 
 
 def _matrix_shape(source: ModelSource, path: str) -> tuple[int, int]:

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
-from lowbit.quantizers.formats import SCALE_DTYPES, Format, Granularity, IntElement, VectorFormat, WeightFormat
+from lowbit.quantizers.formats import (
+    WIDE_DTYPES,
+    Format,
+    Granularity,
+    IntElement,
+    VectorFormat,
+    WeightFormat,
+)
 from lowbit.quantizers.weights import QWeight, from_stored, stored, stored_shapes
 
 __all__ = [
@@ -38,7 +45,7 @@ __all__ = [
 _VERSION = "0.18.0"
 """The oldest compressed-tensors that reads every width densely packed."""
 
-_SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+_SCALE_NAMES = {dtype: name for name, dtype in WIDE_DTYPES.items()}
 
 
 def can_express(fmt: WeightFormat, n: int | None = None, k: int | None = None) -> str | None:
@@ -49,6 +56,8 @@ def can_express(fmt: WeightFormat, n: int | None = None, k: int | None = None) -
         return "pack-quantized has integer zero points only"
     if not isinstance(fmt.element, IntElement):
         return f"pack-quantized holds integers, not {fmt.element.name}"
+    if fmt.scale not in WIDE_DTYPES:
+        return f"pack-quantized with integers has no {fmt.scale} scales"
     if fmt.bits == 1 and fmt.element.symmetric:
         return "one-bit codes stand for -1 and 0 in compressed-tensors, not for -1 and +1"
     if fmt.granularity.kind == "t":

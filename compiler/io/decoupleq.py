@@ -19,14 +19,14 @@ from torch import Tensor
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.checkpoint import write_checkpoint
 from lowbit.compiler.io.source import open_model
-from lowbit.quantizers.formats import SCALE_DTYPES, Format, Granularity, IntElement
+from lowbit.quantizers.formats import WIDE_DTYPES, Format, Granularity, IntElement
 from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = ["convert", "read"]
 
 _SCALE, _ZERO = ".weight_qscale", ".weight_qzero"
-_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in WIDE_DTYPES.items()}
 
 
 def read(path: str | Path, *, bits: int | None = None, scale: str | None = None) -> dict[str, QTensor]:

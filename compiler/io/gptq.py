@@ -19,7 +19,7 @@ import torch
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.safetensors_file import SafetensorsFile
 from lowbit.quantizers.bitstream import pack_bits, unpack_bits
-from lowbit.quantizers.formats import SCALE_DTYPES, Format, Granularity, IntElement
+from lowbit.quantizers.formats import WIDE_DTYPES, Format, Granularity, IntElement
 from lowbit.quantizers.qtensor import QTensor
 
 __all__ = ["SUFFIXES", "GPTQLayout", "formats", "layout", "to_qtensor", "unpack"]
@@ -64,7 +64,7 @@ def _refused(why: str, where: str) -> CheckpointError:
 
 def formats(layout: GPTQLayout, files: Mapping[str, SafetensorsFile], where: str) -> dict[str, Format]:
     """Format by module path, for every module that has a `qweight`."""
-    names = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+    names = {dtype: name for name, dtype in WIDE_DTYPES.items()}
     granularity = Granularity("g", layout.group) if layout.group else Granularity("ch")
     found = {}
     for path in [n.removesuffix(".qweight") for n in files if n.endswith(".qweight")]:

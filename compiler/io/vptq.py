@@ -16,7 +16,7 @@ import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
 from lowbit.compiler.io.safetensors_file import SafetensorsFile, TensorInfo
-from lowbit.quantizers.formats import SCALE_DTYPES, Outliers, VectorFormat, WeightFormat
+from lowbit.quantizers.formats import WIDE_DTYPES, Outliers, VectorFormat, WeightFormat
 
 __all__ = ["SUFFIXES", "VPTQLayer", "can_express", "exact_format", "quantization_config", "read_layers"]
 
@@ -27,7 +27,7 @@ SUFFIXES = (
 """Names of a module's tensors, of which it has some."""
 
 _MIN_ROW_BITS = 17
-_TABLES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+_TABLES = {dtype: name for name, dtype in WIDE_DTYPES.items()}
 _SHORT = (torch.int16, torch.uint16, torch.float16)
 """Types that hold 16 unsigned bits: some tools refuse the honest one."""
 

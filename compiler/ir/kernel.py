@@ -320,7 +320,7 @@ class Kernel(IRDLOperation):
 
 
 _OPS: list[type[Operation]] = [
-    Const, IntConst, Shr, Shl, And, Or, Bitcast, Half, IntToFloat, Lut, Gather, AddFloat, SubFloat, Mul, Fma, ArgName, Yield,
-    QuantizeActivation, Mma, AddBias, SiluMul, Residual, Kernel,
+    Const, IntConst, Shr, Shl, And, Or, Bitcast, Half, IntToFloat, Lut, Gather, AddFloat, SubFloat, Mul, Fma, ArgName,
+    Yield, QuantizeActivation, Mma, AddBias, SiluMul, Residual, Kernel,
 ]  # fmt: skip
 LBK = Dialect("lbk", _OPS, [])

@@ -208,10 +208,9 @@ class BlockEngine:
         results: Group = {}
         held = 0
         for path, wait in zip(group, waiting, strict=True):
-            fmt = linears[path][1]
             quantized, seconds = wait()
-            results[path] = (quantized.qtensor, entry(path, fmt, quantized, stats, seconds))
-            held += fmt.nbytes(*quantized.qtensor.shape)
+            results[path] = (quantized.qtensor, entry(path, quantized, stats, seconds))
+            held += quantized.qtensor.fmt.nbytes(*quantized.qtensor.shape)
         if self.sequential:
             for path, (qtensor, _) in results.items():
                 _put(linears[path][0], qtensor)
@@ -221,7 +220,7 @@ class BlockEngine:
         self.meter.take(-held - worked)
 
 
-def entry(path: str, fmt: WeightFormat, quantized: Quantized, stats: LayerStats | None, seconds: float) -> LayerEntry:
+def entry(path: str, quantized: Quantized, stats: LayerStats | None, seconds: float) -> LayerEntry:
     """The report line of a layer."""
     notes, coverage = list(quantized.notes), None
     if stats is not None:
@@ -229,12 +228,12 @@ def entry(path: str, fmt: WeightFormat, quantized: Quantized, stats: LayerStats 
         warning = coverage.warning()
         if warning and not coverage.dead:
             notes.append(warning)
-    shape = quantized.qtensor.shape
+    q = quantized.qtensor
     return LayerEntry(
         path,
-        str(fmt),
-        shape,
-        fmt.bits_per_weight(*shape),
+        str(q.fmt),
+        q.shape,
+        q.bits_per_weight,
         quantized.proxy_error,
         quantized.rtn_error,
         round(seconds, 3),

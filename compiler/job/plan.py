@@ -23,7 +23,7 @@ from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.layers import select_layers
-from lowbit.quantizers.formats import Format, WeightFormat, parse_format
+from lowbit.quantizers.formats import ChoiceFormat, Format, IntElement, WeightFormat, parse_format
 from lowbit.quantizers.methods import METHODS
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import stored_shapes
@@ -156,10 +156,10 @@ def make_plan(
         scheme.to_dict(),
         layers,
         sizes,
-        _peak_memory(layers, source, tokens),
+        _peak_memory(layers, source, tokens) + _finetune_memory(chosen, scheme, tokens),
         needed,
         free,
-        _seconds(chosen, tokens, sequential),
+        _seconds(chosen, tokens, sequential, scheme),
         _runs(chosen),
         _consumers(chosen),
         (*kept_notes, *_notes(layers, chosen)),
@@ -191,7 +191,9 @@ def _owner(source: ModelSource) -> Callable[[str], bool]:
 
 
 def _stored_bytes(fmt: WeightFormat, n: int, k: int) -> int:
-    """Bytes of the checkpoint's tensors."""
+    """Bytes of the checkpoint's tensors; of a choice the most."""
+    if isinstance(fmt, ChoiceFormat):
+        return max(_stored_bytes(candidate, n, k) for candidate in fmt.candidates)
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in stored_shapes(fmt, n, k).values())
 
 
@@ -246,16 +248,31 @@ def _peak_memory(layers: tuple[LayerPlan, ...], source: ModelSource, tokens: int
     return int(_PROCESS_BYTES + 8 * block + (hessians + 8 * tokens * hidden if tokens else 0) + largest)
 
 
-def _seconds(chosen: list[LayerPlan], tokens: int, sequential: bool) -> tuple[float, float, float]:
-    """(low, likely, high): forward passes, Hessians and factorisations at this machine's measured matmul rate."""
+def _finetune_memory(chosen: list[LayerPlan], scheme: Scheme, tokens: int) -> int:
+    """Bytes: the whole model in float32 as teacher, the codes' levels, and the student's dense weights."""
+    return 12 * sum(x.n * x.k for x in chosen) if scheme.finetune and tokens else 0
+
+
+def _training(scheme: Scheme, tokens: int, weights: int) -> float:
+    """Operations of tuning (forward and backward per pass, a second stream) and of fine-tuning (with a teacher)."""
+    tune = (6 * scheme.tune.epochs + 4) if scheme.tune else 0
+    finetune = 8 * scheme.finetune.epochs if scheme.finetune else 0
+    return float((tune + finetune) * tokens * weights)
+
+
+def _seconds(chosen: list[LayerPlan], tokens: int, sequential: bool, scheme: Scheme) -> tuple[float, float, float]:
+    """(low, likely, high): forward passes, Hessians, factorisations and training at this machine's matmul rate."""
     weights = sum(x.n * x.k for x in chosen)
     work = _ROUNDING * weights
-    columns = 0
+    columns = 0.0
     if tokens:
         widths = [k for members in _blocks(chosen).values() for k in _inputs(members)]
         work += 2 * tokens * weights * (2 if sequential else 1) + 2 * tokens * sum(k * k for k in widths)
-        work += sum(_PER_WEIGHT * x.n * x.k + _PER_PAIR * x.k**2 + 4 * x.k**3 for x in chosen)
-        columns = sum(x.k for x in chosen)
+        efforts = [METHODS[scheme.method].effort(parse_format(str(x.format))) for x in chosen]
+        own = [_PER_WEIGHT * x.n * x.k + _PER_PAIR * x.k**2 for x in chosen]
+        work += sum(e * w + 4 * x.k**3 for e, w, x in zip(efforts, own, chosen, strict=True))
+        work += _training(scheme, tokens, weights)
+        columns = sum(e * x.k for e, x in zip(efforts, chosen, strict=True))
     likely = _LOAD_SECONDS + work / _flops_per_second() + columns * _COLUMN_SECONDS
     return (likely * _RANGE[0], likely, likely * _RANGE[1])
 
@@ -278,6 +295,10 @@ def runs_on(fmt: WeightFormat, n: int = 4096, k: int = 4096, target: Target | No
     """
     host = target or host_target()
     found: dict[str, str | None] = {}
+    if isinstance(fmt, ChoiceFormat):
+        for candidate in fmt.candidates:
+            found |= {name: found.get(name) or why for name, why in runs_on(candidate, n, k, host).items()}
+        return found
     for name in BACKENDS:
         try:
             backend = load_backend(name)
@@ -350,13 +371,17 @@ def vllm_notes(layers: Iterable[tuple[str, int, int, WeightFormat]]) -> list[str
 
 
 def _vllm_reasons(fmt: WeightFormat, k: int) -> list[str]:
+    if isinstance(fmt, ChoiceFormat):
+        return [reason for candidate in fmt.candidates for reason in _vllm_reasons(candidate, k)]
     if not isinstance(fmt, Format):
         return ["it has no kernels for vector quantization"]
     g = fmt.granularity
     reasons = ["it has no kernels for float offsets"] if fmt.offset else []
+    if not isinstance(fmt.element, IntElement):
+        reasons.append(f"it reads integers from this layout, not {fmt.element.name}")
     if fmt.bits not in (4, 8):
         reasons.append(f"it has kernels for 4 and 8 bits, not {fmt.bits}")
-    if fmt.scale == "f32":
+    if fmt.scale not in ("f16", "bf16"):
         reasons.append("it wants 16-bit scales")
     if g.kind == "t":
         reasons.append("it wants scales per channel or group")

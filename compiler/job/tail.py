@@ -42,7 +42,7 @@ def quantize_outside(
         materialize(layers[path], path, load)
         quantized, seconds = Workers().submit(method, layers[path].weight.detach(), fmt, stats.get(path))()
         release(layers[path])
-        save({path: (quantized.qtensor, entry(path, fmt, quantized, stats.get(path), seconds))})
+        save({path: (quantized.qtensor, entry(path, quantized, stats.get(path), seconds))})
 
 
 def _tail_stats(

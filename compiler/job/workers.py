@@ -23,7 +23,7 @@ from torch import Tensor
 from lowbit.compiler.errors import LowbitError
 from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import WeightFormat
-from lowbit.quantizers.methods import Method, Quantized
+from lowbit.quantizers.methods import Method, Quantized, quantize_weight
 
 __all__ = ["Result", "Workers", "default_workers"]
 
@@ -75,7 +75,7 @@ def _initialize() -> None:
 def _work(method: Method, weight: Tensor, fmt: WeightFormat, stats: LayerStats | None) -> tuple[Quantized, float]:
     started = perf_counter()
     with _one_thread():
-        return method.quantize(weight, fmt, stats), perf_counter() - started
+        return quantize_weight(method, weight, fmt, stats), perf_counter() - started
 
 
 @contextmanager

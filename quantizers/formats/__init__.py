@@ -22,6 +22,7 @@ from lowbit.quantizers.formats.base import (
     Granularity,
     WeightFormat,
 )
+from lowbit.quantizers.formats.choice import ChoiceFormat
 from lowbit.quantizers.formats.integer import IntElement
 from lowbit.quantizers.formats.levels import LevelElement
 from lowbit.quantizers.formats.minifloat import FLOAT_NAMES, FloatElement
@@ -33,6 +34,7 @@ __all__ = [
     "K_ALIGN",
     "SCALE_DTYPES",
     "WIDE_DTYPES",
+    "ChoiceFormat",
     "Element",
     "ElementFamily",
     "FloatElement",
@@ -105,6 +107,8 @@ def parse_format(text: str) -> WeightFormat:
     ('int4.g128.asym', 'vq.d8.k256.r256')
     """
     text = text.strip()
+    if "|" in text:
+        return ChoiceFormat(tuple(scalar_format(part) for part in text.split("|")))
     return VectorFormat.parse(text) or _scalar(ALIASES.get(text, text))
 
 

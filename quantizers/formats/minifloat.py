@@ -49,11 +49,13 @@ class FloatElement(Element):
                 f"no float has {self.exponent} exponent and {self.mantissa} mantissa bits",
                 hint="use 1 to 7 exponent bits, and at most 8 bits with the sign, such as e3m2",
             )
-        if self.specials == "ieee" and self.exponent != 5 or self.specials == "fn" and not self._fn_fits():
+        fits = {
+            "none": True,
+            "fn": self.exponent < _HALF_EXPONENT and self.mantissa > 0,
+            "ieee": self.exponent == _HALF_EXPONENT,
+        }
+        if not fits[self.specials]:
             raise FormatError("LB0210", f"{self.name} does not exist", hint="leave the suffix out")
-
-    def _fn_fits(self) -> bool:
-        return self.exponent < _HALF_EXPONENT and self.mantissa > 0
 
     @property
     def name(self) -> str:

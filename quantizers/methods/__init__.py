@@ -8,6 +8,7 @@ from typing import Any
 
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error
+from lowbit.quantizers.methods.choose import quantize_weight
 from lowbit.quantizers.methods.decoupleq import DecoupleQ
 from lowbit.quantizers.methods.gptq import Gptq
 from lowbit.quantizers.methods.rtn import Rtn
@@ -24,6 +25,7 @@ __all__ = [
     "check_finite",
     "make_method",
     "proxy_error",
+    "quantize_weight",
 ]
 
 METHODS: dict[str, type[Method]] = {"rtn": Rtn, "gptq": Gptq, "decoupleq": DecoupleQ, "vptq": Vptq}

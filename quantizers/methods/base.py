@@ -37,6 +37,11 @@ class Method(ABC):
     name: ClassVar[str]
     needs_hessian: ClassVar[bool]
 
+    @classmethod
+    def effort(cls, fmt: WeightFormat) -> float:
+        """Time for a matrix in `fmt` relative to GPTQ, as measured: what a dry run multiplies with."""
+        return 1.0
+
     @abstractmethod
     def quantize(self, weight: Tensor, fmt: WeightFormat, stats: LayerStats | None) -> Quantized:
         """Quantize float32 [N, K] into `fmt`.

@@ -48,6 +48,10 @@ class Incumbent:
     errors: Tensor = field(init=False)
     trace: list[Tensor] = field(init=False)
 
+    @classmethod
+    def effort(cls, fmt: WeightFormat) -> float:
+        return 5.0
+
     def __post_init__(self) -> None:
         self.errors = self.losses(self.grid, self.codes)
         self.trace = [self.errors]
@@ -95,6 +99,10 @@ class DecoupleQ(Method):
 
     name: ClassVar[str] = "decoupleq"
     needs_hessian: ClassVar[bool] = True
+
+    @classmethod
+    def effort(cls, fmt: WeightFormat) -> float:
+        return 5.0
 
     def __post_init__(self) -> None:
         if self.rounding not in _ROUNDINGS:

@@ -38,8 +38,9 @@ def refit_scales(weight: Tensor, grid: Grid, codes: Tensor, hessian: Tensor) -> 
 def fitted(weight: Tensor, grid: Grid, codes: Tensor, hessian: Tensor) -> Grid:
     """The best scales and offsets for fixed codes, rounded to the stored type, improvement or not."""
     scale, offset = best_sides(weight, grid, codes, hessian)
-    scale = torch.where(scale != 0, stored_scale(scale.float(), grid.fmt), grid.scale)
-    return Grid(grid.fmt, scale, grid.zero, None if offset is None else stored_offset(offset.float(), grid.fmt))
+    scale = torch.where(scale != 0, stored_scale(scale.float(), grid.fmt, grid.tensor), grid.scale)
+    offset = None if offset is None else stored_offset(offset.float(), grid.fmt)
+    return Grid(grid.fmt, scale, grid.zero, offset, grid.tensor)
 
 
 def choose_rows(take: Tensor, first: Grid, second: Grid) -> Grid:
@@ -49,7 +50,7 @@ def choose_rows(take: Tensor, first: Grid, second: Grid) -> Grid:
     offset = None
     if first.offset is not None and second.offset is not None:
         offset = torch.where(pick, first.offset, second.offset)
-    return Grid(first.fmt, torch.where(pick, first.scale, second.scale), zero, offset)
+    return Grid(first.fmt, torch.where(pick, first.scale, second.scale), zero, offset, first.tensor)
 
 
 def best_sides(weight: Tensor, grid: Grid, codes: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -99,7 +99,7 @@ class Gptq(Method):
         importance = self._importance(prepared)
         grid = search_grid(weight, fmt, importance, clip=self.clip_search, signed=self.signed_scale)
         columns = ColumnGrid.of(grid, weight.shape)
-        research = None if self.static_groups else self._researcher(fmt, importance)
+        research = None if self.static_groups else self._researcher(fmt, importance, grid.tensor)
         codes = feedback(weight, columns, prepared.upper, prepared.order, self.block, research)
         grid = columns.grid()
         damped = prepared.damped
@@ -117,8 +117,8 @@ class Gptq(Method):
         cost[prepared.order] = prepared.upper.diagonal().square().reciprocal()
         return cost / cost.mean()
 
-    def _researcher(self, fmt: Format, importance: Tensor | None) -> GroupSearch:
-        return GroupSearch(fmt, importance, self.clip_search, self.signed_scale)
+    def _researcher(self, fmt: Format, importance: Tensor | None, tensor: Tensor | None) -> GroupSearch:
+        return GroupSearch(fmt, importance, self.clip_search, self.signed_scale, tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +129,13 @@ class GroupSearch:
     importance: Tensor | None
     clip: bool
     signed: bool
+    tensor: Tensor | None = None
 
     def __call__(self, weight: Tensor, start: int) -> Grid:
         """The grid of the group [N, g] whose first column is `start`."""
         stop = start + weight.shape[1]
         importance = self.importance[start:stop] if self.importance is not None else None
-        return search_grid(weight, self.fmt, importance, clip=self.clip, signed=self.signed)
+        return search_grid(weight, self.fmt, importance, clip=self.clip, signed=self.signed, tensor=self.tensor)
 
 
 def keep_better(weight: Tensor, found: QTensor, baseline: QTensor, prepared: Prepared) -> Quantized:
@@ -163,4 +164,5 @@ def _mix(first: QTensor, second: QTensor, take_second: Tensor) -> QTensor:
 
     scale = torch.where(pick, second.scale, first.scale)
     zero, offset = mixed(first.zero, second.zero), mixed(first.offset, second.offset)
-    return QTensor(first.fmt, torch.where(pick, second.codes, first.codes), scale, zero, offset)
+    codes = torch.where(pick, second.codes, first.codes)
+    return QTensor(first.fmt, codes, scale, zero, offset, first.tensor_scale)

@@ -7,7 +7,7 @@ are chosen for it. Elements are known by their `levels()` only, so a new family 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.formats import Element, Format
 from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.scales import power_of_two, stored_offset, stored_scale, tensor_scale_of
 
 __all__ = ["Codec", "Grid", "codec_of", "search_grid", "stored_offset", "stored_scale"]
 
@@ -26,9 +27,11 @@ _OFFSET_REFITS = 4  # two unknowns settle more slowly than one
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """An element's levels in ascending order, and the code of each. Of levels that occur twice the lowest code wins.
+    """An element's finite levels in ascending order, and the code of each. Of levels that occur twice the lowest code
+    wins.
 
-    step: the distance between neighbours when all are equal, else 0; `edges` are then the midpoints.
+    step: the distance between neighbours when all are equal, else 0; `edges` are then the midpoints, or the next number
+    below one where the level above has the even code: ties go to even codes.
     """
 
     values: Tensor
@@ -69,16 +72,19 @@ def codec_of(element: Element) -> Codec:
     """The codec of an element (kept: elements are few)."""
     levels = element.levels().float()
     order = torch.argsort(levels, stable=True)
+    order = order[levels[order].isfinite()]
     ordered = levels[order]
     first = torch.ones(len(ordered), dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
     values, codes = ordered[first], order[first].to(torch.uint8)
     gaps = values.diff()
     uniform = len(gaps) > 0 and bool((gaps == gaps[0]).all())
+    middle = (values[1:] + values[:-1]) / 2
+    upwards = (codes[1:] & 1 == 0) & (codes[:-1] & 1 == 1)
     return Codec(
         values,
         codes,
-        (values[1:] + values[:-1]) / 2,
+        torch.where(upwards, torch.nextafter(middle, values[:1]), middle),
         float(gaps[0]) if uniform else 0.0,
         float(values[0]),
         float(values[-1]),
@@ -86,31 +92,17 @@ def codec_of(element: Element) -> Codec:
     )
 
 
-def stored_scale(scale: Tensor, fmt: Format) -> Tensor:
-    """float32 scales as `fmt` will store them. Nonzero ones never round to zero: they stop at the smallest number."""
-    dtype = fmt.scale_dtype
-    info = torch.finfo(dtype)
-    floor = info.smallest_normal * (info.eps if dtype == torch.float16 else 1.0)  # only float16 needs subnormals
-    magnitude = scale.abs().clamp(max=info.max)
-    rounded = magnitude.clamp(min=floor).to(dtype).float()
-    return torch.where(scale == 0, torch.zeros_like(scale), torch.copysign(rounded, scale))
-
-
-def stored_offset(offset: Tensor, fmt: Format) -> Tensor:
-    """float32 offsets as `fmt` will store them."""
-    largest = torch.finfo(fmt.scale_dtype).max
-    return offset.clamp(-largest, largest).to(fmt.scale_dtype).float()
-
-
 @dataclass(frozen=True, eq=False)
 class Grid:
     """Scales float32 [rows, groups] (values the format can store), and of that shape too, or None where the format has
-    none of them: zero points (levels subtracted before scaling) and offsets (numbers added after scaling)."""
+    none of them: zero points (levels subtracted before scaling) and offsets (numbers added after scaling). tensor: the
+    second scale [1] of formats that have one; it is part of `scale`."""
 
     fmt: Format
     scale: Tensor
     zero: Tensor | None
     offset: Tensor | None = None
+    tensor: Tensor | None = None
 
     def column(self, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scale, zero point and offset per weight, [rows, k]."""
@@ -140,7 +132,8 @@ class Grid:
         zero = self.zero.to(torch.uint8) if self.zero is not None else None
         dtype = self.fmt.scale_dtype
         offset = self.offset.to(dtype) if self.offset is not None else None
-        return QTensor(self.fmt, codes, self.scale.to(dtype), zero, offset)
+        scale = self.scale if self.tensor is None else self.scale / self.tensor  # rounding to `dtype` repairs the rest
+        return QTensor(self.fmt, codes, scale.to(dtype), zero, offset, self.tensor)
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -161,22 +154,26 @@ def search_grid(
     clip: bool = True,
     signed: bool = False,
     shrinks: int | None = None,
+    tensor: Tensor | None = None,
 ) -> Grid:
     """Scales (and zero points or offsets) of float32 [N, K] that minimise the squared rounding error of each group.
 
     importance: weight of each column's squared error, [K], such as the diagonal of the Hessian. clip: try ranges
     smaller than the largest weight, then re-fit the scale (and offset) to the codes in closed form; otherwise cover
     the range exactly (min-max). signed: also try negative scales, which put the longer half of a symmetric integer's
-    levels on the other side. shrinks: how many ranges to try, if not the usual number.
+    levels on the other side. shrinks: how many ranges to try, if not the usual number. tensor: the second scale, where
+    the format has one and `weight` is only a part of the matrix.
     Raises RunError (LB0512) when the range overflows the scale type.
     """
     _, k = weight.shape
+    tensor = tensor_scale_of(weight, fmt) if tensor is None else tensor
     factors = _shrinks(fmt, shrinks) if clip else torch.ones(1)
     kind = fmt.granularity.kind
     if kind == "t":
         wide = None if importance is None else importance.expand_as(weight).reshape(1, -1)
         units = weight.reshape(1, 1, -1)
-        return _search_units(units, None if wide is None else wide[None], fmt, factors, clip, signed)
+        best = _Best(units, None if wide is None else wide[None], fmt, tensor)
+        return _search_units(best, factors, clip, signed)
     size, groups = fmt.granularity.group_size(k), fmt.granularity.groups(k)
     ragged = groups * size - k
     weights = importance if importance is not None else (torch.ones(k) if ragged else None)
@@ -185,7 +182,8 @@ def search_grid(
     parts = []
     for rows in _row_chunks(weight):  # the last weight repeated leaves the range of a ragged group as it is
         part = torch.nn.functional.pad(weight[rows], (0, ragged), mode="replicate") if ragged else weight[rows]
-        parts.append(_search_units(part.reshape(-1, groups, size), weights, fmt, factors, clip, signed))
+        best = _Best(part.reshape(-1, groups, size), weights, fmt, tensor)
+        parts.append(_search_units(best, factors, clip, signed))
     return _stacked(parts)
 
 
@@ -194,7 +192,8 @@ def _stacked(parts: list[Grid]) -> Grid:
     zeros = [p.zero for p in parts if p.zero is not None]
     offsets = [p.offset for p in parts if p.offset is not None]
     scale = torch.cat([p.scale for p in parts])
-    return Grid(parts[0].fmt, scale, torch.cat(zeros) if zeros else None, torch.cat(offsets) if offsets else None)
+    zero, offset = (torch.cat(side) if side else None for side in (zeros, offsets))
+    return Grid(parts[0].fmt, scale, zero, offset, parts[0].tensor)
 
 
 def _shrinks(fmt: Format, count: int | None) -> Tensor:
@@ -203,11 +202,13 @@ def _shrinks(fmt: Format, count: int | None) -> Tensor:
     return torch.linspace(1.0, lowest, count or (16 if fmt.bits < 6 else 9))
 
 
-def _search_units(w: Tensor, importance: Tensor | None, fmt: Format, shrinks: Tensor, clip: bool, signed: bool) -> Grid:
+def _search_units(best: _Best, shrinks: Tensor, clip: bool, signed: bool) -> Grid:
     """The grid, [R, G], of units [R, G, E]."""
-    best = _Best(w, importance, fmt)
+    fmt = best.fmt
     if fmt.offset:
         _offer_ranges(best, shrinks)
+    elif fmt.scale == "e8m0" and not fmt.zero:
+        _offer_powers(best, clip)
     elif fmt.zero:
         _offer_zero_points(best, shrinks, clip)
     else:
@@ -224,11 +225,18 @@ def _offer_scales(best: _Best, shrinks: Tensor, clip: bool, signed: bool) -> Non
     full = torch.maximum(high, -low) / max(abs(codec.high), 1e-30)
     if not clip:  # the longer half of the levels can serve the side it lies on
         full = torch.maximum(high / codec.high, -low / -codec.low) if codec.low < 0 < codec.high else full
-    _check_range(full, fmt, "scale")
+    _check_range(full, fmt, "scale", relative=best.tensor is not None)
     for shrink in shrinks:
         best.offer(full * shrink)
         if signed and clip and codec.low != -codec.high:
             best.offer(-full * shrink)
+
+
+def _offer_powers(best: _Best, clip: bool) -> None:
+    """Symmetric formats whose scales are powers of two: the one that MX asks for, and its neighbours."""
+    usual = power_of_two(best.w.abs().amax(-1), best.fmt.element)
+    for factor in (1.0, 2.0, 0.5, 0.25) if clip else (1.0,):
+        best.offer(usual * factor)
 
 
 def _offer_zero_points(best: _Best, shrinks: Tensor, clip: bool) -> None:
@@ -236,7 +244,7 @@ def _offer_zero_points(best: _Best, shrinks: Tensor, clip: bool) -> None:
     codec, fmt = best.codec, best.fmt
     low, high = best.w.amin(-1).clamp(max=0), best.w.amax(-1).clamp(min=0)
     full = (high / (codec.high - codec.low)) - (low / (codec.high - codec.low))
-    _check_range(full, fmt, "scale")
+    _check_range(full, fmt, "scale", relative=best.tensor is not None)
     ratio = torch.where(full > 0, codec.low - low / full.clamp(min=1e-45), torch.zeros_like(full)).nan_to_num_(0)
     limit = 2**fmt.bits - 1
     zeros = [ratio.round().clamp(0, limit)]
@@ -259,23 +267,23 @@ def _offer_ranges(best: _Best, shrinks: Tensor) -> None:
         best.offer(scale, offset=middle + (low - middle) * shrink - scale * codec.low)
 
 
-def _check_range(full: Tensor, fmt: Format, what: str) -> None:
+def _check_range(full: Tensor, fmt: Format, what: str, *, relative: bool = False) -> None:
+    """relative: a second scale makes room, except for weights that grew since it was chosen; theirs stop there."""
     largest = torch.finfo(fmt.scale_dtype).max
-    if bool((full > largest).any()):
-        symmetry = "fz" if fmt.offset else "asym" if fmt.zero else "sym"
+    if not relative and bool((full > largest).any()):
         raise RunError(
             "LB0512",
             f"{'an' if what == 'offset' else 'a'} {what} of {float(full.max()):.3g} does not fit {fmt.scale} "
             f"(at most {largest:.3g})",
-            hint=f"use f32 scales: {fmt.element.name}.{fmt.granularity}.{symmetry}.f32",
+            hint=f"use f32 scales: {replace(fmt, scale='f32')}",
         )
 
 
 class _Best:
     """The best scale, zero point and offset so far of each unit; strict improvement only: ties keep the first."""
 
-    def __init__(self, w: Tensor, importance: Tensor | None, fmt: Format) -> None:
-        self.w, self.h, self.fmt, self.codec = w, importance, fmt, codec_of(fmt.element)
+    def __init__(self, w: Tensor, importance: Tensor | None, fmt: Format, tensor: Tensor | None) -> None:
+        self.w, self.h, self.fmt, self.tensor, self.codec = w, importance, fmt, tensor, codec_of(fmt.element)
         self.scale = torch.zeros(w.shape[:2])
         self.zero = torch.zeros(w.shape[:2]) if fmt.zero else None
         self.offset = torch.zeros(w.shape[:2]) if fmt.offset else None
@@ -296,7 +304,7 @@ class _Best:
 
     def offer(self, scale: Tensor, zero: Tensor | None = None, offset: Tensor | None = None) -> None:
         """Try scales and offsets (rounded to storage here) and zero points."""
-        scale = stored_scale(scale, self.fmt)
+        scale = stored_scale(scale, self.fmt, self.tensor)
         offset = None if offset is None else stored_offset(offset, self.fmt)
         error = torch.addcmul(-self.w, self.levels(scale, zero, offset), scale[..., None])
         if offset is not None:
@@ -342,6 +350,7 @@ class _Best:
         """What was found; units of zeros get a scale and offset that represent them exactly."""
         empty = self.w.abs().amax(-1) == 0
         neutral = 1.0 if self.codec.has_zero or self.zero is not None else 0.0
-        scale = torch.where(empty, torch.full_like(self.scale, neutral), self.scale)
+        neutral_scale = stored_scale(torch.full_like(self.scale, neutral), self.fmt, self.tensor)
+        scale = torch.where(empty, neutral_scale, self.scale)
         offset = None if self.offset is None else self.offset.masked_fill(empty, 0.0)
-        return Grid(self.fmt, scale, self.zero, offset)
+        return Grid(self.fmt, scale, self.zero, offset, self.tensor)

@@ -31,6 +31,7 @@ class ColumnGrid:
     inverse: Tensor
     zero: Tensor | None
     offset: Tensor | None
+    tensor: Tensor | None = None
 
     @staticmethod
     def of(grid: Grid, shape: torch.Size) -> ColumnGrid:
@@ -41,7 +42,7 @@ class ColumnGrid:
             side.expand(n, -1).T.contiguous() if side is not None else None for side in (grid.zero, grid.offset)
         )
         codec = codec_of(grid.fmt.element)
-        return ColumnGrid(grid.fmt, codec, grid.scale.shape[0], k, scale, _inverse(scale), zero, offset)
+        return ColumnGrid(grid.fmt, codec, grid.scale.shape[0], k, scale, _inverse(scale), zero, offset, grid.tensor)
 
     @property
     def size(self) -> int:
@@ -62,7 +63,7 @@ class ColumnGrid:
         zero, offset = (
             side.T[: self.rows].contiguous() if side is not None else None for side in (self.zero, self.offset)
         )
-        return Grid(self.fmt, self.scale.T[: self.rows].contiguous(), zero, offset)
+        return Grid(self.fmt, self.scale.T[: self.rows].contiguous(), zero, offset, self.tensor)
 
     def round(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Nearest positions (see `Codec.index`) and the values they stand for, of one column [N]."""

@@ -8,7 +8,7 @@ import pytest
 from _cli import error_line, invoke, invoke_json
 
 import lowbit
-from lowbit.quantizers.formats import catalog, parse_format
+from lowbit.quantizers.formats import catalog, parse_format, vector_catalog
 from lowbit.quantizers.scheme import PRESETS
 
 COMMANDS = ("run", "plan", "eval", "inspect", "formats", "schemes", "opt", "passes", "doctor")
@@ -33,10 +33,12 @@ def test_version() -> None:
 
 def test_formats_lists_the_whole_catalogue() -> None:
     rows = invoke_json("formats")["formats"]
-    assert [(r["element"], r["symmetric"]) for r in rows] == [(f.element.name, not f.zero) for f in catalog()]
+    scalars = [r for r in rows if r["element"] != "vq"]
+    kinds = [(f.element.name, "code" if f.zero else "float" if f.offset else "no") for f in catalog()]
+    assert [(r["element"], r["zero"]) for r in scalars] == kinds
+    assert [r["example"] for r in rows if r["element"] == "vq"] == [str(f) for f in vector_catalog()]
     for row in rows:
         fmt = parse_format(row["example"])
-        assert fmt.bits == row["bits"]
         assert row["bits_per_weight"] == pytest.approx(fmt.bits_per_weight(4096, 4096))
         assert "reference" in row["backends"]
     exported = {r["example"]: r["export"] for r in rows}

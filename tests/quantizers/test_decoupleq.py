@@ -18,6 +18,7 @@ from lowbit.quantizers.methods.base import row_errors
 from lowbit.quantizers.methods.factor import Prepared, prepare
 from lowbit.quantizers.methods.grid import search_grid
 from lowbit.quantizers.methods.sweep import ColumnGrid, feedback
+from lowbit.quantizers.qtensor import QTensor
 
 
 def stats_of(k: int, seed: int = 0, tokens: int = 400) -> LayerStats:
@@ -147,6 +148,7 @@ def test_never_worse_than_rounding(element: str, granularity: str, n: int, k: in
     found = DecoupleQ(block=16, rounds=2).quantize(weight_of(n, k, seed), fmt, stats_of(k, seed, tokens=2 * k))
     assert found.proxy_error <= found.rtn_error
     assert found.qtensor.shape == (n, k)
+    assert isinstance(found.qtensor, QTensor)
     assert int(found.qtensor.codes.max()) < 2 ** int(element[3:])
 
 
@@ -182,7 +184,11 @@ def test_reported_errors_and_determinism() -> None:
 def test_offsets_can_be_multiples_of_their_scales() -> None:
     weight, fmt = weight_of(24, 48), parse_format("int3.g16.fz.f32")
     free, tied = (DecoupleQ(integer_zero=z).quantize(weight, fmt, stats_of(48)) for z in (False, True))
-    ratios = [f.qtensor.offset / f.qtensor.scale for f in (free, tied)]
+    ratios = []
+    for q in (free.qtensor, tied.qtensor):
+        assert isinstance(q, QTensor)
+        assert q.offset is not None
+        ratios.append(q.offset / q.scale)
     assert bool(((ratios[1] - ratios[1].round()).abs() < 1e-4).all())
     assert not bool(((ratios[0] - ratios[0].round()).abs() < 1e-4).all())
     assert free.proxy_error < tied.proxy_error < tied.rtn_error

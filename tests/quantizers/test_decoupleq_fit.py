@@ -21,7 +21,8 @@ from lowbit.quantizers.methods.sweep import ColumnGrid, feedback
 def inputs_of(k: int, tokens: int = 200) -> Tensor:
     rng = torch.Generator().manual_seed(k)
     mix = torch.randn(k, k, generator=rng) / k**0.5 + torch.eye(k)
-    return (torch.randn(tokens, k, generator=rng) @ mix * torch.exp(torch.randn(k, generator=rng))).double()
+    x: Tensor = torch.randn(tokens, k, generator=rng) @ mix * torch.exp(torch.randn(k, generator=rng))
+    return x.double()
 
 
 def weight_of(n: int, k: int) -> Tensor:
@@ -83,10 +84,11 @@ def test_refitting_is_accepted_row_by_row() -> None:
     for _ in range(3):
         fitted = refit_scales(weight, grid, codes, hessian)
         before, after = (row_errors(g.qtensor(codes).dequantize() - weight, hessian) for g in (grid, fitted))
+        assert grid.offset is not None
+        assert fitted.offset is not None
         changed = (fitted.scale != grid.scale).any(1) | (fitted.offset != grid.offset).any(1)
         assert bool((after <= before).all())
         assert bool((after[changed] < before[changed]).all())
-        assert fitted.offset is not None
         assert torch.equal(fitted.offset, fitted.offset.to(fmt.scale_dtype).float())
         grid = fitted
     assert not bool(changed.all()), "fitted again, coarse scales find nothing better"

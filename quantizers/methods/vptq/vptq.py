@@ -52,6 +52,12 @@ class Vptq(Method):
     name: ClassVar[str] = "vptq"
     needs_hessian: ClassVar[bool] = True
 
+    @classmethod
+    def effort(cls, fmt: WeightFormat) -> float:
+        if not isinstance(fmt, VectorFormat):
+            return 1.0
+        return 9.0 * (3.0 if fmt.residual else 1.0) * max(1.0, fmt.centroids / 1024)
+
     def __post_init__(self) -> None:
         if not self.damping > 0:
             raise RunError("LB0503", f"damping must be positive, not {self.damping}", where="vptq")

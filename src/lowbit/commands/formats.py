@@ -18,7 +18,8 @@ def formats(json_output: JsonFlag = False) -> None:
     with quiet_stdout(json_output):
         rows = _format_rows()
     if json_output:
-        print_json({"formats": rows, "granularities": ["t", "ch", "g<columns>"], "scales": _scales()})
+        names = {"granularities": ["t", "ch", "g<columns>"], "scales": _scales(), "aliases": _aliases()}
+        print_json({"formats": rows, **names})
         return
     print_table(
         ("element", "bits", "zero point", "example", "bits/weight", "exported as", "backends"),
@@ -37,9 +38,12 @@ def formats(json_output: JsonFlag = False) -> None:
     )
     typer.echo("")
     typer.echo("A format is element.granularity.symmetry[.scale], such as int4.g128.asym or int8.ch.sym.f32:")
+    typer.echo("  element      int1 to int8; e<exponent>m<mantissa> (floats of up to 8 bits, symmetric), as in e3m2.ch")
     typer.echo("  symmetry     sym, asym (a zero point stored as a code), fz (an offset stored like the scale)")
     typer.echo("  granularity  t (one scale per tensor), ch (per output row), g64 (per 64 input columns; any size)")
-    typer.echo(f"  scale        {', '.join(_scales())}; f16 when left out")
+    typer.echo(f"  scale        {', '.join(_scales())}; f16 when left out; e4m3.t32 adds a float32 per tensor")
+    typer.echo("Short names: " + ", ".join(f"{name} = {text}" for name, text in _aliases().items()))
+    typer.echo("With | between several formats, each layer gets the one with the lowest error: int6.ch.sym|e2m3.ch")
     typer.echo(
         "Vector quantization is vq.d<length>.k<centroids>[.r<residual centroids>][.c<column groups>], then any of"
     )
@@ -52,6 +56,12 @@ def _scales() -> list[str]:
     from lowbit.quantizers.formats import SCALE_DTYPES
 
     return list(SCALE_DTYPES)
+
+
+def _aliases() -> dict[str, str]:
+    from lowbit.quantizers.formats import ALIASES
+
+    return ALIASES
 
 
 def _format_rows() -> list[dict[str, Any]]:

@@ -207,7 +207,7 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fmt", list(catalog()), ids=str)
 def test_matrices_come_back_as_they_were(fmt: object, tmp_path: Path) -> None:
     tensors = {
-        name: random_qtensor(str(fmt).replace(".ch.", f".{g}."), 7, 37) for name, g in [("a.b", "g8"), ("c", "t")]
+        name: random_qtensor(str(fmt).replace(".ch", f".{g}", 1), 7, 37) for name, g in [("a.b", "g8"), ("c", "t")]
     }
     save_qtensors(tmp_path / "x", tensors)
     for name, q in tensors.items():

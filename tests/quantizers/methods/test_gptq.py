@@ -35,7 +35,7 @@ def weight_of(n: int, k: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("fmt", [f for f in catalog() if f.bits <= 4], ids=str)
 @pytest.mark.parametrize("granularity", ["ch", "g16", "t"])
 def test_beats_rounding(fmt: object, granularity: str) -> None:
-    chosen = parse_format(str(fmt).replace(".ch.", f".{granularity}."))
+    chosen = parse_format(str(fmt).replace(".ch", f".{granularity}", 1))
     found = Gptq().quantize(weight_of(24, 48), chosen, stats_of(48))
     assert found.proxy_error < 0.95 * found.rtn_error
 
@@ -229,7 +229,7 @@ def test_same_input_same_bits() -> None:
 
 @given(st.sampled_from([str(f) for f in catalog()]), st.integers(1, 12), st.integers(8, 40), st.integers(0, 999))
 def test_never_worse_than_rounding(text: str, n: int, k: int, seed: int) -> None:
-    fmt = parse_format(text.replace(".ch.", ".g8."))
+    fmt = parse_format(text.replace(".ch", ".g8", 1))
     found = Gptq(block=16).quantize(weight_of(n, k, seed), fmt, stats_of(k, seed, tokens=2 * k, spread=2.0))
     assert found.proxy_error <= found.rtn_error
     assert found.qtensor.shape == (n, k)
@@ -252,7 +252,7 @@ def test_bad_weights_are_refused(method: Rtn | Gptq) -> None:
 
 def test_options_are_checked() -> None:
     assert make_method("gptq", {"damping": 1, "sweeps": 0}) == Gptq(damping=1, sweeps=0)
-    assert set(METHODS) == {"rtn", "gptq"}
+    assert set(METHODS) == {"rtn", "gptq", "decoupleq", "vptq"}
     for name, options, code in [
         ("magic", {}, "LB0501"),
         ("gptq", {"dampening": 0.1}, "LB0502"),
