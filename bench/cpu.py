@@ -36,7 +36,7 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import host_target
 from lowbit.compiler.runtime.build import sample_weight
-from lowbit.quantizers.formats import VectorFormat, parse_format
+from lowbit.quantizers.formats import exact_integers, parse_format
 from lowbit.quantizers.qtensor import PackedWeight
 
 BACKEND = CppBackend()
@@ -92,7 +92,7 @@ def main() -> None:
     shapes = [(4096, 4096)] if options.quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
     shapes = [(n, k) for n, k in options.shape] if options.shape else shapes
     formats = ["int4.g128.asym", "int4.g128.sym", "int8.ch.sym", "int2.g64.asym", "int3.g128.asym", "int2.g64.fz"]
-    formats += ["vq.d4.k256", "vq.d8.k256.r256", "vq.d8.k4096"]
+    formats += ["e3m2.ch", "e2m3.ch", "mxfp4", "nvfp4", "e4m3.ch", "vq.d4.k256", "vq.d8.k256.r256", "vq.d8.k4096"]
     formats = options.formats or (formats[:2] if options.quick else formats)
     tokens = options.tokens or ([1, 512] if options.quick else [1, 8, 16, 512])
     rows: list[dict[str, Any]] = []
@@ -180,7 +180,7 @@ def typical_us(us: list[float], threads: int) -> float:
 
 def computes(fmt: str) -> tuple[str, ...]:
     """Kinds of products to measure: integers where the format has them."""
-    return ("float",) if isinstance(parse_format(fmt), VectorFormat) else ("int16", "int8")
+    return ("float",) if exact_integers(parse_format(fmt)) is None else ("int16", "int8")
 
 
 def ours(fmt: str, compute: str, n: int, k: int, m: int, x: torch.Tensor) -> Timed:

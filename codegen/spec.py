@@ -13,7 +13,16 @@ import torch
 
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import Layout, plane_bits
-from lowbit.quantizers.formats import K_ALIGN, Format, VectorFormat, WeightFormat, parse_format
+from lowbit.quantizers.formats import (
+    K_ALIGN,
+    SCALE_DTYPES,
+    Format,
+    IntegerLevels,
+    VectorFormat,
+    WeightFormat,
+    exact_integers,
+    parse_format,
+)
 from lowbit.quantizers.qtensor import padded_columns, padded_group
 
 __all__ = ["COMPUTE", "DTYPES", "EPILOGUES", "Compute", "KernelSpec"]
@@ -48,7 +57,7 @@ class KernelSpec:
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE or self.x_dtype not in DTYPES or self.out_dtype not in DTYPES:
             raise KernelError("LB0401", f"no such kernel: {self.compute} {self.x_dtype} -> {self.out_dtype}")
-        if self.compute != "float" and not (isinstance(self.weight_format, Format) and self.fmt.element.integer):
+        if self.compute != "float" and self.integer_levels is None:
             raise KernelError("LB0402", f"{self.format} cannot be multiplied as integers")
         if any(e not in EPILOGUES for e in self.epilogue):
             raise KernelError("LB0403", f"unknown epilogue in {self.epilogue}")
@@ -70,6 +79,11 @@ class KernelSpec:
     def vector(self) -> VectorFormat | None:
         """The weight format when one index stands for several weights, else None."""
         return self.weight_format if isinstance(self.weight_format, VectorFormat) else None
+
+    @cached_property
+    def integer_levels(self) -> IntegerLevels | None:
+        """The integers that stand for the codes, or None for formats whose products are of floats only."""
+        return exact_integers(self.weight_format)
 
     @cached_property
     def operands(self) -> tuple[str, ...]:
@@ -117,8 +131,13 @@ class KernelSpec:
 
     @property
     def group_blocks(self) -> int:
-        """32-column blocks of one full scale group; the last group may have fewer."""
-        return padded_group(self.fmt, self.k) // K_ALIGN
+        """32-column blocks of one full scale group (the last group may have fewer), or 1 where blocks have `parts`."""
+        return padded_group(self.fmt, self.k) // K_ALIGN or 1
+
+    @property
+    def parts(self) -> int:
+        """Scale groups of one block: more than 1 where groups are smaller than blocks."""
+        return max(1, K_ALIGN // padded_group(self.fmt, self.k))
 
     @property
     def groups(self) -> int:
@@ -127,11 +146,16 @@ class KernelSpec:
 
     @property
     def chunk_blocks(self) -> int:
-        """Blocks that share one activation scale: the largest divisor of `group_blocks` up to 4.
+        """Blocks that share one activation scale: the largest divisor of `group_blocks` up to 4 with sums that fit.
 
-        Chunks never cross groups; the last chunk of the matrix may be shorter.
+        Chunks are whole groups or parts of one, except that one block is the least; the last chunk of the matrix may
+        be shorter.
         """
-        return next(c for c in range(CHUNK_BLOCKS, 0, -1) if self.group_blocks % c == 0)
+        levels, most = self.integer_levels, CHUNK_BLOCKS
+        if self.limbs and levels is not None:
+            column = levels.largest * (127, 127 * 257)[self.limbs - 1]
+            most = min(most, (2**31 - 1) // (column * K_ALIGN))
+        return next(c for c in range(most, 0, -1) if self.group_blocks % c == 0)
 
     @property
     def chunks(self) -> int:
@@ -140,10 +164,12 @@ class KernelSpec:
 
     @property
     def scale_dtype(self) -> str:
-        """dtype of packed scales or codebooks: `f16` or `f32` (others are widened when packed)."""
+        """Type of packed scales or codebooks: `f16`, `f32`, or in layouts of bytes also `e8m0` and `e4m3`."""
         fmt = self.weight_format
-        packed = fmt.packed_scale_dtype if isinstance(fmt, Format) else fmt.scale_dtype
-        return "f16" if packed == torch.float16 else "f32"
+        if not isinstance(fmt, Format):
+            return "f16" if fmt.scale_dtype == torch.float16 else "f32"
+        packed = fmt.packed_scale_dtype(self.layout_.container)
+        return next(name for name, dtype in SCALE_DTYPES.items() if dtype == packed)
 
     def key(self) -> str:
         """Canonical JSON: equal specs, equal text."""

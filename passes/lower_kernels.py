@@ -65,7 +65,7 @@ class LowerKernels(ModulePass):
         segments = tuple(cast(IntAttr, s).data for s in linear.segments.data) if linear.segments else (type_.n.data,)
         layout = str(LAYOUTS[type_.layout.data])
         float_only = KernelSpec(segments, type_.k.data, type_.fmt.data, layout, "float", epilogue=linear.steps())
-        if self.compute == "float" or float_only.vector or not float_only.fmt.element.integer:
+        if self.compute == "float" or float_only.integer_levels is None:
             return float_only
         compute = cast(Compute, self.compute)
         return KernelSpec(segments, type_.k.data, type_.fmt.data, layout, compute, epilogue=linear.steps())

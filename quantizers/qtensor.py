@@ -12,7 +12,7 @@ from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.layout import Layout
 from lowbit.quantizers.formats import K_ALIGN, Format, WeightFormat
 
-__all__ = ["PackedWeight", "QTensor", "column_map", "pack", "padded_columns", "padded_group", "unpack"]
+__all__ = ["PackedWeight", "QTensor", "column_map", "full_scales", "pack", "padded_columns", "padded_group", "unpack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +93,9 @@ class PackedWeight:
     segments: rows of each sibling matrix, one after the other; each is padded to the layout's row tile. tensors: the
     operands of the kernel by name, in a fixed order. Scalar formats have `plane0`, `plane1` ... (1-D containers, low
     bits first), `scale`, and if stored `zero` (uint8) and `offset`, laid out by `Layout.pack_side`; scales and offsets
-    are float16 or float32 (`Format.packed_scale_dtype`). A tensor's second scale is multiplied into its scales, which
-    is exact because `QTensor` rounds the product in the same way; `tensor_scale` [segments], which kernels do not read,
-    is kept to undo it. Padded columns hold code 0 and meet zero activations; padded rows hold scale 0. Vector
+    are of type `Format.packed_scale_dtype`. A tensor's second scale is multiplied into scales wider than a byte, which
+    is exact because `QTensor` rounds the product in the same way; `tensor_scale` [segments] is kept to undo it, and for
+    kernels that read bytes. Padded columns hold code 0 and meet zero activations; padded rows hold any scale. Vector
     formats: see `quantizers.vqtensor`.
     """
 
@@ -140,26 +140,42 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
+_PARTS = (4, 8, 16)
+"""Group sizes that fill K_ALIGN columns without padding; smaller ones do not fit byte dot products."""
+
+
 def _round_up(value: int, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
 def padded_group(fmt: Format, k: int) -> int:
-    """Columns one group takes in packed form: the group size rounded up to K_ALIGN."""
-    return _round_up(min(fmt.granularity.group_size(k), k), K_ALIGN)
+    """Columns one group takes in packed form: the group size rounded up to K_ALIGN, or the size itself where whole
+    groups fill K_ALIGN columns."""
+    g = fmt.granularity.group_size(k)
+    return g if g in _PARTS and g < k else _round_up(min(g, k), K_ALIGN)
 
 
 def padded_columns(fmt: Format, k: int) -> int:
-    """Columns of the packed matrix: every group padded to K_ALIGN, the ragged last one to its own multiple."""
-    g = fmt.granularity.group_size(k)
-    full, rest = divmod(k, g)
-    return full * padded_group(fmt, k) + _round_up(rest, K_ALIGN)
+    """Columns of the packed matrix, a multiple of K_ALIGN: every group padded, the ragged last one as it needs."""
+    full, rest = divmod(k, fmt.granularity.group_size(k))
+    return _round_up(full * padded_group(fmt, k) + rest, K_ALIGN)
 
 
 def column_map(fmt: Format, k: int) -> torch.Tensor:
     """int64 [k]: where each column of the matrix stands in the packed matrix."""
     cols, g = torch.arange(k), fmt.granularity.group_size(k)
     return cols // g * padded_group(fmt, k) + cols % g
+
+
+def full_scales(packed: PackedWeight) -> torch.Tensor:
+    """float32 [rows, groups]: what levels are multiplied with, the tensors' own scales included (see `QTensor`)."""
+    assert isinstance(packed.fmt, Format)
+    scale = packed.layout.unpack_side(packed.scale)
+    if scale.element_size() > 1 or not packed.fmt.tensor:
+        return scale.float()
+    rows = [_round_up(n, packed.layout.row_tile) for n in packed.segments]
+    whole = packed.tensors["tensor_scale"]
+    return scale.float() * whole.repeat_interleave(torch.tensor(rows, device=whole.device))[:, None]
 
 
 def pack(tensors: list[QTensor], layout: Layout) -> PackedWeight:
@@ -175,8 +191,9 @@ def pack(tensors: list[QTensor], layout: Layout) -> PackedWeight:
         codes.append(padded)
     parts = {f"plane{i}": plane for i, plane in enumerate(layout.pack(torch.cat(codes), fmt.bits))}
     for name in ("scale", "zero", "offset"):
-        given = [(t.full_scale if name == "scale" else getattr(t, name), t.shape[0]) for t in tensors]
-        dtype = torch.uint8 if name == "zero" else fmt.packed_scale_dtype
+        dtype = torch.uint8 if name == "zero" else fmt.packed_scale_dtype(layout.container)
+        wide = name == "scale" and dtype.itemsize > 1
+        given = [(t.full_scale if wide else getattr(t, name), t.shape[0]) for t in tensors]
         sides = [_pad_side(side, n, layout, dtype) for side, n in given if side is not None]
         if sides:
             parts[name] = layout.pack_side(torch.cat(sides))
@@ -200,7 +217,8 @@ def unpack(packed: PackedWeight) -> list[QTensor]:
         part = {name: side[start : start + (rows or n)] for name, side in sides.items()}
         if fmt.tensor:
             part["tensor_scale"] = packed.tensors["tensor_scale"][i : i + 1]
-            part["scale"] = part["scale"] / part["tensor_scale"]  # off by less than rounding to e4m3 repairs
+            if part["scale"].element_size() > 1:
+                part["scale"] = part["scale"] / part["tensor_scale"]  # off by less than rounding to e4m3 repairs
         for name in part.keys() - {"zero", "tensor_scale"}:
             part[name] = part[name].to(fmt.scale_dtype)
         out.append(QTensor(fmt, codes[start : start + n], **part))

@@ -41,7 +41,7 @@ class Tuning:
     """
 
     epochs: int = 2
-    rate: float = 2e-3
+    rate: float = 4e-3
     batch: int = 4
     norms: bool = True
 

@@ -14,7 +14,7 @@ from lowbit.compiler.ir.layout import LAYOUTS, Layout
 from lowbit.quantizers.bitstream import pack_bits, unpack_bits
 from lowbit.quantizers.formats import Format, VectorFormat, WeightFormat
 from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack, unpack
-from lowbit.quantizers.scales import stored_scale
+from lowbit.quantizers.scales import largest_level, stored_scale
 from lowbit.quantizers.vqtensor import VQTensor, expected_shapes, pack_vectors, unpack_vectors
 
 __all__ = [
@@ -181,7 +181,7 @@ def random_weight(fmt: WeightFormat, n: int, k: int, rng: torch.Generator) -> QW
     finite = fmt.element.levels().isfinite().nonzero().flatten().to(torch.uint8)
     codes = finite[torch.randint(0, len(finite), (n, k), generator=rng)]
     whole = torch.full((1,), 1e-4 + 1e-3 * float(torch.rand((), generator=rng))) if fmt.tensor else None
-    size = 100.0 if fmt.tensor else 0.02
+    size = 100.0 if fmt.tensor else 0.02 * min(1.0, 128 / largest_level(fmt.element))  # sums must fit float16
     scale = stored_scale((torch.rand(side, generator=rng) + 0.05) * size, replace(fmt, tensor=False))
     scale = scale.to(fmt.scale_dtype)
     zero = torch.randint(0, 2**fmt.bits, side, generator=rng).to(torch.uint8) if fmt.zero else None

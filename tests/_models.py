@@ -7,8 +7,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowbit.compiler.runtime.modules import QuantLinear
-from lowbit.quantizers.formats import Format, scalar_format
+from lowbit.quantizers.formats import Format, parse_format, scalar_format
 from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.weights import QWeight, random_weight
 
 __all__ = ["dequantized", "random_qtensor", "round_to_nearest", "swap_linears", "tiny_llama"]
 
@@ -57,10 +58,14 @@ def round_to_nearest(weight: torch.Tensor, fmt: Format) -> QTensor:
 
 
 def swap_linears(model: nn.Module, text: str, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
-    """Replace linear layers by QuantLinear, rounding to nearest, in place."""
+    """Replace linear layers by QuantLinear, in place: rounded to nearest, or with random vectors for such a format."""
+    fmt, rng = parse_format(text), torch.Generator().manual_seed(0)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not path.endswith(skip):
-            q = round_to_nearest(module.weight, scalar_format(text))
+            if isinstance(fmt, Format):
+                q: QWeight = round_to_nearest(module.weight, fmt)
+            else:
+                q = random_weight(fmt, module.out_features, module.in_features, rng)
             bias = module.bias.detach() if module.bias is not None else None
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, QuantLinear.from_qtensor(q, bias))

@@ -40,6 +40,7 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 
 _FROM = {"f32": "x", "bf16": "from_bf16(x)", "f16": "from_f16(x)"}
 _TO = {"f32": "x", "bf16": "to_bf16(x)", "f16": "to_f16(x)"}
+_SCALES = {"f32": "float", "f16": "uint16_t", "e8m0": "uint8_t", "e4m3": "uint8_t"}
 _STORED = {"f32": "float", "bf16": "uint16_t", "f16": "uint16_t"}
 
 
@@ -104,7 +105,7 @@ def _constants(plan: KernelPlan, own: dict[str, int]) -> str:
     lines += [
         f"typedef {_STORED[s.x_dtype]} XT;",
         f"typedef {_STORED[s.out_dtype]} OT;",
-        f"typedef {'uint16_t' if s.scale_dtype == 'f16' else 'float'} ST;",
+        f"typedef {_SCALES[s.scale_dtype]} ST;",
         f"LB_INLINE float from_x(XT x) {{ return {_FROM[s.x_dtype]}; }}",
         f"[[maybe_unused]] LB_INLINE float from_out(OT x) {{ return {_FROM[s.out_dtype]}; }}",
         f"LB_INLINE OT to_out(float x) {{ return {_TO[s.out_dtype]}; }}",

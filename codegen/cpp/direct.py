@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.cpp.products import Products
-from lowbit.codegen.cpp.sides import decode_sides, dispatch, indent, panel_of, pointers, scale_and_zero, start_value
+from lowbit.codegen.cpp.sides import (
+    decode_sides,
+    dispatch,
+    indent,
+    panel_of,
+    part_group,
+    pointers,
+    scale_and_zero,
+    start_value,
+    units,
+)
 
 __all__ = ["direct_text"]
 
@@ -19,12 +29,18 @@ def _tile(plan: Plan, form: Products, width: int, height: int) -> str:
     """One tile: `width` panels x `height` tokens, over all of K."""
     cells = [(i, m) for i in range(width) for m in range(height)]
     lines = [f"static void direct_{width}_{height}(const Args& a, int64_t slot, int64_t t) {{"]
-    lines += pointers(plan, width)
+    lines += [*pointers(plan, width), *units(plan, width)]
     lines += [f"F y{i}_{m} = fzero();" for i, m in cells]
-    lines += ["int64_t c = 0;", "for (int64_t g = 0; g < kGroups; ++g) {"]
-    lines += scale_and_zero(plan, width, "g")
+    lines += _parts(plan, form, width, height) if plan.spec.parts > 1 else _groups(plan, form, width, height)
+    return indent([*lines, *_finish(plan, width, height), "}"])
+
+
+def _groups(plan: Plan, form: Products, width: int, height: int) -> list[str]:
+    """The loop over groups of whole chunks."""
+    cells = [(i, m) for i in range(width) for m in range(height)]
+    lines = ["int64_t c = 0;", "for (int64_t g = 0; g < kGroups; ++g) {", *scale_and_zero(plan, width, "g")]
     if plan.group_chunks > 1:
-        if plan.integer:
+        if form.late:
             lines += [f"F t{i}_{m} = fzero();" for i, m in cells]
             lines += [f"float g{m} = 0.0f;" for m in range(height) if plan.shifts]
         lines += [
@@ -34,18 +50,65 @@ def _tile(plan: Plan, form: Products, width: int, height: int) -> str:
     lines += _chunk(plan, form, width, height)
     if plan.group_chunks > 1:
         lines.append("}")
-        if plan.integer:
+        if form.late:
             lines += [f"y{i}_{m} = fma_(t{i}_{m}, s{i}, y{i}_{m});" for i, m in cells]
             lines += [f"y{i}_{m} = fma_(fset1(g{m}), o{i}, y{i}_{m});" for i, m in cells if plan.shifts]
     else:
         lines.append("++c;")
-    lines.append("}")
-    return indent([*lines, *_finish(plan, width, height), "}"])
+    return [*lines, "}"]
 
 
-def _sums(plan: Plan, height: int) -> list[tuple[int, int]]:
-    """(token, digit) of every running sum of one panel; digit 0 is the high one when there are two."""
-    return [(m, d) for m in range(height) for d in range(max(1, plan.spec.limbs))]
+def _parts(plan: Plan, form: Products, width: int, height: int) -> list[str]:
+    """The loop over blocks of several groups: a block is a chunk, and every part of it a sum with its own scale."""
+    lines = ["for (int64_t c = 0; c < kChunks; ++c) {", *_activations(plan, form)]
+    for i in range(width):
+        lines += ["{", *_load(plan, form, i)]
+        for part in range(plan.spec.parts):
+            lines += ["{", *scale_and_zero(plan, width, part_group(plan, "c", part), (i,))]
+            lines += _sums(plan, form, i, height, part)
+            lines += [] if form.late else decode_sides(plan, i)
+            for step in range(form.steps):
+                if form.offset(step) // plan.part_cols == part:
+                    lines += _step(plan, form, i, height, step)
+            for m in range(height):
+                lines += _collect(plan, form, i, m, part)
+            lines.append("}")
+        lines += [*(f"p{i}w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}"]
+    return [*lines, "}"]
+
+
+def _digits(plan: Plan, form: Products, height: int) -> list[tuple[int, int, int]]:
+    """(token, activation digit, weight vector) of every running sum of one panel; digit 0 is the high one of two."""
+    limbs = range(max(1, plan.spec.limbs))
+    return [(m, d, e) for m in range(height) for d in limbs for e in range(form.vectors)]
+
+
+def _activations(plan: Plan, form: Products) -> list[str]:
+    """Pointers to the chunk's activations and what belongs to them."""
+    at = "c * a.m + t" if plan.spec.parts == 1 else "c * kParts * a.m + t"
+    return [
+        f"const {form.item}* x = (const {form.item}*)a.xq + (c * a.m + t) * kTokenStride;",
+        *(["const float* xs = a.xs + c * a.m + t;", f"const int32_t* xi = a.xi + {at};"] if plan.integer else []),
+        *([f"const float* xo = a.xo + {at};"] if plan.shifts else []),
+    ]
+
+
+def _of_part(m: int, part: int) -> str:
+    """Index of a token's number of a part."""
+    return f"{m} + {part} * a.m" if part else str(m)
+
+
+def _sums(plan: Plan, form: Products, i: int, height: int, part: int = 0) -> list[str]:
+    """Accumulators of panel `i`. One of the lowest digits' starts from the zero point's share."""
+    last = (plan.spec.limbs - 1, form.vectors - 1, 0)
+    lines = []
+    for m, d, e in _digits(plan, form, height):
+        for k in range(plan.accs):
+            starts = plan.integer and (d, e, k) == last
+            zero = "vzero()" if plan.integer else "fzero()"
+            value = start_value(plan, i, f"xi[{_of_part(m, part)}]") if starts else zero
+            lines.append(f"{form.vector} a{i}_{m}_{d}_{e}_{k} = {value};")
+    return lines
 
 
 def _chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
@@ -55,69 +118,73 @@ def _chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
         if plan.last_blocks == plan.spec.chunk_blocks
         else f" - (c + 1 == kChunks) * {plan.spec.chunk_blocks - plan.last_blocks}"
     )
-    lines = [
-        f"const {form.item}* x = (const {form.item}*)a.xq + (c * a.m + t) * kTokenStride;",
-        *(["const float* xs = a.xs + c * a.m + t;", "const int32_t* xi = a.xi + c * a.m + t;"] if plan.integer else []),
-        *(["const float* xo = a.xo + c * a.m + t;"] if plan.shifts else []),
-    ]
+    lines = _activations(plan, form)
     for i in range(width):
-        for m, d in _sums(plan, height):
-            for k in range(plan.accs):
-                # The low digit's first accumulator starts from the zero point's share.
-                starts = plan.integer and d == plan.spec.limbs - 1 and k == 0
-                value = start_value(plan, i, f"xi[{m}]") if starts else "vzero()" if plan.integer else "fzero()"
-                lines.append(f"{form.vector} a{i}_{m}_{d}_{k} = {value};")
+        lines += _sums(plan, form, i, height)
     lines += [f"const int blocks = kChunkBlocks{last};", "#pragma GCC unroll 1", "for (int b = 0; b < blocks; ++b) {"]
     for i in range(width):
-        lines += _block(plan, form, i, height)
+        lines += ["{", *_load(plan, form, i), *([] if form.late else decode_sides(plan, i))]
+        for step in range(form.steps):
+            lines += _step(plan, form, i, height, step)
+        lines += [*(f"p{i}w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}"]
     lines += ["x += 32;", "}"]
     for i in range(width):
         for m in range(height):
-            lines += _collect(plan, i, m)
+            lines += _collect(plan, form, i, m)
     # What an offset is multiplied with: the sum of the group's activations.
     return [*lines, *(f"g{m} += xo[{m}];" for m in range(height) if plan.shifts and plan.group_chunks > 1)]
 
 
-def _block(plan: Plan, form: Products, i: int, height: int) -> list[str]:
-    """One 32-column block of one panel."""
-    lines = ["{", *(f"const uint8_t* w{j} = p{i}w{j};" for j in range(len(plan.planes)))]
-    if not plan.integer:
-        lines += decode_sides(plan, i)
+def _load(plan: Plan, form: Products, i: int) -> list[str]:
+    """The words of one block of one panel."""
+    lines = [f"const uint8_t* w{j} = p{i}w{j};" for j in range(len(plan.planes))]
     if plan.prefetch:
         lines += [
             f"prefetch(w{j} + {plan.prefetch * bits // sum(plan.planes) // 64 * 64 + 64 * v});"
             for j, bits in enumerate(plan.planes)
             for v in range(bits)
         ]
-    lines += form.loads()
-    for step in range(form.steps):
-        lines += ["{", f"const {form.vector} w = {form.weight(step)};"]
-        for m, d in _sums(plan, height):
-            x = form.activation("x", str(m * plan.token_stride + d * plan.chunk_cols + form.offset(step)))
-            acc = f"a{i}_{m}_{d}_{step % plan.accs}"
-            lines.append(f"{acc} = {form.multiply(acc, 'w', x)};")
-        lines.append("}")
-    return [*lines, *(f"p{i}w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}"]
+    return [*lines, *form.loads()]
 
 
-def _collect(plan: Plan, i: int, m: int) -> list[str]:
+def _step(plan: Plan, form: Products, i: int, height: int, step: int) -> list[str]:
+    """One step of one panel: every weight vector times every token's digits."""
+    lines = ["{", *(f"const {form.vector} v{e} = {form.weight(step, e)};" for e in range(form.vectors))]
+    for m, d, e in _digits(plan, form, height):
+        x = form.activation("x", str(m * plan.token_stride + d * plan.chunk_cols + form.offset(step)))
+        acc = f"a{i}_{m}_{d}_{e}_{step % plan.accs}"
+        lines.append(f"{acc} = {form.multiply(acc, f'v{e}', x)};")
+    return [*lines, "}"]
+
+
+def _collect(plan: Plan, form: Products, i: int, m: int, part: int = 0) -> list[str]:
     """Add the sums of panel `i`, token `m` to the result."""
+    add = "vadd" if plan.integer else "fadd"
+
+    def total(d: int, e: int) -> str:
+        found = f"a{i}_{m}_{d}_{e}_0"
+        for k in range(1, plan.accs):
+            found = f"{add}({found}, a{i}_{m}_{d}_{e}_{k})"
+        return found
+
     if not plan.integer:
-        total = f"a{i}_{m}_0_0"
-        for k in range(1, plan.accs):
-            total = f"fadd({total}, a{i}_{m}_0_{k})"
-        return [f"y{i}_{m} = fadd(y{i}_{m}, {total});"]
-    digits = []
-    for d in range(plan.spec.limbs):
-        total = f"a{i}_{m}_{d}_0"
-        for k in range(1, plan.accs):
-            total = f"vadd({total}, a{i}_{m}_{d}_{k})"
-        digits.append(total)
-    total = digits[0] if len(digits) == 1 else f"vadd(shl<8>({digits[0]}), {digits[1]})"
+        if not form.late:
+            return [f"y{i}_{m} = fadd(y{i}_{m}, {total(0, 0)});"]
+        halves = f"({total(0, 0)}, {total(0, 1)})"
+        sums = f"fadd(evens{halves}, odds{halves})"
+        late = f"t{i}_{m} = fadd(t{i}_{m}, {sums});"
+        return [late if plan.group_chunks > 1 else f"y{i}_{m} = fma_({sums}, s{i}, y{i}_{m});"]
+    exact, before = "", 0
+    for shift, d, e in plan.terms:
+        exact = f"vadd(shl<{before - shift}>({exact}), {total(d, e)})" if exact else total(d, e)
+        before = shift
     if plan.group_chunks > 1:
-        return [f"t{i}_{m} = fma_(cvt({total}), fset1(xs[{m}]), t{i}_{m});"]
-    shift = [f"y{i}_{m} = fma_(fset1(xo[{m}]), o{i}, y{i}_{m});"] if plan.shifts else []
-    return [f"y{i}_{m} = fma_(fmul(cvt({total}), fset1(xs[{m}])), s{i}, y{i}_{m});", *shift]
+        return [f"t{i}_{m} = fma_(cvt({exact}), fset1(xs[{m}]), t{i}_{m});"]
+    shifted = f"y{i}_{m} = fma_(fset1(xo[{_of_part(m, part)}]), o{i}, y{i}_{m});"
+    return [
+        f"y{i}_{m} = fma_(fmul(cvt({exact}), fset1(xs[{m}])), s{i}, y{i}_{m});",
+        *([shifted] if plan.shifts else []),
+    ]
 
 
 def _finish(plan: Plan, width: int, height: int) -> list[str]:

@@ -14,15 +14,20 @@ from lowbit.codegen.cpp.sides import indent
 
 __all__ = ["emit_text"]
 
+_LOADS = {"f32": ("fload", 1.0), "f16": ("load_f16", 1.0), "e8m0": ("load_e8m0", 1.0), "e4m3": ("load_e4m3", 256.0)}
+"""How a type of scale is loaded, and what the result must be multiplied with."""
+
 
 def emit_text(plan: Plan, arch: str) -> str:
     """The whole source of one kernel for instruction set `arch`."""
     form = products(plan)
     kernel = buffered_text(plan, form) if plan.buffered else direct_text(plan, form)
     fmt = plan.spec.fmt
-    macros = {"LB_CODE_BITS": fmt.bits, "LB_LIMBS": plan.spec.limbs, "LB_ZERO": int(fmt.zero)}
+    top = max(map(max, plan.levels.digits)) if plan.integer else 255
+    macros = {"LB_CODE_TOP": top, "LB_LIMBS": plan.spec.limbs, "LB_ZERO": int(fmt.zero)}
+    macros["LB_PAIRS"] = int(plan.half_factor is not None and not plan.buffered)
     prepare = "LB_INLINE void prepare(const Args&, int, int) {}\n"
-    text = "\n".join([prepare, form.printer.tables, _place(plan), _finish(plan), kernel])
+    text = "\n".join([prepare, form.printer.tables, _unit_of(plan), _place(plan), _finish(plan), kernel])
     return assemble(plan, arch, Pieces(macros, (), _constants(plan), _types(plan), "scalar_rows.h", "{y}", text))
 
 
@@ -31,9 +36,10 @@ def _constants(plan: Plan) -> dict[str, int]:
     return {
         "kBlocks": s.blocks,
         "kGroup": s.group,
-        "kGroupCols": s.group_blocks * 32,
+        "kGroupCols": s.group if s.parts > 1 else s.group_blocks * 32,
         "kGroups": s.groups,
         "kGroupChunks": plan.group_chunks,
+        "kParts": s.parts,
         "kChunkBlocks": s.chunk_blocks,
         "kChunkCols": plan.chunk_cols,
         "kChunks": s.chunks,
@@ -46,11 +52,20 @@ def _constants(plan: Plan) -> dict[str, int]:
 
 def _types(plan: Plan) -> str:
     """Helpers that depend on the constants, and `Args`: the weight's operands and the prepared activations."""
-    s, fmt = plan.spec, plan.spec.fmt
+    s = plan.spec
     item, planes = "int8_t" if plan.integer else "float", len(plan.planes)
+
+    def at(operand: str, type_: str) -> str:
+        there = operand in s.operands
+        return f"(const {type_}*)weight[{s.operands.index(operand)}]" if there else "nullptr"
+
+    sides = (("scale", "void"), ("zero", "uint8_t"), ("offset", "void"), ("tensor_scale", "float"))
     lines = [
-        f"[[maybe_unused]] constexpr int32_t kBias = {fmt.element.bias};",
-        f"LB_INLINE F load_scale(const ST* p) {{ return {'load_f16' if s.scale_dtype == 'f16' else 'fload'}(p); }}",
+        f"[[maybe_unused]] constexpr int32_t kBias = {plan.levels.bias if plan.integer else 0};",
+        f"[[maybe_unused]] constexpr float kLevelUnit = {(2.0**plan.levels.exponent if plan.integer else 1.0).hex()}f;",
+        f"LB_INLINE F load_side(const ST* p) {{ return {_LOADS[s.scale_dtype][0]}(p); }}",
+        f"constexpr float kScaleUnit = {_scale_unit(plan).hex()}f;",
+        f"LB_INLINE F load_scale(const ST* p, F unit) {{ return {_scale(plan)}; }}",
         # A zero point as the pair (z, 128 * z): multiplied with a sum split the same way, the product is exact.
         "[[maybe_unused]] LB_INLINE V zero_pair(V z) { return vor(z, shl<23>(z)); }",
         "LB_INLINE int64_t chunk_start(int64_t c) { return c * kChunkCols; }",
@@ -62,23 +77,44 @@ def _types(plan: Plan) -> str:
         "const void* scale;",
         "const uint8_t* zero;",
         "const void* offset;",
+        "const float* tensor_scale;",
         f"{item}* xq;  // activations, [chunk][token][digit][column]",
         "float* xs;  // activation scales, [chunk][token]",
-        "int32_t* xi;  // what an accumulator starts from, [chunk][token]",
-        "float* xo;  // sums of activations, [chunk][token]",
+        "int32_t* xi;  // what an accumulator starts from, [chunk][part][token]",
+        "float* xo;  // sums of activations, [chunk][part][token]",
         "void bind(const void* const* weight, uint8_t*, uint8_t* tokens) {",
         *(f"plane[{j}] = (const uint8_t*)weight[{j}];" for j in range(planes)),
-        f"scale = weight[{planes}];",
-        f"zero = {f'(const uint8_t*)weight[{planes + 1}]' if fmt.zero else 'nullptr'};",
-        f"offset = {f'weight[{planes + 1}]' if fmt.offset else 'nullptr'};",
+        *(f"{name} = {at(name, type_)};" for name, type_ in sides),
         f"xq = ({item}*)tokens;",
         f"xs = (float*)(tokens + kChunks * m * kTokenStride * int64_t(sizeof({item})));",
         "xi = (int32_t*)(xs + kChunks * m);",
-        "xo = (float*)(xi + kChunks * m);",
+        "xo = (float*)(xi + kChunks * kParts * m);",
         "}",
         "};",
     ]
     return indent(lines)
+
+
+def _scale_unit(plan: Plan) -> float:
+    """A power of two that all scales are multiplied with."""
+    return _LOADS[plan.spec.scale_dtype][1] * (1.0 if plan.half_factor is None else plan.half_factor)
+
+
+def _scale(plan: Plan) -> str:
+    """The scales at `p`, with `unit`: kScaleUnit times the scale of the whole tensor, if there is one."""
+    plain = _scale_unit(plan) == 1.0 and not plan.spec.fmt.tensor
+    return "load_side(p)" if plain else "fmul(load_side(p), unit)"
+
+
+def _unit_of(plan: Plan) -> str:
+    """`unit_of(a, panel)`: see `_scale`."""
+    lines = ["LB_INLINE F unit_of(const Args& a, int64_t panel) {"]
+    if plan.spec.fmt.tensor:
+        first = 0
+        for segment, n in enumerate(plan.spec.segments):
+            first += -(-n // PANEL)
+            lines.append(f"if (panel < {first}) return fset1(a.tensor_scale[{segment}] * kScaleUnit);")
+    return indent([*lines, "return fset1(kScaleUnit);", "}"])
 
 
 def _place(plan: Plan) -> str:

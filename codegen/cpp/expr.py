@@ -1,26 +1,31 @@
 """Decode programs printed as C++ vector expressions.
 
 A program is run with a table whose values are small expression nodes; building a node applies the peepholes, and
-`text` prints it in the primitives of `text/<isa>.h`. Two readings of the same program:
+`text` prints it in the primitives of `text/<isa>.h`. Three readings of the same program:
 
 - *bytes*: a vector holds one code per byte. Masks are repeated in every byte, and a shift of a byte is a shift of the
   32-bit lane: bits that stray in from the neighbouring byte are removed by the mask that always follows.
+- *halves*: one code per 16-bit lane, in the same way.
 - *words*: a vector holds one code per 32-bit lane, for arithmetic on floats.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.program import Program
 
-__all__ = ["Node", "Printer", "build", "name", "number"]
+__all__ = ["Bit", "Node", "Printer", "build", "by_table", "half_bits", "name", "number"]
 
-Reading = Literal["bytes", "words"]
+Reading = Literal["bytes", "halves", "words"]
+_REPEATED = {"bytes": 0x01010101, "halves": 0x00010001, "words": 1}
+_WIDTH = {"bytes": 8, "halves": 16, "words": 32}
+Bit = tuple[str, int]
+"""A vector's name, and which bit of each of its bytes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Node:
 
     op: str
     args: tuple[Node, ...] = ()
-    value: str | int | float | tuple[float, ...] = 0
+    value: str | int | float | tuple[float, ...] | tuple[int, ...] = 0
 
 
 def name(text: str) -> Node:
@@ -69,9 +74,12 @@ def _shl(x: Node, by: Node) -> Node:
 
 
 def _and(x: Node, y: Node) -> Node:
-    if y.op == "int":
-        return Node("mask", (x,), _int(y))
-    return Node("mask", (y,), _int(x))
+    """Peephole: two masks are one."""
+    if y.op != "int":
+        x, y = y, x
+    if x.op == "mask":
+        return Node("mask", x.args, int(x.value) & _int(y))  # type: ignore[arg-type]
+    return Node("mask", (x,), _int(y))
 
 
 def _or(x: Node, y: Node) -> Node:
@@ -79,6 +87,23 @@ def _or(x: Node, y: Node) -> Node:
     if y.op == "mask":
         return Node("and_or", (y.args[0], x), y.value)
     return Node("and_or", (x.args[0], y), x.value) if x.op == "mask" else Node("vor", (x, y))
+
+
+def by_table(table: tuple[int, ...], index: Node, bits: Sequence[Bit]) -> Node:
+    """`table[code]` as bytes: the code's low bits are in `index` (at most four), the others, low first, are `bits`.
+
+    Halves of the table are looked up and the right one is picked, or where they mirror each other only one half is.
+    """
+    if len(table) <= 16:
+        return Node("lookup", (index,), table + (0,) * (16 - len(table)))
+    *others, (vector, bit) = bits
+    low, high = table[: len(table) // 2], table[len(table) // 2 :]
+    half, sums = by_table(low, index, others), {a + b for a, b in zip(low, high, strict=True)}
+    if low == high:
+        return half
+    if len(sums) == 1:
+        return Node("reflect", (name(vector), half, number(sums.pop())), bit)
+    return Node("pick", (name(vector), half, by_table(high, index, others)), bit)
 
 
 def _primitive(op: str) -> Callable[..., Node]:
@@ -113,19 +138,39 @@ def build(program: Program, args: Mapping[str, Node]) -> Node:
         raise KernelError("LB0411", f"the decode operation {e} has no C++ form") from e
 
 
+def _moved(node: Node) -> tuple[Node, int]:
+    """What is shifted, and how far to the right."""
+    return (node.args[0], int(node.value)) if node.op == "shift" else (node, 0)  # type: ignore[arg-type]
+
+
+def half_bits(value: Node) -> tuple[Node, float] | None:
+    """The 16 bits behind `value` and the constant they are multiplied with, where it is a float16 times a constant.
+
+    Codes for NaN, which no weight has, may give other numbers: what only turns them into NaN is dropped.
+    """
+    if value.op == "fma_" and value.args[1] == Node("float", value=0.0):
+        return half_bits(value.args[2])
+    if value.op == "fmul" and value.args[1].op == "float" and value.args[0].op == "half":
+        return value.args[0].args[0], float(value.args[1].value)  # type: ignore[arg-type]
+    return (value.args[0], 1.0) if value.op == "half" else None
+
+
 class Printer:
     """Prints nodes and collects the lookup tables they need (`tables`: C++ definitions)."""
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
         self._tables: dict[tuple[float, ...], str] = {}
+        self._bytes: dict[tuple[int, ...], str] = {}
 
     @property
     def tables(self) -> str:
         """Definitions of the tables printed so far."""
+        floats = {label: ("float", map(_float, values)) for values, label in self._tables.items()}
+        found = floats | {label: ("uint8_t", map(str, values)) for values, label in self._bytes.items()}
         return "".join(
-            f"alignas(64) static const float {label}[{len(values)}] = {{{', '.join(map(_float, values))}}};\n"
-            for values, label in self._tables.items()
+            f"alignas(64) static const {type_} {label}[] = {{{', '.join(values)}}};\n"
+            for label, (type_, values) in found.items()
         )
 
     def text(self, node: Node) -> str:
@@ -142,24 +187,47 @@ class Printer:
             return f"shr<{by}>({args[0]})" if by > 0 else f"shl<{-by}>({args[0]})"
         if node.op == "mask":
             return self._mask(node, args[0])
+        if node.op == "and_or" and self.reading == "halves" and (signed := self._signed(node)):
+            return signed
         if node.op == "and_or":
             return f"and_or({args[0]}, {self._constant(int(node.value))}, {args[1]})"  # type: ignore[arg-type]
         if node.op == "gather":
             return f"gather_{node.value}({node.value}, {args[0]})"
         if node.op == "lut":
             return self._lut(node, args[0])
+        if node.op == "lookup":
+            label = self._bytes.setdefault(node.value, f"kBytes{len(self._bytes)}")  # type: ignore[arg-type]
+            return f"lookup({args[0]}, {label})"
+        if node.op == "pick":
+            return f"pick<{node.value}>({', '.join(args)})"
+        if node.op == "reflect":
+            top = self._constant(int(node.args[2].value))  # type: ignore[arg-type]
+            return f"reflect<{node.value}>({args[0]}, {args[1]}, {top})"
         return f"{node.op}({', '.join(args)})"
 
     def _mask(self, node: Node, inner: str) -> str:
         """Peephole: a mask that keeps everything the shift left over is dropped."""
         mask, x = int(node.value), node.args[0]  # type: ignore[arg-type]
-        kept = 8 if self.reading == "bytes" else 32 - (int(x.value) if x.op == "shift" else 0)  # type: ignore[arg-type]
-        if mask == 2**kept - 1 and (self.reading == "words" or x.op == "name"):
+        words, width = self.reading == "words", _WIDTH[self.reading]
+        kept = width - (int(x.value) if words and x.op == "shift" else 0)  # type: ignore[arg-type]
+        if mask == 2**kept - 1 and (words or x.op == "name"):
             return inner
         return f"vand({inner}, {self._constant(mask)})"
 
+    def _signed(self, node: Node) -> str | None:
+        """Peephole: a sign that stands `by` bits further up than in the code. Shifting it to its place and then all
+        down with copies of the sign, which the mask removes, takes one operation less."""
+        (body, sign), mask = node.args, int(node.value)  # type: ignore[arg-type]
+        if sign.op != "mask" or sign.value != 0x8000:
+            return None
+        (word, down), (other, up) = _moved(body), _moved(sign.args[0])
+        by = down - up
+        if word != other or by <= 0 or mask >> (16 - by):
+            return None
+        return f"vand(sra16<{by}>({self.text(_shift(word, up))}), {self._constant(0x8000 | mask)})"
+
     def _constant(self, mask: int) -> str:
-        return f"set1(0x{mask * (0x01010101 if self.reading == 'bytes' else 1):08x}u)"
+        return f"set1(0x{mask * _REPEATED[self.reading]:08x}u)"
 
     def _lut(self, node: Node, index: str) -> str:
         values = node.value

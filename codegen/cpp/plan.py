@@ -7,12 +7,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
+from lowbit.codegen.cpp.expr import build, half_bits, name
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import plane_bits
+from lowbit.quantizers.formats import IntegerLevels
+from lowbit.quantizers.formats.scaled import DIGIT_BITS
 
-__all__ = ["PANEL", "KernelPlan", "Plan", "align"]
+__all__ = ["PANEL", "KernelPlan", "Plan", "align", "half_factor"]
 
 PANEL = 16
 """Rows of a panel: the int32 lanes of one 64-byte vector."""
@@ -116,6 +119,29 @@ class Plan(KernelPlan):
         return self.spec.limbs > 0
 
     @property
+    def levels(self) -> IntegerLevels:
+        """The integers behind the codes of a kernel that multiplies integers."""
+        assert self.spec.integer_levels is not None
+        return self.spec.integer_levels
+
+    @cached_property
+    def terms(self) -> tuple[tuple[int, int, int], ...]:
+        """(left shift, activation digit, weight digit) of every sum that an exact one is made of, largest shift first.
+
+        Digits are counted from the high one; each shift but the last, 0, exceeds the next.
+        """
+        digits, limbs = len(self.levels.digits), self.spec.limbs
+        found = [
+            (8 * (limbs - 1 - d) + DIGIT_BITS * (digits - 1 - e), d, e) for d in range(limbs) for e in range(digits)
+        ]
+        return tuple(sorted(found, reverse=True))
+
+    @cached_property
+    def half_factor(self) -> float | None:
+        """What float16 weights are multiplied with, for kernels of floats that read them so (`HalfProducts`)."""
+        return None if self.integer else half_factor(self.spec)
+
+    @property
     def shifts(self) -> bool:
         """True when sums of activations are needed as floats, to multiply the offsets with."""
         return self.integer and self.spec.fmt.offset
@@ -137,8 +163,13 @@ class Plan(KernelPlan):
 
     @property
     def group_chunks(self) -> int:
-        """Chunks of one full scale group."""
+        """Chunks of one full scale group, or 1 where a chunk, which is then a block, has several groups."""
         return self.spec.group_blocks // self.spec.chunk_blocks
+
+    @property
+    def part_cols(self) -> int:
+        """Columns of a block that share a scale."""
+        return 32 // self.spec.parts
 
     @property
     def token_stride(self) -> int:
@@ -175,12 +206,12 @@ class Plan(KernelPlan):
     def token_bytes(self) -> int:
         """Scratch bytes per token, shared by all threads: activations, scales, starting values, sums."""
         item = 1 if self.integer else 4
-        return self.spec.chunks * (self.token_stride * item + 12)
+        return self.spec.chunks * (self.token_stride * item + 4 + 8 * self.spec.parts)
 
     @property
     def code_bytes(self) -> int:
         """Scratch bytes of one decoded chunk for one unit of work."""
-        return self.np * PANEL * self.chunk_cols * (1 if self.integer else 4)
+        return self.np * PANEL * self.chunk_cols * (len(self.levels.digits) if self.integer else 4)
 
     @property
     def row_bytes(self) -> int:
@@ -190,6 +221,14 @@ class Plan(KernelPlan):
     def thread_bytes(self) -> int:
         """Scratch bytes per thread: one gathered row, then for buffered kernels a decoded chunk and partial sums."""
         return self.row_bytes + (self.code_bytes + self.tokens * self.np * 64 if self.buffered else 0)
+
+
+def half_factor(spec: KernelSpec) -> float | None:
+    """What turns weights from float16 to their values, or None where codes are not float16 after a shift."""
+    if spec.fmt.zero or spec.fmt.offset:
+        return None
+    found = half_bits(build(spec.fmt.element.decode(), {"code": name("code")}))
+    return found[1] if found else None
 
 
 def align(size: int) -> int:

@@ -1,29 +1,37 @@
 """How one 32-column block of packed weights meets the activations: as integers or as floats.
 
-Both forms split a block into steps. A step gives one weight vector (an expression printed from the format's own
-decode program) and the place of the activations it is multiplied with.
+All forms split a block into steps. A step gives one or more weight vectors (expressions printed from the format's own
+decode program) and the place of the activations they are all multiplied with.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 
-from lowbit.codegen.cpp.expr import Node, Printer, build, name, number
+from lowbit.codegen.cpp.expr import Bit, Node, Printer, build, by_table, half_bits, name, number
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.decode import decode_program, extract_program
+from lowbit.compiler.ir.program import Program
 
-__all__ = ["CentroidProducts", "FloatProducts", "IntProducts", "Products", "products"]
+__all__ = ["CentroidProducts", "FloatProducts", "HalfProducts", "IntProducts", "PairProducts", "Products", "products"]
 
 
 class Products(ABC):
-    """`vector`, `load`, `store`: the C++ type of a weight vector and its primitives; `item` its activations' type."""
+    """`vector`, `load`, `store`: the C++ type of a weight vector and its primitives; `item` its activations' type.
+
+    steps: of a block. vectors: weight vectors of a step, each with sums of its own. late: scales meet sums instead of
+    weights.
+    """
 
     vector: str
     load: str
     store: str
     item: str
     steps: int
+    vectors: int = 1
+    late: bool = False
     printer: Printer
 
     def __init__(self, plan: Plan) -> None:
@@ -36,8 +44,8 @@ class Products(ABC):
                 yield f"const V w{i}_{v} = vload(w{i} + {64 * v});"
 
     @abstractmethod
-    def weight(self, step: int) -> str:
-        """The weight vector of a step, over the names of `loads` (and `scale`, `zero` for floats)."""
+    def weight(self, step: int, which: int = 0) -> str:
+        """Weight vector `which` of a step, over the names of `loads` (and `scale`, `zero` for floats)."""
 
     @abstractmethod
     def activation(self, pointer: str, offset: str) -> str:
@@ -61,16 +69,43 @@ class Products(ABC):
 
 
 class IntProducts(Products):
-    """Byte dot products: a step is 4 columns, 16 rows x 4 codes against 4 activation digits."""
+    """Byte dot products: a step is 4 columns, 16 rows x 4 codes against 4 activation digits.
+
+    Codes are multiplied as they are, or as the bytes that a table gives for them (`IntegerLevels.digits`).
+    """
 
     vector, load, store, item, steps = "V", "vload", "vstore", "int8_t", 8
+    late = True
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         self.printer = Printer("bytes")
+        self.vectors = len(plan.levels.digits)
 
-    def weight(self, step: int) -> str:
-        return self.printer.text(build(extract_program(self.plan.spec.fmt.bits), self._args(step, 0)))
+    @cached_property
+    def _extract(self) -> Program:
+        return extract_program(self.plan.spec.fmt.bits)
+
+    def weight(self, step: int, which: int = 0) -> str:
+        args, levels = self._args(step, 0), self.plan.levels
+        if levels.plain:
+            return self.printer.text(build(self._extract, args))
+        low, bits = self._low_bits(args), self._bits(step)
+        return self.printer.text(by_table(levels.digits[which], low, bits[4:]))
+
+    def _low_bits(self, args: dict[str, Node]) -> Node:
+        """The code's lowest four bits, or the code where it has no more."""
+        if self.plan.spec.fmt.bits < 4:
+            return build(self._extract, args)
+        return build(extract_program(4), {"w0": args["w0"], "s0": args["s0"]})
+
+    def _bits(self, step: int) -> list[Bit]:
+        """Where each bit of the code stands."""
+        found = []
+        for i, width in enumerate(self.plan.planes):
+            vector, slot = divmod(step, 8 // width)
+            found += [(f"w{i}_{vector}", slot * width + b) for b in range(width)]
+        return found
 
     def activation(self, pointer: str, offset: str) -> str:
         return f"bcast4({pointer} + {offset})"
@@ -91,7 +126,7 @@ class FloatProducts(Products):
         super().__init__(plan)
         self.printer = Printer("words")
 
-    def weight(self, step: int) -> str:
+    def weight(self, step: int, which: int = 0) -> str:
         fmt = self.plan.spec.fmt
         args = self._args(step // 4, step % 4 * 8) | {side: name(side) for side in ("scale", "zero", "offset")}
         return self.printer.text(build(decode_program(fmt), args))
@@ -106,6 +141,47 @@ class FloatProducts(Products):
         return step
 
 
+class HalfProducts(FloatProducts):
+    """The same for formats whose codes are float16 after a shift. Two columns are neighbours in a vector of 16-bit
+    lanes, and conversion leaves them so, rows 0 to 7 in one vector, 8 to 15 in the other, until they are sorted by
+    column."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.printer = Printer("halves")
+
+    def weight(self, step: int, which: int = 0) -> str:
+        quad, column = divmod(step, 4)
+        pairs = ", ".join(self._floats(quad, column % 2, half) for half in range(2))
+        return f"fmul({('evens', 'odds')[column // 2]}({pairs}), scale)"
+
+    def _floats(self, quad: int, odd: int, half: int) -> str:
+        """Columns 0 and 2, or 1 and 3, of a quad as floats, of one half of the rows."""
+        fmt = self.plan.spec.fmt
+        code = build(extract_program(fmt.bits), self._args(quad, odd * 8))
+        found = half_bits(build(fmt.element.decode(), {"code": code}))
+        assert found is not None
+        return f"{('half_low', 'half_high')[half]}({self.printer.text(found[0])})"
+
+
+class PairProducts(HalfProducts):
+    """The same with sums of pairs of columns, which only they need to be sorted for: a step is two columns.
+
+    Activations are stored in the order of columns 0, 2, 1, 3 (`LB_PAIRS`).
+    """
+
+    steps, vectors, late = 16, 2, True
+
+    def weight(self, step: int, which: int = 0) -> str:
+        return self._floats(step // 2, step % 2, which)
+
+    def activation(self, pointer: str, offset: str) -> str:
+        return f"fset2({pointer} + {offset})"
+
+    def offset(self, step: int) -> int:
+        return 2 * step
+
+
 class CentroidProducts(FloatProducts):
     """Products with rows that are decoded before: what is left of `FloatProducts` without a scalar format."""
 
@@ -115,4 +191,8 @@ class CentroidProducts(FloatProducts):
 
 def products(plan: Plan) -> Products:
     """The products of a plan's spec."""
-    return IntProducts(plan) if plan.integer else FloatProducts(plan)
+    if plan.integer:
+        return IntProducts(plan)
+    if plan.half_factor is None:
+        return FloatProducts(plan)
+    return HalfProducts(plan) if plan.buffered else PairProducts(plan)

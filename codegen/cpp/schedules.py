@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowbit.codegen.cpp.plan import PANEL, Plan
+from lowbit.codegen.cpp.plan import PANEL, Plan, half_factor
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
@@ -38,6 +38,7 @@ MACHINES = {
     "avx2": Machine(3.0, 12.0, 1.5, 1.0, 3.0, 4),
     "generic": Machine(3.0, 12.0, 0.5, 0.5, 24.0, 2),
 }
+_SIDE_BYTES = {"f32": 4, "f16": 2, "e8m0": 1, "e4m3": 1}
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((2, 2), (4, 1), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
 loop, AVX-512 holds 24 sums beside 4 weights."""
@@ -57,15 +58,24 @@ def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
 
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
-    room, digits = MACHINES[arch].sums, max(1, spec.limbs)
+    room, digits, most = MACHINES[arch].sums, _digits(spec), 4
+    if not spec.limbs and half_factor(spec) is not None:
+        # Two sums a row, and conversions that leave few registers.
+        digits, most = 2, 2
     height = max(1, min(tokens, room // digits // pair))
-    panels = [p for p in (4, 2, 1) if p % pair == 0 and (p == pair or p * height * digits <= room)]
+    panels = [p for p in (4, 2, 1) if p <= most and p % pair == 0 and (p == pair or p * height * digits <= room)]
     # Few panels are better split evenly over threads than streamed side by side.
     panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]
     for p in panels[:2]:
         accs = max(1, min(2, room // (p * height * digits) // 2))
         for prefetch in (1024, 0):
             yield Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
+
+
+def _digits(spec: KernelSpec) -> int:
+    """Sums that one exact sum is made of."""
+    weights = len(spec.integer_levels.digits) if spec.limbs and spec.integer_levels else 1
+    return max(1, spec.limbs) * weights
 
 
 def _buffered(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
@@ -78,7 +88,7 @@ def predict(plan: Plan, arch: str, m: int) -> float:
     """Seconds of one call on one core with cold weights, from the bytes read and the operations issued."""
     cpu, spec = MACHINES[arch], plan.spec
     weights = spec.rows * spec.blocks * 32
-    read = weights * spec.fmt.bits / 8 + spec.rows * spec.groups * (2 + spec.fmt.zero)
+    read = weights * spec.fmt.bits / 8 + spec.rows * spec.groups * (_SIDE_BYTES[spec.scale_dtype] + spec.fmt.zero)
     # One stream leaves the memory system a fifth idle; fetching ahead bridges page boundaries.
     streams = plan.np * len(plan.planes)
     memory = read / (cpu.bandwidth * 1e9 * (1 - 0.2 / streams) * (1.0 if plan.prefetch else 0.93))
@@ -89,9 +99,10 @@ def predict(plan: Plan, arch: str, m: int) -> float:
 
 def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
     """Cycles of decoding and multiplying `weights` padded weights with `m` tokens."""
-    digits, tiles = max(1, plan.spec.limbs), math.ceil(m / plan.tile_m)
+    digits, tiles = _digits(plan.spec), math.ceil(m / plan.tile_m)
     vectors = weights / (64 if plan.integer else 16)
-    decode = 2.0 * len(plan.planes) + (0 if plan.integer else 3)
+    looked_up = 0 if not plan.integer or plan.levels.plain else 2 * len(plan.levels.digits)
+    decode = 2.0 * len(plan.planes) + (looked_up if plan.integer else 3)
     products = m * digits * (cpu.dot if plan.integer else 1.0)
     sums = plan.np * plan.tile_m * digits * plan.accs
     if plan.buffered:

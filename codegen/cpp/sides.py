@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lowbit.codegen.cpp.plan import Plan
 
-__all__ = ["decode_sides", "dispatch", "indent", "panel_of", "pointers", "scale_and_zero", "start_value"]
+__all__ = [
+    "decode_sides",
+    "dispatch",
+    "indent",
+    "panel_of",
+    "part_group",
+    "pointers",
+    "scale_and_zero",
+    "start_value",
+    "units",
+]
 
 
 def indent(lines: list[str]) -> str:
@@ -26,6 +36,11 @@ def panel_of(plan: Plan, width: int, i: int) -> str:
     return f"slot + {i}"
 
 
+def units(plan: Plan, width: int) -> list[str]:
+    """Declarations of `u<panel>`: what the panel's scales are multiplied with (see `load_scale`)."""
+    return [f"[[maybe_unused]] const F u{i} = unit_of(a, {panel_of(plan, width, i)});" for i in range(width)]
+
+
 def pointers(plan: Plan, width: int, block: str = "0") -> list[str]:
     """Declarations of `p<panel>w<plane>`, at packed block `block` of each panel of the tile."""
     return [
@@ -35,19 +50,25 @@ def pointers(plan: Plan, width: int, block: str = "0") -> list[str]:
     ]
 
 
-def scale_and_zero(plan: Plan, width: int, group: str) -> list[str]:
+def scale_and_zero(plan: Plan, width: int, group: str, panels: Iterable[int] | None = None) -> list[str]:
     """Declarations of `s<panel>` (scales of 16 rows) and `z<panel>` or `o<panel>` where zero points or offsets are
-    stored."""
+    stored, of all panels or of `panels`."""
     out = []
-    for i in range(width):
+    for i in range(width) if panels is None else panels:
         at = f"(({panel_of(plan, width, i)}) * kGroups + {group}) * 16"
-        out.append(f"const F s{i} = load_scale((const ST*)a.scale + {at});")
+        out.append(f"const F s{i} = load_scale((const ST*)a.scale + {at}, u{i});")
         if plan.spec.fmt.zero:
             load = f"load_u8(a.zero + {at})"
             out.append(f"const V z{i} = zero_pair({load});" if plan.integer else f"const F z{i} = cvt({load});")
         if plan.spec.fmt.offset:
-            out.append(f"const F o{i} = load_scale((const ST*)a.offset + {at});")
+            out.append(f"const F o{i} = load_side((const ST*)a.offset + {at});")
     return out
+
+
+def part_group(plan: Plan, chunk: str, part: int) -> str:
+    """The group of one part of a block. Parts after the last group have no scale and no activations: any will do."""
+    group = f"{chunk} * kParts + {part}"
+    return group if plan.spec.groups % plan.spec.parts == 0 else f"({group} < kGroups ? {group} : kGroups - 1)"
 
 
 def decode_sides(plan: Plan, i: int) -> list[str]:

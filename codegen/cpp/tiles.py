@@ -9,14 +9,20 @@ from lowbit.codegen.cpp.sides import indent
 __all__ = ["float_tile", "pieces_of_work", "tile_pass"]
 
 
-def tile_pass(form: Products, width: int, height: int, stride: int, token_stride: int, digit_at: int = 0) -> list[str]:
+def tile_pass(
+    form: Products, width: int, height: int, stride: int, token_stride: int, digit_at: int = 0, weights_at: int = 0
+) -> list[str]:
     """All steps of a chunk: `a<token>_<panel> += weights * activations`, panels side by side in rows of `stride`.
 
-    token_stride: elements from one token's activations to the next; digit_at: from its first to those used here.
+    token_stride: elements from one token's activations to the next; digit_at, weights_at: from the first activation
+    and from the first weight to those used here.
     """
     items, per_step = (64, 4) if form.item == "int8_t" else (16, 1)
     lines = ["#pragma GCC unroll 1", "for (int64_t k = 0; k < steps; ++k) {"]
-    lines += [f"const {form.vector} w{i} = {form.load}(buffer + (k * {stride} + {i}) * {items});" for i in range(width)]
+    lines += [
+        f"const {form.vector} w{i} = {form.load}(buffer + (k * {stride} + {i}) * {items} + {weights_at});"
+        for i in range(width)
+    ]
     for m in range(height):
         x = form.activation("x", f"{m * token_stride + digit_at} + k * {per_step}")
         lines += ["{", f"const {form.vector} v = {x};"]

@@ -21,7 +21,7 @@ _VALUE = {
 def emit_vector_text(plan: VectorPlan, arch: str) -> str:
     """The whole source of one kernel for instruction set `arch`."""
     norm = plan.fmt.norm
-    macros = {"LB_CODE_BITS": 8, "LB_LIMBS": 0, "LB_NORM": ("none", "col", "row").index(norm)}
+    macros = {"LB_CODE_TOP": 255, "LB_LIMBS": 0, "LB_PAIRS": 0, "LB_NORM": ("none", "col", "row").index(norm)}
     lanes = "lanes_generic.h" if arch == "generic" else "lanes_x86.h"
     kernel = vector_buffered_text(plan) if plan.buffered else vector_direct_text(plan)
     text = "\n".join([book_functions(plan), _prepare(plan), _place(plan), kernel])

@@ -17,7 +17,7 @@ from lowbit.compiler.ir.layout import plane_bits
 from lowbit.compiler.ir.program import Program
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import Format, VectorFormat
-from lowbit.quantizers.qtensor import PackedWeight, column_map, padded_columns
+from lowbit.quantizers.qtensor import PackedWeight, column_map, full_scales, padded_columns
 from lowbit.quantizers.vqtensor import VQTensor, unpack_vectors
 
 __all__ = ["ReferenceBackend", "decode_weight", "run_reference"]
@@ -41,7 +41,7 @@ def decode_weight(weight: PackedWeight) -> torch.Tensor:
     where = column_map(fmt, weight.k)
     group = torch.arange(weight.k) // fmt.granularity.group_size(weight.k)
     args = {name: value[:, where] for name, value in args.items()}
-    args["scale"] = layout.unpack_side(weight.scale.cpu()).float()[:, group]
+    args["scale"] = full_scales(weight).cpu()[:, group]
     for name in ("zero", "offset"):
         if name in weight.tensors:
             args[name] = layout.unpack_side(weight.tensors[name].cpu()).float()[:, group]

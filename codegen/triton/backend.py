@@ -55,6 +55,10 @@ class TritonBackend(Backend):
             return _vector_limits(spec)
         if spec.compute == "int16":
             return "two-digit integer products are for CPUs; use compute='float' or 'int8'"
+        if spec.compute == "int8" and not spec.fmt.element.integer:
+            return f"multiplies the codes of plain integers, not of {spec.fmt.element.name}; use compute='float'"
+        if spec.compute == "int8" and spec.parts > 1:
+            return f"integer products need groups of whole blocks, not of {spec.group}; use compute='float'"
         widest = max(plane_bits(spec.fmt.bits))
         if spec.rows * spec.blocks * widest >= 2**31:
             return "one plane has more than 2**31 words"

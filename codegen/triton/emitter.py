@@ -170,7 +170,7 @@ def _block_columns(t: Tiles) -> list[str]:
     """`start`: the column of x where each block starts, and how many columns of it exist (`live`)."""
     spec = t.spec
     padded = spec.group_blocks
-    if spec.groups > 1 and spec.group != padded * K_ALIGN:
+    if spec.groups > 1 and spec.parts == 1 and spec.group != padded * K_ALIGN:
         first = f"(block % {padded}) * {K_ALIGN}"
         return [
             f"start = block // {padded} * {spec.group} + {first}",
@@ -181,7 +181,7 @@ def _block_columns(t: Tiles) -> list[str]:
 
 def _gemv_columns(t: Tiles, a: int) -> list[str]:
     spec, tokens = t.spec, range(t.schedule.tile_m)
-    whole_columns = spec.k % K_ALIGN == 0 and (spec.groups == 1 or spec.group % K_ALIGN == 0)
+    whole_columns = spec.k % K_ALIGN == 0 and (spec.groups == 1 or spec.parts > 1 or spec.group % K_ALIGN == 0)
     whole_tokens = t.schedule.tile_m == 1
     lines: list[str] = []
     printer = Printer(lines, LOOP)

@@ -84,7 +84,8 @@ class Tiles:
     @cached_property
     def one_group(self) -> bool:
         """Whether all blocks of a step share a scale."""
-        return self.spec.groups == 1 or self.spec.group_blocks % self.stride_blocks == 0
+        whole = self.spec.group_blocks % self.stride_blocks == 0 and self.spec.parts == 1
+        return self.spec.groups == 1 or whole
 
     @cached_property
     def scale_after(self) -> bool:
@@ -132,8 +133,11 @@ class Tiles:
         return out
 
     def load_sides(self, a: int) -> list[str]:
-        """`scale`, `zero`, `offset` as float32 tiles [rows, 1], or [rows, blocks] where a step crosses groups."""
+        """`scale`, `zero`, `offset` as float32 tiles [rows, 1], or [rows, blocks] where a step crosses groups; where
+        blocks have several groups `scale_<part>` and so on."""
         spec = self.spec
+        if spec.parts > 1:
+            return [line for part in range(spec.parts) for line in self._load_part(a, part)]
         if self.one_group:
             group = "0" if spec.groups == 1 else f"step // {spec.group_blocks // self.stride_blocks}"
             where, mask = f"({group}) * {spec.rows} + n_{a}[:, None]", self._mask(a, block=False)
@@ -145,10 +149,26 @@ class Tiles:
             out.append(f"{name} = tl.load({name}_ptr + {where}{mask}).to(tl.float32)")
         return out
 
+    def _load_part(self, a: int, part: int) -> list[str]:
+        """The side values of one part of every block. Parts after the last group read none: they are zero."""
+        spec, out = self.spec, []
+        group = f"block * {spec.parts} + {part}"
+        guards = [f"n_{a}_ok[:, None]"] * self.row_mask + ["block_ok[None, :]"] * self.block_mask
+        guards += [f"({group} < {spec.groups})[None, :]"] * (spec.groups % spec.parts != 0)
+        mask = f", mask={' & '.join(guards)}, other=0" if guards else ""
+        for name in self._sides:
+            where = f"({group})[None, :] * {spec.rows} + n_{a}[:, None]"
+            out.append(f"{name}_{part} = tl.load({name}_ptr + {where}{mask}).to(tl.float32)")
+        return out
+
+    @property
+    def _sides(self) -> list[str]:
+        return ["scale", *["zero"] * self.spec.fmt.zero, *["offset"] * self.spec.fmt.offset]
+
     def columns(self) -> list[str]:
         """`col` and, where needed, `col_ok`: columns of x that meet the step's padded columns."""
         spec = self.spec
-        group, padded = spec.group, spec.group_blocks * K_ALIGN
+        group, padded = spec.group, spec.group if spec.parts > 1 else spec.group_blocks * K_ALIGN
         lines = [f"col = step * {self.stride_blocks * K_ALIGN} + tl.arange(0, {self.step_columns})"]
         if spec.groups > 1 and group != padded:
             lines += [
@@ -182,6 +202,9 @@ class Tiles:
         if self.integer:
             code = printer.run(extract_program(self.spec.fmt.bits), args)
             return f"({code}.to(tl.int32, bitcast=True) - {2 ** (self.spec.fmt.bits - 1)})"
+        if self.spec.parts > 1:
+            part = column // (K_ALIGN // self.spec.parts)
+            return printer.run(decode_program(self.spec.fmt), args | {s: f"{s}_{part}" for s in self._sides})
         args["scale"] = "1.0" if self.scale_after else "scale"
         if self.spec.fmt.zero:
             args["zero"] = "zero"

@@ -23,7 +23,7 @@ from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.layers import select_layers
-from lowbit.quantizers.formats import ChoiceFormat, Format, IntElement, WeightFormat, parse_format
+from lowbit.quantizers.formats import ChoiceFormat, Format, IntElement, WeightFormat, exact_integers, parse_format
 from lowbit.quantizers.methods import METHODS
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import stored_shapes
@@ -306,7 +306,7 @@ def runs_on(fmt: WeightFormat, n: int = 4096, k: int = 4096, target: Target | No
             found[name] = f"cannot be imported: {e}"
             continue
         device = host if host.kind in backend.kinds else Target("cuda", "sm_90")
-        exact = isinstance(fmt, Format) and fmt.element.integer
+        exact = exact_integers(fmt) is not None
         compute = "int16" if device.kind == "cpu" and exact and device.arch != "generic" else "float"
         spec = KernelSpec((n,), k, str(fmt), str(LAYOUTS[backend.layout_of(fmt)]), compute)  # type: ignore[arg-type]
         found[name] = backend.supports(spec, device)

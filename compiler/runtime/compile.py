@@ -90,7 +90,7 @@ def compile_model(model: nn.Module, *, max_tokens: int = 512, frozen: bool = Fal
         )
     for layer in layers:
         layer.prepare()
-    device = next(m.scale.device for m in model.modules() if isinstance(m, PackedLinear))
+    device = next(m.device for m in model.modules() if isinstance(m, PackedLinear))
     assert isinstance(device, torch.device)
     session = _ModelSession(model, _activation_dtype(model), device, max_tokens)
     if layers:

@@ -12,7 +12,7 @@ import lowbit.compiler.runtime.ops  # noqa: F401  (defines torch.ops.lowbit.line
 from lowbit.codegen.spec import Compute, KernelSpec
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.runtime.dispatch import device_target
-from lowbit.quantizers.formats import Format, WeightFormat
+from lowbit.quantizers.formats import WeightFormat, exact_integers
 from lowbit.quantizers.qtensor import PackedWeight
 from lowbit.quantizers.weights import (
     QWeight,
@@ -30,11 +30,11 @@ __all__ = ["PackedLinear", "QuantLinear", "default_compute"]
 def default_compute(fmt: WeightFormat, device: torch.device) -> Compute:
     """How products are formed unless the user says otherwise.
 
-    On CPUs integer formats use 16-bit activations as two int8 digits, which is as exact as bfloat16 activations and
-    runs on the byte dot product; elsewhere weights are decoded to floats.
+    On CPUs formats of integers, or of integers times a power of two, use 16-bit activations as two int8 digits, which
+    is as exact as bfloat16 activations and runs on the byte dot product; elsewhere weights are decoded to floats.
     """
     vector = device.type == "cpu" and device_target(device).arch != "generic"
-    return "int16" if vector and isinstance(fmt, Format) and fmt.element.integer else "float"
+    return "int16" if vector and exact_integers(fmt) is not None else "float"
 
 
 class PackedLinear(nn.Module):

@@ -26,6 +26,7 @@ from lowbit.quantizers.formats.choice import ChoiceFormat
 from lowbit.quantizers.formats.integer import IntElement
 from lowbit.quantizers.formats.levels import LevelElement
 from lowbit.quantizers.formats.minifloat import FLOAT_NAMES, FloatElement
+from lowbit.quantizers.formats.scaled import IntegerLevels
 from lowbit.quantizers.formats.vector import Outliers, VectorFormat
 
 __all__ = [
@@ -41,11 +42,13 @@ __all__ = [
     "Format",
     "Granularity",
     "IntElement",
+    "IntegerLevels",
     "LevelElement",
     "Outliers",
     "VectorFormat",
     "WeightFormat",
     "catalog",
+    "exact_integers",
     "parse_format",
     "register_element",
     "scalar_format",
@@ -157,6 +160,13 @@ def _unknown(text: str, why: str) -> FormatError:
         hint="write element.granularity.symmetry, such as int4.g128.asym, int8.ch.sym, e3m2.ch or int3.g64.asym.f32; "
         "`quantize formats` lists them",
     )
+
+
+def exact_integers(fmt: WeightFormat) -> IntegerLevels | None:
+    """The integers whose products give those of `fmt` exactly, scales aside; None where only floats do."""
+    if not isinstance(fmt, Format) or (fmt.zero and not fmt.element.integer):
+        return None
+    return fmt.element.integer_levels
 
 
 def catalog() -> Iterator[Format]:

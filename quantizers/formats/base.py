@@ -17,6 +17,7 @@ import torch
 
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.program import Program
+from lowbit.quantizers.formats.scaled import IntegerLevels, find_integer_levels
 
 __all__ = ["K_ALIGN", "SCALE_DTYPES", "WIDE_DTYPES", "Element", "Format", "Granularity", "WeightFormat"]
 
@@ -64,6 +65,11 @@ class Element(ABC):
     @abstractmethod
     def integer(self) -> bool:
         """True when value = code - `bias` exactly, so that dot products can run on the codes as integers."""
+
+    @property
+    def integer_levels(self) -> IntegerLevels | None:
+        """The values as small integers times a power of two, or None; follows from `levels` alone."""
+        return find_integer_levels(tuple(self.levels().tolist()))
 
     @property
     def bias(self) -> int:
@@ -165,9 +171,11 @@ class Format(WeightFormat):
     def scale_dtype(self) -> torch.dtype:
         return SCALE_DTYPES[self.scale]
 
-    @property
-    def packed_scale_dtype(self) -> torch.dtype:
-        """Type of scales and offsets in a kernel's layout, float16 or float32: the narrower one that is exact."""
+    def packed_scale_dtype(self, container: int) -> torch.dtype:
+        """Type of scales and offsets in a layout of `container` bits: in bytes scales of one byte stay as they are,
+        others are float16 or float32, the narrower one that is exact."""
+        if container == 8 and self.scale_dtype.itemsize == 1:
+            return self.scale_dtype
         narrow = self.scale == "f16" or (self.scale == "e4m3" and not self.tensor)
         return torch.float16 if narrow else torch.float32
 

@@ -6,7 +6,11 @@ static void load_tokens(const Args& a, const XT* x, int64_t t0, int64_t t1, floa
       const int64_t at = c * a.m + t, n = chunk_columns(c);
       const float* from = row + chunk_start(c);
 #if LB_LIMBS
-      round_chunk(from, n, a.xq + at * kTokenStride, a.xs + at, a.xi + at, a.xo + at);
+      const int64_t part = c * kParts * a.m + t;
+      round_chunk(from, n, a.xq + at * kTokenStride, a.xs + at, a.xi + part, a.xo + part, a.m);
+#elif LB_PAIRS
+      float* to = a.xq + at * kTokenStride;
+      for (int64_t i = 0; i < n; i += 4) to[i] = from[i], to[i + 1] = from[i + 2], to[i + 2] = from[i + 1], to[i + 3] = from[i + 3];
 #else
       memcpy(a.xq + at * kTokenStride, from, size_t(n) * 4);
 #endif

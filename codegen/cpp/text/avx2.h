@@ -25,6 +25,7 @@ LB_INLINE V bcast4(const void* p) {
 }
 template <int N> LB_INLINE V shr(V x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
 template <int N> LB_INLINE V shl(V x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
+template <int N> LB_INLINE V sra16(V x) { return {_mm256_srai_epi16(x.a, N), _mm256_srai_epi16(x.b, N)}; }
 LB_INLINE V vand(V x, V y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 LB_INLINE V vor(V x, V y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 LB_INLINE V and_or(V x, V mask, V y) { return vor(vand(x, mask), y); }
@@ -33,6 +34,19 @@ LB_INLINE V madd16(V x, V y) { return {_mm256_madd_epi16(x.a, y.a), _mm256_madd_
 LB_INLINE V load_u8(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128((const __m128i*)p);
   return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
+}
+// table[index] for every byte; the upper four bits of an index are zero.
+LB_INLINE V lookup(V index, const uint8_t* table) {
+  const __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
+  return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
+}
+// Bytes of b where bit BIT of the byte of x is set, else of a; and top - a in the place of b.
+template <int BIT> LB_INLINE V pick(V x, V a, V b) {
+  const V by = shl<7 - BIT>(x);
+  return {_mm256_blendv_epi8(a.a, b.a, by.a), _mm256_blendv_epi8(a.b, b.b, by.b)};
+}
+template <int BIT> LB_INLINE V reflect(V x, V a, V top) {
+  return pick<BIT>(x, a, V{_mm256_sub_epi8(top.a, a.a), _mm256_sub_epi8(top.b, a.b)});
 }
 
 LB_INLINE F fset1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -53,8 +67,37 @@ LB_INLINE F half(V x) {
   const __m256i h = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
 }
+// Floats of the 16-bit lanes of rows 0 to 7, and of rows 8 to 15: two a row. Two floats for every
+// row; then the first and the second of each row.
+LB_INLINE F half_pairs(__m256i x) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+}
+LB_INLINE F half_low(V x) { return half_pairs(x.a); }
+LB_INLINE F half_high(V x) { return half_pairs(x.b); }
+LB_INLINE F fset2(const float* p) {
+  double x;
+  memcpy(&x, p, 8);
+  const __m256 y = _mm256_castpd_ps(_mm256_set1_pd(x));
+  return {y, y};
+}
+// A shuffle within 128-bit halves leaves rows 0, 1, 4, 5, 2, 3, 6, 7.
+LB_INLINE __m256 in_order(__m256 x) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8));
+}
+LB_INLINE F evens(F low, F high) {
+  return {in_order(_mm256_shuffle_ps(low.a, low.b, 0x88)), in_order(_mm256_shuffle_ps(high.a, high.b, 0x88))};
+}
+LB_INLINE F odds(F low, F high) {
+  return {in_order(_mm256_shuffle_ps(low.a, low.b, 0xdd)), in_order(_mm256_shuffle_ps(high.a, high.b, 0xdd))};
+}
 LB_INLINE F load_f16(const void* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+// Powers of two (0 for the smallest, 2**-127); e4m3 divided by 256, which leaves them float16.
+LB_INLINE F load_e8m0(const uint8_t* p) { return bitcast(shl<23>(load_u8(p))); }
+LB_INLINE F load_e4m3(const uint8_t* p) {
+  const __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  return half_pairs(_mm256_and_si256(h, _mm256_set1_epi16(short(0xbfff))));
 }
 LB_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 template <int N> LB_INLINE F lut(V x, const float* table) {
@@ -64,7 +107,7 @@ template <int N> LB_INLINE F lut(V x, const float* table) {
 LB_INLINE __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
 #if LB_VNNI
   return _mm256_dpbusd_avx_epi32(acc, codes, x);
-#elif LB_CODE_BITS < 8
+#elif LB_CODE_TOP < 128
   // Pairs stay within 2 * 127 * 128 < 2**15, so the saturating 16-bit sum never saturates.
   const __m256i pairs = _mm256_maddubs_epi16(codes, x);
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

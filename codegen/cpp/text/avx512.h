@@ -15,12 +15,21 @@ LB_INLINE V bcast4(const void* p) {
 }
 template <int N> LB_INLINE V shr(V x) { return _mm512_srli_epi32(x, N); }
 template <int N> LB_INLINE V shl(V x) { return _mm512_slli_epi32(x, N); }
+template <int N> LB_INLINE V sra16(V x) { return _mm512_srai_epi16(x, N); }
 LB_INLINE V vand(V x, V y) { return _mm512_and_si512(x, y); }
 LB_INLINE V vor(V x, V y) { return _mm512_or_si512(x, y); }
 LB_INLINE V and_or(V x, V mask, V y) { return _mm512_ternarylogic_epi32(x, mask, y, 0xEA); }
 LB_INLINE V vadd(V x, V y) { return _mm512_add_epi32(x, y); }
 LB_INLINE V madd16(V x, V y) { return _mm512_madd_epi16(x, y); }
 LB_INLINE V load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+// table[index] for every byte; the upper four bits of an index are zero.
+LB_INLINE V lookup(V index, const uint8_t* table) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), index);
+}
+// Bytes of b where bit BIT of the byte of x is set, else of a; and top - a in the place of b.
+template <int BIT> LB_INLINE __mmask64 has_bit(V x) { return _mm512_test_epi8_mask(x, set1(0x01010101u << BIT)); }
+template <int BIT> LB_INLINE V pick(V x, V a, V b) { return _mm512_mask_blend_epi8(has_bit<BIT>(x), a, b); }
+template <int BIT> LB_INLINE V reflect(V x, V a, V top) { return _mm512_mask_sub_epi8(a, has_bit<BIT>(x), top, a); }
 
 LB_INLINE F fzero() { return _mm512_setzero_ps(); }
 LB_INLINE F fset1(float x) { return _mm512_set1_ps(x); }
@@ -33,7 +42,30 @@ LB_INLINE F fma_(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
 LB_INLINE F cvt(V x) { return _mm512_cvtepi32_ps(x); }
 LB_INLINE F bitcast(V x) { return _mm512_castsi512_ps(x); }
 LB_INLINE F half(V x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
+// Floats of the 16-bit lanes of rows 0 to 7, and of rows 8 to 15: two a row. Two floats for every
+// row; then the first and the second of each row.
+LB_INLINE F half_low(V x) { return _mm512_cvtph_ps(_mm512_castsi512_si256(x)); }
+LB_INLINE F half_high(V x) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1)); }
+LB_INLINE F fset2(const float* p) {
+  double x;
+  memcpy(&x, p, 8);
+  return _mm512_castpd_ps(_mm512_set1_pd(x));
+}
+LB_INLINE F evens(F low, F high) {
+  const V at = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  return _mm512_permutex2var_ps(low, at, high);
+}
+LB_INLINE F odds(F low, F high) {
+  const V at = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_ps(low, at, high);
+}
 LB_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+// Powers of two (0 for the smallest, 2**-127); e4m3 divided by 256, which leaves them float16.
+LB_INLINE F load_e8m0(const uint8_t* p) { return bitcast(shl<23>(load_u8(p))); }
+LB_INLINE F load_e4m3(const uint8_t* p) {
+  const __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  return _mm512_cvtph_ps(_mm256_and_si256(h, _mm256_set1_epi16(short(0xbfff))));
+}
 LB_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 // N is a power of two; codes index the table directly.
@@ -51,7 +83,7 @@ LB_INLINE V dot(V acc, V codes, V x) {
   // As assembly: GCC 12 copies and spills the accumulators of the intrinsic when many are live.
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
   return acc;
-#elif LB_CODE_BITS < 8
+#elif LB_CODE_TOP < 128
   // Pairs stay within 2 * 127 * 128 < 2**15, so the saturating 16-bit sum never saturates.
   return vadd(acc, madd16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
 #else

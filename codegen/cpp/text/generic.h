@@ -18,6 +18,10 @@ LB_INLINE V bcast4(const void* p) {
 }
 template <int N> LB_INLINE V shr(V x) { return V(U(x) >> N); }
 template <int N> LB_INLINE V shl(V x) { return V(U(x) << N); }
+template <int N> LB_INLINE V sra16(V x) {
+  typedef int16_t S __attribute__((vector_size(64)));
+  return V(S(x) >> N);
+}
 LB_INLINE V vand(V x, V y) { return x & y; }
 LB_INLINE V vor(V x, V y) { return x | y; }
 LB_INLINE V and_or(V x, V mask, V y) { return (x & mask) | y; }
@@ -27,6 +31,22 @@ LB_INLINE V load_u8(const uint8_t* p) {
   V x;
   for (int i = 0; i < 16; ++i) x[i] = p[i];
   return x;
+}
+// table[index] for every byte; the upper four bits of an index are zero.
+LB_INLINE V lookup(V index, const uint8_t* table) {
+  uint8_t b[64];
+  memcpy(b, &index, 64);
+  for (int i = 0; i < 64; ++i) b[i] = table[b[i]];
+  return vload(b);
+}
+// Bytes of b where bit BIT of the byte of x is set, else of a; and top - a in the place of b.
+template <int BIT> LB_INLINE V pick(V x, V a, V b) {
+  const V all = (shr<BIT>(x) & 0x01010101) * 255;
+  return (b & all) | (a & ~all);
+}
+template <int BIT> LB_INLINE V reflect(V x, V a, V top) {
+  typedef int8_t B __attribute__((vector_size(64)));
+  return pick<BIT>(x, a, V(B(top) - B(a)));
 }
 
 LB_INLINE F fset1(float x) { return F{} + x; }
@@ -48,12 +68,44 @@ LB_INLINE F half(V x) {
   for (int i = 0; i < 16; ++i) y[i] = from_f16(uint16_t(x[i]));
   return y;
 }
+// Floats of the 16-bit lanes of rows 0 to 7, and of rows 8 to 15: two a row. Two floats for every
+// row; then the first and the second of each row.
+LB_INLINE F half_pairs(const V& x, int first) {
+  uint16_t h[32];
+  memcpy(h, &x, 64);
+  F y;
+  for (int i = 0; i < 16; ++i) y[i] = from_f16(h[first + i]);
+  return y;
+}
+LB_INLINE F half_low(V x) { return half_pairs(x, 0); }
+LB_INLINE F half_high(V x) { return half_pairs(x, 16); }
+LB_INLINE F fset2(const float* p) {
+  F y;
+  for (int i = 0; i < 16; ++i) y[i] = p[i % 2];
+  return y;
+}
+LB_INLINE F evens(F low, F high) {
+  F y;
+  for (int i = 0; i < 8; ++i) y[i] = low[2 * i], y[8 + i] = high[2 * i];
+  return y;
+}
+LB_INLINE F odds(F low, F high) {
+  F y;
+  for (int i = 0; i < 8; ++i) y[i] = low[2 * i + 1], y[8 + i] = high[2 * i + 1];
+  return y;
+}
 LB_INLINE F load_f16(const void* p) {
   uint16_t h[16];
   memcpy(h, p, 32);
   F x;
   for (int i = 0; i < 16; ++i) x[i] = from_f16(h[i]);
   return x;
+}
+// Powers of two (0 for the smallest, 2**-127); e4m3 divided by 256, which leaves them float16.
+LB_INLINE F load_e8m0(const uint8_t* p) { return bitcast(shl<23>(load_u8(p))); }
+LB_INLINE F load_e4m3(const uint8_t* p) {
+  const V x = load_u8(p);
+  return half(vor(vand(shl<8>(x), set1(0x8000)), vand(shl<7>(x), set1(0x3f80))));
 }
 LB_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 template <int N> LB_INLINE F lut(V x, const float* table) {

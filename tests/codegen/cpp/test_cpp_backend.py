@@ -54,8 +54,10 @@ class Levels(Element):
 
 @needs_compiler
 def test_a_new_element_runs_without_any_change_to_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = [lambda text, symmetric: Levels(int(text[6:])) if text.startswith("levels") else None]
-    monkeypatch.setattr(formats, "ELEMENTS", (*formats.ELEMENTS, *parse))
+    def parse(text: str, symmetric: bool) -> Levels | None:
+        return Levels(int(text[6:])) if text.startswith("levels") else None
+
+    monkeypatch.setattr(formats, "ELEMENTS", [*formats.ELEMENTS, formats.ElementFamily(parse, ("levels5",))])
     jobs = [
         Job(spec_of(f"levels{bits}.g32.sym", "float", (17,), 100), arch, m)
         for bits, arch, m in [(2, HOST.arch, 17), (5, HOST.arch, 1), (6, "generic", 1)]

@@ -99,6 +99,7 @@ def shapes() -> list[Case]:
         Case("int4.g32.sym.bf16", 3, 64, DOT, x="bf16", out="bf16"),
         Case("int5.ch.asym", 2, 33, GEMV),
         Case("int2.g1.sym", 1, 5, DOT),
+        *(Case(fmt, 3, 100, s) for fmt, s in (("int4.g16.sym", DOT), ("int4.g8.asym", GEMV), ("int3.g16.fz", SWAP))),
     ]
 
 

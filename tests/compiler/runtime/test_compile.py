@@ -37,7 +37,7 @@ def kl(model: nn.Module, reference: nn.Module) -> float:
 
 
 @pytest.mark.real_kernels
-@pytest.mark.parametrize("fmt", ["int4.g32.sym", "int3.g48.asym"])
+@pytest.mark.parametrize("fmt", ["int4.g32.sym", "int3.g48.asym", "vq.d4.k16.r4", "e2m3.ch"])
 def test_compiled_model_agrees_with_the_oracle(fmt: str) -> None:
     model = swap_linears(tiny_llama(), fmt)
     oracle = dequantized(copy.deepcopy(model))
