@@ -140,6 +140,9 @@ def from_stored(fmt: WeightFormat, n: int, k: int, tensors: Mapping[str, Tensor]
         return _vectors_from(fmt, n, k, tensors)
     assert isinstance(fmt, Format)
     side = {"scale": tensors["weight_scale"].to(fmt.scale_dtype)}
+    if fmt.scale_dtype.itemsize == 1 and bool(side["scale"].float().isnan().any()):
+        # Kernels read the byte's bits, where NaN would silently be another number.
+        raise FormatError("LB0227", f"weight_scale of {fmt} holds NaN")
     if fmt.tensor:
         side["tensor_scale"] = tensors["weight_tensor_scale"].float()
     if fmt.zero:
@@ -157,18 +160,18 @@ def _vectors_from(fmt: VectorFormat, n: int, k: int, tensors: Mapping[str, Tenso
     found: dict[str, Tensor] = {"indices": (codes & (fmt.centroids - 1)).to(torch.int32)}
     if fmt.residual:
         found["residual"] = (codes >> fmt.index_bits).to(torch.int32)
-    for name in ("centroids", "residual_centroids", "outlier_centroids", "norm_scale", "norm_bias"):
-        if name in stored_shapes(fmt, n, k):
-            found[name] = tensors[name].to(fmt.scale_dtype)
-    for name, dtype in (("outlier_indices", torch.int32), ("perm", torch.int64)):
-        if name in stored_shapes(fmt, n, k):
-            found[name] = (tensors[name].to(torch.int64) & 0xFFFF).to(dtype)
-    if "perm" in found and not torch.equal(found["perm"].sort().values, torch.arange(k)):
-        raise FormatError("LB0227", f"perm is not a permutation of {k} columns")
-    limits = {"outlier_indices": fmt.outliers.centroids if fmt.outliers else 0}
-    for name, limit in limits.items():
-        if name in found and bool((found[name] >= limit).any()):
-            raise FormatError("LB0227", f"{name} points beyond the codebook of {limit} centroids")
+    for name, (dtype, _) in stored_shapes(fmt, n, k).items():
+        if dtype.is_floating_point:
+            found[name] = tensors[name].to(dtype)
+    if fmt.outliers:
+        found["outlier_indices"] = tensors["outlier_indices"].to(torch.int32) & 0xFFFF
+        if bool((found["outlier_indices"] >= fmt.outliers.centroids).any()):
+            limit = fmt.outliers.centroids
+            raise FormatError("LB0227", f"outlier_indices points beyond the codebook of {limit} centroids")
+    if fmt.ordered:
+        found["perm"] = tensors["perm"].to(torch.int64) & 0xFFFF
+        if not torch.equal(found["perm"].sort().values, torch.arange(k)):
+            raise FormatError("LB0227", f"perm is not a permutation of {k} columns")
     return VQTensor(fmt, n, k, **found)
 
 

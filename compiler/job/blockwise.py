@@ -8,7 +8,7 @@ the second in parallel ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.scheme import Tuning
 from lowbit.quantizers.weights import QWeight
 
-__all__ = ["States", "run_tuned", "use_result"]
+__all__ = ["States", "run_tuned"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class States:
     reference: Activations | None = None
 
     @property
-    def files(self) -> dict[str, Activations]:
+    def streams(self) -> dict[str, Activations]:
         """The streams by name."""
         return {"hidden": self.hidden, **({"reference": self.reference} if self.reference else {})}
 
@@ -57,35 +57,30 @@ def run_tuned(
     block is left with its final weights.
     """
     weights: dict[str, QWeight] = dict(done)
-    finished = engine.finished
 
     def note(group: Group) -> None:
         weights.update({path: q for path, (q, _) in group.items()})
-        finished(group)
+        engine.finished(group)
 
     assert inputs.reference is not None
     assert outputs.reference is not None
     targets = outputs.reference
-    engine.finished = note
-    try:
-        if engine.sequential:
-            _forward(block, call, inputs.reference, targets)
-            engine.run(block, call, linears, inputs.hidden, None, done)
-        else:
-            engine.run(block, call, linears, inputs.reference, targets, done)
-    finally:
-        engine.finished = finished
+    noting = replace(engine, finished=note)
+    if engine.sequential:
+        _forward(block, call, inputs.reference, targets)
+        noting.run(block, call, linears, inputs.hidden, None, done)
+    else:
+        noting.run(block, call, linears, inputs.reference, targets, done)
     if tuned is None:
         quantized = {path: (layer, weights[path]) for path, (layer, _) in linears.items()}
-        result = tune_block(block, call, quantized, inputs.hidden, targets, tuning)
-        tuned = result if result.weights else TuneResult(weights, {}, result.before, result.after)
-    use_result(block, {path: layer for path, (layer, _) in linears.items()}, tuned)
+        tuned = tune_block(block, call, quantized, inputs.hidden, targets, tuning)
+    _use_result(block, {path: layer for path, (layer, _) in linears.items()}, tuned)
     _forward(block, call, inputs.hidden, outputs.hidden)
     return tuned
 
 
 @torch.no_grad()
-def use_result(block: nn.Module, layers: Mapping[str, nn.Linear], result: TuneResult) -> None:
+def _use_result(block: nn.Module, layers: Mapping[str, nn.Linear], result: TuneResult) -> None:
     """Give the block the dense form of its quantized weights and its tuned tensors."""
     for path, q in result.weights.items():
         layers[path].weight.data.copy_(q.dequantize())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowbit.compiler.job.tune import Optimizer, TuneResult, norm_parameters, standing_in
 from lowbit.quantizers.scheme import Tuning
-from lowbit.quantizers.tunable import tunable
+from lowbit.quantizers.tunable import Tunable, tunable
 from lowbit.quantizers.weights import QWeight
 
 __all__ = ["finetune"]
@@ -33,7 +33,7 @@ def finetune(
     """Train the side values of `weights` (module path -> matrix); `plain` are tensors that block tuning changed.
 
     model: the float model, in float32, whose own weights are the teacher's and stay as they are. tokens: int64
-    [samples, length]. Returns the new values (nothing changed when the divergence on the first samples did not fall);
+    [samples, length]. Returns the new values (those given when the divergence on the first samples did not fall); its
     `before` and `after` are nats per token.
     """
     parts = {path: tunable(q) for path, q in weights.items()}
@@ -53,13 +53,13 @@ def finetune(
     optimizer = Optimizer([*sides, *students.values()], tuning, tuning.epochs * len(batches))
     for epoch in range(tuning.epochs):
         for index, batch in enumerate(batches):
-            loss = optimizer.accumulate(lambda row: _loss(model, network, row), batch)
+            loss = optimizer.step(_loss(model, network, row) / len(batch) for row in batch)
             say(
                 f"fine-tuning: pass {epoch + 1} of {tuning.epochs}, step {index + 1} of {len(batches)}: {loss:.4f} nats"
             )
     after = _divergence(model, network, tokens[:_PROBE])
     if not after < before:
-        return TuneResult(before=before, after=before)
+        return TuneResult(weights, plain, before, before)
     changed = {**frozen, **{name: p.detach() for name, p in students.items()}}
     return TuneResult({path: part.result() for path, part in parts.items()}, changed, before, after)
 
@@ -67,12 +67,12 @@ def finetune(
 class _Student:
     """The model's logits with quantized weights and the student's norms in place of the teacher's."""
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], pairs: Sequence[tuple[nn.Linear, nn.Module]]):
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], pairs: Sequence[tuple[nn.Linear, Tunable]]):
         self._model, self._tensors, self._pairs = model, dict(tensors), pairs
 
     def __call__(self, tokens: Tensor) -> Tensor:
         inputs = {"input_ids": tokens, "use_cache": False}
-        with standing_in(self._pairs):  # type: ignore[arg-type]
+        with standing_in(self._pairs):
             out: Tensor = torch.func.functional_call(self._model, self._tensors, (), inputs).logits
         return out
 

@@ -189,7 +189,7 @@ def _run_blocks(
     inputs = states()
     for samples in inputs.hidden.batches:
         embedded = trunk.embed(tokens[samples])
-        for stream in inputs.files.values():
+        for stream in inputs.streams.values():
             stream.write(samples, embedded)
     for index, module in enumerate(blocks.modules):
         block = copy.deepcopy(module).cpu().float()

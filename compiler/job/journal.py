@@ -145,12 +145,6 @@ class Journal:
             )
         return path
 
-    def discard_except(self, keep: set[str]) -> None:
-        """Delete data files that no finished step needs any more."""
-        for path in self.folder.iterdir():
-            if path.name not in keep and path.name not in (_NAME, "lock"):
-                path.unlink()
-
     def remove(self) -> None:
         """Delete the working folder; the run is over."""
         shutil.rmtree(self.folder)

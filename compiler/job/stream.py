@@ -179,7 +179,7 @@ class BlockStream:
         states = self._states(0, (*self.tokens.shape, width))
         for samples in states.hidden.batches:
             embedded = trunk.embed(self.tokens[samples])
-            for stream in states.files.values():
+            for stream in states.streams.values():
                 stream.write(samples, embedded)
         self._seal("embedded", -1, states)
         return states
@@ -200,7 +200,7 @@ class BlockStream:
 
     def _seal(self, event: str, block: int, states: States | None) -> None:
         streams = {}
-        for name, stream in states.files.items() if states else ():
+        for name, stream in states.streams.items() if states else ():
             assert stream.path is not None
             streams[name] = {"file": stream.path.name, "sha256": stream.seal(), "shape": list(stream.shape)}
         self.journal.append({"event": event, "block": block, "streams": streams})
@@ -252,8 +252,8 @@ class BlockStream:
         self.meter.take(-taken)
         self._seal("block", index, None if unused else outputs)
         for stream in [
-            *(inputs.files.values() if inputs else ()),
-            *(outputs.files.values() if unused and outputs else ()),
+            *(inputs.streams.values() if inputs else ()),
+            *(outputs.streams.values() if unused and outputs else ()),
         ]:
             if stream.path is not None:
                 stream.path.unlink()
@@ -308,8 +308,7 @@ class BlockStream:
         plain = {name: load() for name, load in self.plain().items()}
         result = finetune(self.network, weights, plain, self.tokens, self.finetune, self.sink.message)
         release(self.network)
-        kept = result if result.weights else TuneResult(weights, plain, result.before, result.after)
-        self._save_tuned("finetuned", -1, "", kept)
+        self._save_tuned("finetuned", -1, "", result)
 
     def _saver(self, index: int, interrupt: Interrupt) -> Callable[[Group], None]:
         """Saves a finished group, reports it, and stops the run when that was asked for."""

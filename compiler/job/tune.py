@@ -9,9 +9,9 @@ float blocks, so that it also makes up for what those got wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,12 @@ _TINY = 1e-12
 @dataclass(frozen=True)
 class TuneResult:
     """What tuning changed: weights by module path, other tensors by name in the block; `before` and `after`: mean
-    squared error relative to the target, per token. Nothing changed when it would not have helped."""
+    squared error relative to the target, per token. What was given comes back when training would not have helped."""
 
-    weights: Mapping[str, QWeight] = field(default_factory=dict)
-    plain: Mapping[str, Tensor] = field(default_factory=dict)
-    before: float = 0.0
-    after: float = 0.0
+    weights: Mapping[str, QWeight]
+    plain: Mapping[str, Tensor]
+    before: float
+    after: float
 
 
 def tune_block(
@@ -61,14 +61,13 @@ def tune_block(
         optimizer = Optimizer([*_sides(parts.values()), *norms.values()], tuning, _steps(inputs, tuning))
         for _ in range(tuning.epochs):
             for samples in _batches(inputs.shape[0], tuning.batch):
-                loss = _loss(call(block, inputs.read(samples)), targets.read(samples))
-                optimizer.step(loss)
+                optimizer.step([_loss(call(block, inputs.read(samples)), targets.read(samples))])
         after = _probe(block, call, inputs, targets, probe)
     plain = {name: p.detach().clone() for name, p in norms.items()}
     for name, p in norms.items():
         p.requires_grad_(False).copy_(kept[name])
     if not after < before:
-        return TuneResult(before=before, after=before)
+        return TuneResult({path: q for path, (_, q) in linears.items()}, {}, before, before)
     return TuneResult({path: part.result() for path, part in parts.items()}, plain, before, after)
 
 
@@ -83,32 +82,22 @@ class Optimizer:
         self._adam = torch.optim.Adam([{"params": [p]} for p in parameters], betas=(0.9, 0.99), eps=1e-12)
         self._done, self._steps = 0, steps
 
-    def accumulate(self, loss: Callable[[Tensor], Tensor], rows: Tensor) -> float:
-        """One update against the mean loss of `rows`, one after the other; returns that mean. A step with a loss or
-        gradient that is not finite is skipped."""
+    def step(self, losses: Iterable[Tensor]) -> float:
+        """One update against the sum of `losses`, which is returned. They are computed and differentiated one after
+        the other, so that one graph exists at a time. A step with a loss or gradient that is not finite is skipped."""
         self._adam.zero_grad(set_to_none=True)
         total = 0.0
-        for row in rows:
-            part = loss(row) / len(rows)
-            part.backward()
-            total += float(part.detach())
-        self._update(math.isfinite(total))
-        return total
-
-    def step(self, loss: Tensor) -> None:
-        """One update against `loss`."""
-        self._adam.zero_grad(set_to_none=True)
-        loss.backward()
-        self._update(bool(loss.isfinite()))
-
-    def _update(self, finite: bool) -> None:
+        for loss in losses:
+            loss.backward()
+            total += float(loss.detach())
         grads = [p.grad for group in self._adam.param_groups for p in group["params"] if p.grad is not None]
         decay = 0.5 * (1 + math.cos(math.pi * self._done / self._steps))
         self._done += 1
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * decay
-        if finite and all(bool(g.isfinite().all()) for g in grads):
+        if math.isfinite(total) and all(bool(g.isfinite().all()) for g in grads):
             self._adam.step()
+        return total
 
 
 def _rms(parameter: Tensor) -> float:

@@ -124,6 +124,13 @@ class VectorFormat(WeightFormat):
                 where=where,
                 hint="change the number of column groups or of outliers",
             )
+        if self.ordered and k > 2**16:
+            raise FormatError(
+                "LB0213",
+                f"{self} stores an order of columns in 16 bits, which {k} input columns do not fit",
+                where=where,
+                hint="use one column group and no outliers",
+            )
         if self.dim > n:
             raise FormatError("LB0213", f"vectors of {self.dim} are longer than the {n} output rows", where=where)
 

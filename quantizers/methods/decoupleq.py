@@ -48,10 +48,6 @@ class Incumbent:
     errors: Tensor = field(init=False)
     trace: list[Tensor] = field(init=False)
 
-    @classmethod
-    def effort(cls, fmt: WeightFormat) -> float:
-        return 5.0
-
     def __post_init__(self) -> None:
         self.errors = self.losses(self.grid, self.codes)
         self.trace = [self.errors]
@@ -119,7 +115,7 @@ class DecoupleQ(Method):
         fmt = self._offsets_or_symmetric(scalar_only(fmt, self.name))
         fmt.check(weight.shape[0], weight.shape[1], "weight")
         plain = self._allowed(search_grid(weight, fmt, signed=True)).encode(weight)
-        prepared = self._prepared(stats) if stats is not None else None
+        prepared = prepare(stats, self.damping, self.act_order) if stats is not None else None
         if prepared is None:
             why = "no calibration statistics" if stats is None else "the Hessian is zero or not finite"
             error = proxy_error(weight, plain.dequantize(), None)
@@ -135,14 +131,6 @@ class DecoupleQ(Method):
                 hint=f"use an offset: {str(fmt).replace('.asym', '.fz')}",
             )
         return fmt
-
-    def _prepared(self, stats: LayerStats) -> Prepared | None:
-        """The factored Hessian, kept with the statistics (the same one as GPTQ's)."""
-        key = ("gptq", self.damping, self.act_order)
-        if key not in stats.derived:
-            stats.derived[key] = prepare(stats, self.damping, self.act_order)
-        found: Prepared | None = stats.derived[key]
-        return found
 
     def solve(self, weight: Tensor, fmt: Format, prepared: Prepared) -> Incumbent:
         """Grid and codes of [N, K] under the damped Hessian, with the trace of losses that led there."""

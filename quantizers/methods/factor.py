@@ -33,10 +33,19 @@ class Prepared:
 def prepare(stats: LayerStats, damping: float, act_order: bool) -> Prepared | None:
     """A damped copy of the Hessian and the factor of its inverse; None when it holds no usable information.
 
-    The copy is made symmetric and scaled to a mean diagonal of one; the caller's matrix is never written to. Dead
-    columns (inputs that were always zero) are cut loose from the others, so that their weights are simply rounded.
-    `order` sorts columns by importance when `act_order` is set.
+    Kept with the statistics, so that sibling layers (q, k, v) and all methods factor a Hessian once. The copy is made
+    symmetric and scaled to a mean diagonal of one; the caller's matrix is never written to. Dead columns (inputs that
+    were always zero) are cut loose from the others, so that their weights are simply rounded. `order` sorts columns by
+    importance when `act_order` is set.
     """
+    key = ("prepared", damping, act_order)
+    if key not in stats.derived:
+        stats.derived[key] = _prepare(stats, damping, act_order)
+    found: Prepared | None = stats.derived[key]
+    return found
+
+
+def _prepare(stats: LayerStats, damping: float, act_order: bool) -> Prepared | None:
     hessian = stats.hessian.double()
     hessian = (hessian + hessian.T).div_(2)  # a new matrix, worked on in place from here on: these are large
     mean = hessian.diagonal().clamp(min=0).mean()

@@ -77,7 +77,7 @@ class Gptq(Method):
         fmt = scalar_only(fmt, self.name)
         fmt.check(weight.shape[0], weight.shape[1], "weight")
         rtn = Rtn(self.clip_search, self.signed_scale)
-        prepared = self._prepared(stats) if stats is not None else None
+        prepared = prepare(stats, self.damping, self.act_order) if stats is not None else None
         if prepared is None:
             plain = rtn.quantize(weight, fmt, None)
             why = "no calibration statistics" if stats is None else "the Hessian is zero or not finite"
@@ -85,14 +85,6 @@ class Gptq(Method):
         grid, codes = self._solve(weight, fmt, prepared)
         baseline = rtn.round(weight, fmt)
         return keep_better(weight, grid.qtensor(codes), baseline, prepared)
-
-    def _prepared(self, stats: LayerStats) -> Prepared | None:
-        """The factored Hessian, kept with the statistics: sibling layers (q, k, v) use the same one."""
-        key = ("gptq", self.damping, self.act_order)
-        if key not in stats.derived:
-            stats.derived[key] = prepare(stats, self.damping, self.act_order)
-        found: Prepared | None = stats.derived[key]
-        return found
 
     def _solve(self, weight: Tensor, fmt: Format, prepared: Prepared) -> tuple[Grid, Tensor]:
         """Grid and codes: the column loop, then refinement under the damped Hessian."""

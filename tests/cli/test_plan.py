@@ -49,6 +49,18 @@ def test_more_calibration_takes_longer(tiny: Path) -> None:
     assert many["peak_memory_bytes"] > few["peak_memory_bytes"]
 
 
+def test_training_takes_longer_and_fine_tuning_more_memory(tiny: Path) -> None:
+    calibration = ("--samples", 100_000)
+    plans = [
+        invoke_json("plan", tiny, "--scheme", "w2-decoupleq", "--format", "int2.g32.fz", *calibration, *training)
+        for training in (("--tune", 0), ("--tune", 4), ("--tune", 4, "--finetune", 2))
+    ]
+    times = [plan["seconds"]["likely"] for plan in plans]
+    assert times[0] < times[1] < times[2]
+    assert plans[0]["peak_memory_bytes"] == plans[1]["peak_memory_bytes"] < plans[2]["peak_memory_bytes"]
+    assert "tune" not in plans[0]["scheme"]
+
+
 def test_a_group_wider_than_a_layer_is_impossible(tiny: Path) -> None:
     plan = invoke_json("plan", tiny, "--format", "int4.g512.sym", exit_code=3)
     assert plan["possible"] is False

@@ -17,7 +17,7 @@ from lowbit.compiler.errors import RunError
 from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import VectorFormat, WeightFormat
 from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error
-from lowbit.quantizers.methods.factor import Prepared, prepare
+from lowbit.quantizers.methods.factor import prepare
 from lowbit.quantizers.methods.vptq.solver import Settings, Solver, Weighting
 
 __all__ = ["Vptq"]
@@ -76,7 +76,7 @@ class Vptq(Method):
             raise RunError("LB0515", f"vptq cannot produce {fmt}", hint=hint)
         check_finite(weight)
         fmt.check(weight.shape[0], weight.shape[1], "weight")
-        prepared = self._prepared(stats) if stats is not None else None
+        prepared = prepare(stats, self.damping, act_order=True) if stats is not None else None
         solver = Solver(self._settings(), weight, fmt, prepared)
         plain = solver.plain()
         baseline = solver.stored(plain)
@@ -93,11 +93,3 @@ class Vptq(Method):
     def _settings(self) -> Settings:
         numbers = (self.block, self.iterations, self.tolerance, self.seed, self.sample)
         return Settings(*numbers, self.weighting, self.restarts, self.refit, self.beam)  # type: ignore[arg-type]
-
-    def _prepared(self, stats: LayerStats) -> Prepared | None:
-        """The factored Hessian, kept with the statistics: sibling layers (q, k, v) use the same one."""
-        key = ("vptq", self.damping)
-        if key not in stats.derived:
-            stats.derived[key] = prepare(stats, self.damping, True)
-        found: Prepared | None = stats.derived[key]
-        return found

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "FinetuneOption",
     "FormatOption",
     "LengthOption",
     "MethodOption",
@@ -14,8 +15,16 @@ __all__ = [
     "SamplesOption",
     "SchemeOption",
     "Sequential",
+    "TuneOption",
 ]
 
+TuneOption = Annotated[
+    int | None, typer.Option("--tune", min=0, help="Passes of training scales, codebooks and norms block by block.")
+]
+FinetuneOption = Annotated[
+    int | None,
+    typer.Option("--finetune", min=0, help="Passes of training them together; needs the whole model in memory."),
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file or a hub id.")]
 SchemeOption = Annotated[str, typer.Option("--scheme", "-s", help="A preset (`quantize schemes`) or a .toml file.")]
 FormatOption = Annotated[str | None, typer.Option("--format", "-f", help="Weight format, such as int4.g64.sym.")]

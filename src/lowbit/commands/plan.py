@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.commands._options import (
+    FinetuneOption,
     FormatOption,
     LengthOption,
     MethodOption,
@@ -15,6 +16,7 @@ from lowbit.commands._options import (
     SamplesOption,
     SchemeOption,
     Sequential,
+    TuneOption,
 )
 from lowbit.commands._output import JsonFlag, print_fields, print_json, print_table, quiet_stdout, size
 
@@ -32,6 +34,8 @@ def plan(
     samples: SamplesOption = 128,
     length: LengthOption = 512,
     sequential: Sequential = True,
+    tune: TuneOption = None,
+    finetune: FinetuneOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the result would go (its disk is checked).")] = Path(),
     layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
     json_output: JsonFlag = False,
@@ -43,7 +47,7 @@ def plan(
     from lowbit.quantizers.scheme import load_scheme
 
     with quiet_stdout(json_output):
-        chosen = load_scheme(scheme, format=format, method=method)
+        chosen = load_scheme(scheme, format=format, method=method, tune=tune, finetune=finetune)
         make_method(chosen.method, chosen.options)  # refuses unknown methods and options
         found = make_plan(
             open_model(model), chosen, name=model, samples=samples, length=length, sequential=sequential, out=out

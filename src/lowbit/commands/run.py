@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.commands._options import (
+    FinetuneOption,
     FormatOption,
     LengthOption,
     MethodOption,
@@ -15,6 +16,7 @@ from lowbit.commands._options import (
     SamplesOption,
     SchemeOption,
     Sequential,
+    TuneOption,
 )
 from lowbit.commands._output import JsonFlag, print_fields, print_json, quiet_stdout, size
 from lowbit.commands._progress import make_sink
@@ -34,13 +36,8 @@ def run(
     samples: SamplesOption = 128,
     length: LengthOption = 512,
     sequential: Sequential = True,
-    tune: Annotated[
-        int | None, typer.Option("--tune", min=0, help="Passes of training scales, codebooks and norms block by block.")
-    ] = None,
-    finetune: Annotated[
-        int | None,
-        typer.Option("--finetune", min=0, help="Passes of training them together; needs the whole model in memory."),
-    ] = None,
+    tune: TuneOption = None,
+    finetune: FinetuneOption = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes that quantize matrices side by side.")
     ] = None,

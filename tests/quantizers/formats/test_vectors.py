@@ -141,6 +141,20 @@ def test_tensors_that_lie_are_refused() -> None:
         from_stored(q.fmt, N, K, {**tensors, "outlier_indices": tensors["outlier_indices"] + 256})
 
 
+def test_an_order_of_more_columns_than_16_bits_count_is_refused() -> None:
+    parse_format("vq.d4.k256").check(8, 70000, "layer")
+    with pytest.raises(FormatError, match=r"LB0213 layer.*16 bits"):
+        parse_format("vq.d4.k256.c2").check(8, 70000, "layer")
+
+
+def test_scales_that_are_not_numbers_are_refused() -> None:
+    q = random_weight(parse_format("mxfp4"), 4, 64, torch.Generator().manual_seed(0))
+    scale = stored(q)["weight_scale"].view(torch.uint8).clone()
+    scale[1, 0] = 255
+    with pytest.raises(FormatError, match="LB0227"):
+        from_stored(q.fmt, 4, 64, {**stored(q), "weight_scale": scale.view(torch.float8_e8m0fnu)})
+
+
 @pytest.mark.parametrize("text", ["vq.d4.k256.c5", "vq.d16.k256", "vq.d4.k16.o62v4k16"])
 def test_shapes_that_do_not_fit_are_refused(text: str) -> None:
     with pytest.raises(FormatError, match="LB0213"):
