@@ -3,7 +3,8 @@
     python bench/schemes.py MODEL --test TEXT --calib TEXT --runs int2.g64.asym:gptq vq.d4.k256:vptq --tune 2
 
 Every stage is measured on the same windows, with true bits per weight (codes, scales, codebooks, padding), minutes and
-the process's peak memory. Statistics come from the float model, so methods are compared on equal terms.
+the process's peak memory. Statistics come from the float model, so methods are compared on equal terms; with --share
+they are computed once for all runs (codes only), and each run's minutes are those of its own method.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from lowbit.compiler.job.layers import peak_rss, versions
 from lowbit.compiler.job.workers import default_workers
 from lowbit.quantizers.calibration import calibration_tokens
 from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.methods import make_method, quantize_weight
 from lowbit.quantizers.scheme import Scheme, Tuning
 from lowbit.quantizers.weights import QWeight
 
-from quality import load, perplexity  # isort: skip  (a neighbour in this folder)
+from quality import load, perplexity, statistics  # isort: skip  (a neighbour in this folder)
 
 
 class Say:
@@ -111,6 +113,31 @@ def stages(
         yield from _finetuned(model, result, more, args)
 
 
+def shared(
+    model: nn.Module, runs: Sequence[str], tokens: Tensor, args: argparse.Namespace
+) -> Iterator[tuple[str, str, float, Choice]]:
+    """(run, stage, seconds, result): the codes of all runs from one pass over the calibration tokens."""
+    plans = {run: (parse_format(run.split(":")[0]), make_method(run.split(":")[1], {})) for run in runs}
+    chosen: dict[str, dict[str, QWeight]] = {run: {} for run in runs}
+    seconds = dict.fromkeys(runs, 0.0)
+    for number, block in enumerate(statistics(model, tokens, [tokens.shape[0]])):
+        for path, by_size in block.items():
+            weight = model.get_submodule(path).weight
+            assert isinstance(weight, Tensor)
+            for run, (fmt, method) in plans.items():
+                started = time.monotonic()
+                found = quantize_weight(method, weight.detach(), fmt, by_size[tokens.shape[0]])
+                seconds[run] += time.monotonic() - started
+                chosen[run][path] = found.qtensor
+        print(f"block {number} done", flush=True)
+    if args.keep:
+        for run, weights in chosen.items():
+            save_qtensors(Path(args.keep) / f"{run.replace(':', '_')}.safetensors", weights)
+    for run, weights in chosen.items():
+        layers = {path: (q, known_entry(path, q)) for path, q in weights.items()}
+        yield run, "codes", seconds[run], Choice(layers)
+
+
 def kept_choice(file: Path) -> Choice:
     """What an earlier call kept."""
     with safe_open(file, framework="pt") as f:
@@ -153,6 +180,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--share", action="store_true", help="one pass of calibration for all runs; codes only")
     parser.add_argument("--keep", help="folder in which codes are kept between calls")
     parser.add_argument("--json", type=Path, help="file the results are added to")
     args = parser.parse_args()
@@ -163,25 +191,28 @@ def main() -> None:
     windows = ids[: args.windows * args.length].reshape(args.windows, args.length)
     tokens = calibration_tokens(tokenizer, args.calib, args.samples, args.calib_length, 0)
     more = calibration_tokens(tokenizer, args.calib, args.finetune_samples or args.samples, args.calib_length, 1)
-    for run in args.runs:
-        for stage, seconds, result in stages(model, run, tokens, more, args):
-            weights = {path: q for path, (q, _) in result.layers.items()}
-            row = {
-                "run": run,
-                "stage": stage,
-                "bits_per_weight": round(bits(weights), 4),
-                "perplexity": quality(model, weights, result.plain, windows),
-                "minutes": round(seconds / 60, 1),
-                "peak_memory_bytes": peak_rss(),
-                "settings": {
-                    k: v for k, v in vars(args).items() if k not in ("model", "test", "calib", "json", "runs", "keep")
-                },
-            }
-            print(row, flush=True)
-            if args.json:
-                rows = json.loads(args.json.read_text())["results"] if args.json.exists() else []
-                document = {"versions": versions(), "results": [*rows, row]}
-                args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if args.share:
+        measured = shared(model, args.runs, tokens, args)
+    else:
+        measured = ((run, *stage) for run in args.runs for stage in stages(model, run, tokens, more, args))
+    for run, stage, seconds, result in measured:
+        weights = {path: q for path, (q, _) in result.layers.items()}
+        row = {
+            "run": run,
+            "stage": stage,
+            "bits_per_weight": round(bits(weights), 4),
+            "perplexity": quality(model, weights, result.plain, windows),
+            "minutes": round(seconds / 60, 1),
+            "peak_memory_bytes": peak_rss(),
+            "settings": {
+                k: v for k, v in vars(args).items() if k not in ("model", "test", "calib", "json", "runs", "keep")
+            },
+        }
+        print(row, flush=True)
+        if args.json:
+            rows = json.loads(args.json.read_text())["results"] if args.json.exists() else []
+            document = {"versions": versions(), "results": [*rows, row]}
+            args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from lowbit.compiler.errors import FormatError
+from lowbit.quantizers.formats.activation import ActivationFormat, parse_activation
 from lowbit.quantizers.formats.base import (
     K_ALIGN,
     SCALE_DTYPES,
@@ -35,6 +36,7 @@ __all__ = [
     "K_ALIGN",
     "SCALE_DTYPES",
     "WIDE_DTYPES",
+    "ActivationFormat",
     "ChoiceFormat",
     "Element",
     "ElementFamily",
@@ -49,6 +51,7 @@ __all__ = [
     "WeightFormat",
     "catalog",
     "exact_integers",
+    "parse_activation",
     "parse_format",
     "register_element",
     "scalar_format",

@@ -1,0 +1,98 @@
+"""Activation formats: text, scales, rounding and saturation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.compiler.errors import FormatError
+from lowbit.quantizers.formats import parse_activation
+
+TEXTS = [
+    "int8.token",
+    "int8.g64",
+    "int4.g64.w2",
+    "int4.token.c90",
+    "int2.g32",
+    "e4m3.token",
+    "e2m1.g16",
+    "int8.g64.static",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_round_trips(text: str) -> None:
+    assert str(parse_activation(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("int8", "token"),
+        ("int8.token.g64", "token"),
+        ("float8.token", "float8"),
+        ("int4.token.w2", "wide"),
+        ("e4m3.g64.w2", "wide"),
+        ("int8.g64.g64", "twice"),
+        ("int8.token.c0", "c0"),
+        ("int8.token.c101", "needed"),
+        ("int1.token", "one bit"),
+        ("int9.token", "int9"),
+    ],
+)
+def test_text_that_means_nothing(text: str, why: str) -> None:
+    with pytest.raises(FormatError, match="LB0240") as found:
+        parse_activation(text)
+    assert why in str(found.value)
+
+
+@pytest.mark.parametrize("k", [64, 100, 576])
+@pytest.mark.parametrize("text", [t for t in TEXTS if not t.endswith("static")])
+def test_rounding_is_to_the_nearest_level(text: str, k: int) -> None:
+    fmt, x = parse_activation(text), torch.randn(5, k, generator=torch.Generator().manual_seed(k)) * 3
+    levels, scales = fmt.round(x)
+    assert levels.shape == x.shape
+    assert scales.shape == (5, fmt.groups(k))
+    tops = fmt.tops(k).repeat_interleave(fmt.group_size(k))[:k]
+    assert (levels <= tops).all()
+    assert (levels >= -tops - int(fmt.integer)).all()
+    steps = scales.repeat_interleave(fmt.group_size(k), 1)[:, :k]
+    if not fmt.integer:
+        table = fmt.element.levels()
+        table = table[table.isfinite()]
+        assert torch.allclose((levels - x / steps).abs(), (table[:, None, None] - x / steps).abs().amin(0), atol=1e-5)
+        return
+    inside = x.abs() <= tops * steps * 1.000001
+    assert torch.equal(levels, levels.round())
+    assert ((levels * steps - x).abs() <= 0.5001 * steps)[inside].all()
+    assert inside.all() or fmt.clip < 1
+
+
+def test_the_largest_magnitude_is_the_largest_level_of_its_group() -> None:
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+    levels, _ = parse_activation("int4.g64.w2").round(x)
+    assert levels.unflatten(1, (4, 64)).abs().amax(-1).tolist() == [[127, 127, 7, 7]] * 3
+
+
+def test_zeros_stay_zero_and_nan_spreads_over_its_group_only() -> None:
+    fmt, x = parse_activation("int8.g32"), torch.ones(1, 96)
+    x[0, :32], x[0, 40] = 0, torch.inf
+    y = fmt.apply(x)
+    assert torch.equal(y[0, :32], torch.zeros(32))
+    assert y[0, 32:64].isnan().all()
+    assert torch.allclose(y[0, 64:], torch.ones(32))
+
+
+def test_static_scales_saturate() -> None:
+    fmt = parse_activation("int8.g32.static")
+    with pytest.raises(FormatError, match="LB0241"):
+        fmt.round(torch.ones(1, 64))
+    levels, _ = fmt.round(torch.tensor([[300.0, -300.0, 1.5, 2.5] * 16]), torch.tensor([1.0, 2.0]))
+    assert levels[0, :4].tolist() == [127, -128, 2, 2]
+    assert levels[0, 32:36].tolist() == [127, -128, 1, 1]
+
+
+def test_bits_count_scales_and_wide_groups() -> None:
+    assert parse_activation("int8.token").bits_per_value(64) == 8.5
+    assert parse_activation("int4.g64.w1").bits_per_value(128) == 6.5
+    assert parse_activation("int4.g64.static").bits_per_value(128) == 4
