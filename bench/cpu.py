@@ -1,4 +1,4 @@
-"""CPU kernels side by side with torch, interleaved in one process, cold weights.
+"""CPU kernels side by side with torch and llama.cpp, interleaved in one process, cold weights.
 
 Every kernel of one shape is visited in turn, and every visit uses the next of several copies of its weights, so that
 weights come from memory as they do in a model. One thread is timed with the thread's CPU clock, several with the wall
@@ -7,6 +7,12 @@ mean that lowbit is faster. Rows of several threads are marked `contended` when 
 slowly than one thread's CPU clock says it can: other processes held the cores, and the row says little.
 
     python bench/cpu.py --quick --json bench/results/cpu.json
+    python bench/cpu.py --formats int8.ch.sym int4.g128.sym --activations int8.token --tokens 1 16 512 \
+        --json bench/results/cpu_int8.json
+
+With `--activations`, kernels whose activations are rounded to these formats are added, and torch's own int8 product
+`torch._int_mm` beside them, its rounding of x to int8 included, as they include theirs. llama.cpp's kernels take part
+where its libraries are found (see `ggml_peer.py`); otherwise a line says so.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ggml_peer import TYPES, Ggml, find_libraries
 
 from lowbit.codegen.cpp.assemble import ISA_FLAGS
 from lowbit.codegen.cpp.backend import CppBackend
@@ -86,9 +93,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--shape", nargs=2, type=int, action="append", metavar=("N", "K"), help="instead of the usual")
     parser.add_argument("--formats", nargs="*", help="instead of the usual")
+    parser.add_argument("--activations", nargs="*", default=[], help="formats of rounded activations to add")
     parser.add_argument("--tokens", type=int, nargs="*", metavar="M", help="instead of the usual")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--ggml", nargs="*", choices=sorted(TYPES), help="llama.cpp's types; none: leave it out")
     options = parser.parse_args()
+    ggml, kinds = open_ggml(options.ggml)
     shapes = [(4096, 4096)] if options.quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
     shapes = [(n, k) for n, k in options.shape] if options.shape else shapes
     formats = ["int4.g128.asym", "int4.g128.sym", "int8.ch.sym", "int2.g64.asym", "int3.g128.asym", "int2.g64.fz"]
@@ -100,33 +110,62 @@ def main() -> None:
     print("read bandwidth GB/s:", {t: round(b, 1) for t, b in bandwidth.items()})
     for n, k in shapes:
         for m in tokens:
-            if m == 512 and (n, k) != (4096, 4096):
+            if m == 512 and (n, k) != (4096, 4096) and not options.activations:
                 continue
-            rows += measure(formats, n, k, m, bandwidth, options.quick)
+            rows += measure(formats, options.activations, n, k, m, bandwidth, options.quick, ggml, kinds)
+            if options.json:  # after every shape: a run on a busy machine is long
+                save(options.json, rows, bandwidth, ggml)
+
+
+def save(path: Path, rows: list[dict[str, Any]], bandwidth: dict[int, float], ggml: Ggml | None) -> None:
+    """Write the rows so far, and where they were measured."""
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "compiler": BACKEND.toolchain()}
     result = {
         "machine": machine(bandwidth),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "compiler": BACKEND.toolchain()},
+        "versions": versions | ({"ggml": ggml.version} if ggml else {}),
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "kernels": rows,
     }
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def open_ggml(kinds: list[str] | None) -> tuple[Ggml | None, list[str]]:
+    """llama.cpp's library, if it is there and wanted, and the types to measure."""
+    folder = find_libraries()
+    if folder is None and kinds:
+        sys.exit("--ggml needs llama-cpp-python, or LOWBIT_GGML naming the folder of its libraries")
+    if folder is None or kinds == []:
+        print("llama.cpp is left out" + ("" if folder else ": no llama-cpp-python here, and LOWBIT_GGML is not set"))
+        return None, []
+    return Ggml(folder), kinds or list(TYPES)
 
 
 def measure(
-    formats: list[str], n: int, k: int, m: int, bandwidth: dict[int, float], quick: bool
+    formats: list[str],
+    activations: list[str],
+    n: int,
+    k: int,
+    m: int,
+    bandwidth: dict[int, float],
+    quick: bool,
+    ggml: Ggml | None,
+    kinds: list[str],
 ) -> list[dict[str, Any]]:
     """Rows of one shape and token count at every thread count, printed as they come."""
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).bfloat16()
-    kernels = [ours(fmt, compute, n, k, m, x) for fmt in formats for compute in computes(fmt)]
-    kernels += torch_kernels(n, k, m, x)
-    reps = (5 if quick else 9) if m >= 64 else (20 if quick else 40)
+    kernels = [ours(fmt, compute, n, k, m, x) for fmt in formats for compute in computes(fmt, bool(activations))]
+    kernels += [ours(fmt, "int8", n, k, m, x, a) for a in activations for fmt in formats]
+    kernels += torch_kernels(n, k, m, x) + ([torch_int8(n, k, m, x)] if activations else [])
+    kernels += ggml_kernels(ggml, kinds, n, x) if ggml else []
+    reps = (5 if quick or n * k > 2**25 else 9) if m >= 64 else (20 if quick else 40)
     rows = []
     alone = bandwidth.get(1, 0.0)
     for threads, roof in bandwidth.items():
         torch.set_num_threads(threads)
+        if ggml:
+            ggml.set_threads(threads)
         times = interleaved([t.call for t in kernels], reps, threads)
         peers = {t.label["format"]: typical_us(us, threads) for t, us in zip(kernels, times, strict=True)}
         for timed, us in zip(kernels, times, strict=True):
@@ -157,14 +196,18 @@ def row(timed: Timed, us: list[float], where: dict[str, Any], roof: float, peers
         "vs_torch_f32": round(peers["torch f32"] / typical, 2),
         "vs_torch_int4pack": round(peers["torch int4pack.g128"] / typical, 2),
     }
+    if "torch int8" in peers:
+        found["vs_torch_int8"] = round(peers["torch int8"] / typical, 2)
+    theirs = {name.removeprefix("ggml "): us for name, us in peers.items() if name.startswith("ggml ")}
     shape = f"M={where['M']:<4d} {where['N']}x{where['K']} {where['threads']}t"
-    ratios = "  ".join(f"x{found['vs_torch_' + peer]:<5.2f} {peer}" for peer in ("bf16", "f32", "int4pack"))
+    ratios = "  ".join(f"x{v:<5.2f} {peer.removeprefix('vs_torch_')}" for peer, v in found.items() if "vs_" in peer)
+    kind = found.get("activation") or found["compute"]
     print(
-        f"{found['format']:19s} {found['compute']:6s} {shape} {median:10.1f} us (p5 {best:10.1f}) "
+        f"{found['format']:19s} {kind:11s} {shape} {median:10.1f} us (p5 {best:10.1f}) "
         f"{found['share_of_read_bandwidth']:5.2f} of bandwidth {found['gops']:6.1f} GOP/s  {ratios}",
         flush=True,
     )
-    return found
+    return found | ({"vs_ggml": {name: round(us / typical, 2) for name, us in theirs.items()}} if theirs else {})
 
 
 def low(us: list[float]) -> float:
@@ -178,15 +221,17 @@ def typical_us(us: list[float], threads: int) -> float:
     return statistics.median(us) if threads == 1 else low(us)
 
 
-def computes(fmt: str) -> tuple[str, ...]:
-    """Kinds of products to measure: integers where the format has them."""
-    return ("float",) if exact_integers(parse_format(fmt)) is None else ("int16", "int8")
+def computes(fmt: str, rounded: bool = False) -> tuple[str, ...]:
+    """Kinds of products to measure: integers where the format has them; without the short cut of int8 digits where
+    kernels with activations that are meant to be int8 are measured."""
+    integers = ("int16",) if rounded else ("int16", "int8")
+    return ("float",) if exact_integers(parse_format(fmt)) is None else integers
 
 
-def ours(fmt: str, compute: str, n: int, k: int, m: int, x: torch.Tensor) -> Timed:
+def ours(fmt: str, compute: str, n: int, k: int, m: int, x: torch.Tensor, activation: str = "") -> Timed:
     """The backend's first choice for the shape."""
     layout = str(LAYOUTS[BACKEND.layout_of(parse_format(fmt))])
-    spec = KernelSpec((n,), k, fmt, layout, compute, x_dtype="bf16", out_dtype="bf16")  # type: ignore[arg-type]
+    spec = KernelSpec((n,), k, fmt, layout, compute, "bf16", "bf16", activation=activation)  # type: ignore[arg-type]
     target = host_target()
     schedule = next(iter(BACKEND.schedules(spec, target, m)))
     with tempfile.TemporaryDirectory() as folder:
@@ -202,6 +247,7 @@ def ours(fmt: str, compute: str, n: int, k: int, m: int, x: torch.Tensor) -> Tim
         launch(x, copies[turn[0] % len(copies)], None, None, out)
 
     label = {"format": fmt, "compute": compute, "schedule": schedule.to_dict()}
+    label |= {"activation": activation} if activation else {}
     return Timed(label, call, weight.nbytes())
 
 
@@ -225,6 +271,34 @@ def torch_kernels(n: int, k: int, m: int, x: torch.Tensor) -> list[Timed]:
     copies = [(packed.clone(), 128, side.clone()) for _ in range(COLD_BYTES // size + 1)]
     call = rotate(torch.ops.aten._weight_int4pack_mm_for_cpu, x, copies)
     found.append(Timed({"format": "torch int4pack.g128", "compute": "bf16"}, call, size))
+    return found
+
+
+def torch_int8(n: int, k: int, m: int, x: torch.Tensor) -> Timed:
+    """x rounded to int8 by token, `torch._int_mm` with int8 weights, and both scales: what torch users write."""
+    copies = [torch.randint(-127, 128, (n, k), dtype=torch.int8).t() for _ in range(COLD_BYTES // (n * k) + 1)]
+    scale, turn = torch.rand(n).bfloat16(), [0]
+
+    def call() -> None:
+        turn[0] += 1
+        steps = x.abs().amax(1, keepdim=True) / 127
+        levels = (x / steps).round().to(torch.int8)
+        (torch._int_mm(levels, copies[turn[0] % len(copies)]) * steps.float() * scale).bfloat16()
+
+    return Timed({"format": "torch int8", "compute": "int8"}, call, n * k)
+
+
+def ggml_kernels(ggml: Ggml, kinds: list[str], n: int, x: torch.Tensor) -> list[Timed]:
+    """llama.cpp's: weights as they are, and where it can also rearranged for this machine (`repacked`). Activations are
+    rounded inside, to 8 bits in blocks."""
+    found, ggml_x = [], x.float().contiguous()
+    for kind in kinds:
+        for place, suffix in (("CPU", ""), ("CPU_REPACK", " repacked")):
+            if place in ggml.buffer_types and ggml.supports(kind, place, n, x.shape[1]):
+                size = n * ggml.row_bytes(kind, x.shape[1])
+                products = ggml.products(kind, place, ggml_x, n, max(2, COLD_BYTES // size + 1))
+                call = rotate(lambda _, run: run(), ggml_x, [(run,) for run in products])
+                found.append(Timed({"format": f"ggml {kind}{suffix}", "compute": "q8"}, call, size))
     return found
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lowbit.codegen import load_backend
 from lowbit.codegen.reference.backend import decode_weight
 from lowbit.codegen.spec import KernelSpec
-from lowbit.codegen.triton.backend import TritonBackend
 from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
 from lowbit.quantizers.formats import VectorFormat, parse_format, scalar_format
 from lowbit.quantizers.qtensor import PackedWeight
@@ -34,11 +34,12 @@ COLD_BYTES = 256 << 20  # all copies together; the H200's L2 has 60 MB
 
 @dataclass(frozen=True)
 class Problem:
-    """One matrix: format and [N, K]."""
+    """One matrix: format and [N, K]; and whose kernels multiply with it."""
 
     fmt: str
     n: int
     k: int
+    backend: str = "triton"
 
     def __str__(self) -> str:
         return f"{self.fmt}-{self.n}x{self.k}"
@@ -46,7 +47,7 @@ class Problem:
     @property
     def spec(self) -> KernelSpec:
         """bfloat16 in and out, no epilogue."""
-        layout = LAYOUTS[TritonBackend().layout_of(parse_format(self.fmt))]
+        layout = LAYOUTS[load_backend(self.backend).layout_of(parse_format(self.fmt))]
         return KernelSpec((self.n,), self.k, self.fmt, str(layout), "float", "bf16", "bf16")
 
     @property
@@ -61,11 +62,12 @@ class Problem:
         return self.n * self.k * spec.fmt.bits // 8 + side
 
 
-def problems() -> Iterator[Problem]:
-    """The grid, most wanted first: the first format on every shape, then the others."""
+def problems(backend: str = "triton") -> Iterator[Problem]:
+    """The grid, most wanted first: the first format on every shape, then the others that a backend serves."""
     for fmt in FORMATS:
         for n, k in SHAPES:
-            yield Problem(fmt, n, k)
+            if load_backend(backend).serves(parse_format(fmt)) is None:
+                yield Problem(fmt, n, k, backend)
 
 
 def random_weight(problem: Problem, seed: int = 0) -> PackedWeight:
@@ -76,47 +78,41 @@ def random_weight(problem: Problem, seed: int = 0) -> PackedWeight:
         packed = pack_weights([matrix], problem.spec.layout_)
         return replace(packed, tensors={name: t.to(DEVICE) for name, t in packed.tensors.items()})
     rng, n, k = torch.Generator(device=DEVICE).manual_seed(seed), problem.n, problem.k
-    scalar = scalar_format(problem.fmt)
+    scalar, layout = scalar_format(problem.fmt), problem.spec.layout_
     parts = {
         f"plane{i}": torch.randint(
             -(2**31), 2**31 - 1, (k * bits // 32 * n,), generator=rng, device=DEVICE, dtype=torch.int32
         )
         for i, bits in enumerate(plane_bits(scalar.bits))
     }
-    side = (scalar.granularity.groups(k), n)
+    groups, tile = scalar.granularity.groups(k), layout.row_tile
+    side = (groups, n) if tile == 1 else (n // tile, groups, tile)
     parts["scale"] = (torch.rand(side, generator=rng, device=DEVICE) * 0.02 + 0.001).to(scalar.scale_dtype)
     if scalar.zero:
         parts["zero"] = torch.randint(0, 2**scalar.bits, side, generator=rng, device=DEVICE, dtype=torch.uint8)
     if scalar.offset:
         parts["offset"] = (torch.randn(side, generator=rng, device=DEVICE) * 0.02).to(scalar.scale_dtype)
-    return PackedWeight(scalar, LAYOUTS["words"], (n,), k, parts)
+    return PackedWeight(scalar, layout, (n,), k, parts)
 
 
 def dequantize(weight: PackedWeight) -> torch.Tensor:
-    """float32 [N, K] on the weight's device, by the layout's definition: column k is in word k // (32 / w). Vector
-    formats by the reference."""
+    """float32 [N, K] on the weight's device, by the layout's own inverse. Vector formats by the reference."""
     device = next(iter(weight.tensors.values())).device
     if isinstance(weight.fmt, VectorFormat):
         return decode_weight(weight).to(device)
-    n, k, fmt = weight.n, weight.k, scalar_format(str(weight.fmt))
-    codes, low = torch.zeros((k, n), dtype=torch.int32, device=device), 0
-    for bits, plane in zip(plane_bits(fmt.bits), weight.planes, strict=True):
-        shifts = torch.arange(32 // bits, dtype=torch.int32, device=device) * bits
-        part = (plane.view(-1, 1, n) >> shifts.view(1, -1, 1)) & (2**bits - 1)
-        codes |= part.view(k, n) << low
-        low += bits
-    values = fmt.element.levels().to(device)[codes.long()]
+    n, k, fmt, layout = weight.n, weight.k, scalar_format(str(weight.fmt)), weight.layout
+    values = fmt.element.levels().to(device)[layout.unpack(list(weight.planes), fmt.bits, n, k).long()]
     size = fmt.granularity.group_size(k)
 
     def spread(side: torch.Tensor) -> torch.Tensor:
-        return side.float().repeat_interleave(size, dim=0)[:k]
+        return layout.unpack_side(side).float().repeat_interleave(size, dim=1)[:, :k]
 
     if weight.zero is not None:
         values -= spread(weight.zero)
     values *= spread(weight.scale)
     if weight.offset is not None:
         values += spread(weight.offset)
-    return values.t().contiguous()
+    return values
 
 
 def copies_of(weight: PackedWeight, nbytes: int) -> list[PackedWeight]:

@@ -1,6 +1,6 @@
 """GPU kernels: check, tune, compare with peers. One resumable run, in stages; see `gpu.sh`.
 
-    python bench/kernels.py --out DIR [--stage STAGE] [--seconds S]
+    python bench/kernels.py --out DIR [--backend cuda] [--stage STAGE] [--seconds S]
     python bench/kernels.py --dry-run [--arch sm_90]        # no GPU: the grid, and a few kernels compiled offline
 
 Every stage writes `DIR/<stage>.json` and is skipped when that file says it is complete; `tune` and `compare` save after
@@ -40,17 +40,33 @@ from kernel_cases import (
 )
 from kernel_peers import PEERS, prepare
 
-from lowbit.codegen.backend import Launcher
+from lowbit.codegen import load_backend
+from lowbit.codegen.backend import Backend, Launcher
+from lowbit.codegen.cuda.plan import Plan
+from lowbit.codegen.cuda.space import illegal as illegal_plan
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
-from lowbit.codegen.triton.backend import TritonBackend
-from lowbit.codegen.triton.space import illegal
+from lowbit.codegen.triton.space import illegal as illegal_triton
+from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.qtensor import PackedWeight
 
 STAGES = ("environment", "check", "tune", "compare")
 SHORTLIST = 12  # schedules measured for each (matrix, tokens)
-BACKEND = TritonBackend()
+CUDA_FEATURES = ("row_warps", "exact"), ("row_warps", "exact", "resident", "warps", "tile_k", "stages")
+TRITON_FEATURES = ("gemv", "swap"), ("gemv", "swap", "split_k", "warps")
+
+
+def backend_of(spec: KernelSpec) -> Backend:
+    """The backend whose layout the weights are in."""
+    return load_backend("cuda" if spec.layout_ == LAYOUTS["fragments"] else "triton")
+
+
+def illegal(spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
+    """Why a schedule cannot run, or None."""
+    if backend_of(spec).name == "cuda":
+        return illegal_plan(Plan(spec, schedule), target)
+    return illegal_triton(spec, schedule, target)
 
 
 class OutOfTime(Exception):
@@ -60,15 +76,17 @@ class OutOfTime(Exception):
 class Run:
     """A folder of results and a deadline."""
 
-    def __init__(self, out: Path, seconds: float, formats: Sequence[str] = ()) -> None:
+    def __init__(self, out: Path, seconds: float, formats: Sequence[str] = (), backend: str = "triton") -> None:
         self.out = out
         self.formats = formats
+        self.backend = backend
         self.deadline = time.monotonic() + seconds
         out.mkdir(parents=True, exist_ok=True)
 
     def problems(self) -> list[Problem]:
         """The grid, or its part in the formats asked for."""
-        return [p for p in problems() if not self.formats or p.fmt in self.formats]
+        grid = problems() if self.backend == "triton" else problems(self.backend)
+        return [p for p in grid if not self.formats or p.fmt in self.formats]
 
     def need(self, seconds: float) -> None:
         """Raise OutOfTime when less than `seconds` are left."""
@@ -126,9 +144,10 @@ def shortlist(spec: KernelSpec, target: Target, m: int, count: int = SHORTLIST) 
 
     The model cannot tell neighbours apart, so measuring only its favourites would measure one kernel many times.
     """
-    ranked = list(BACKEND.schedules(spec, target, m))
+    backend = backend_of(spec)
+    ranked = list(backend.schedules(spec, target, m))
     kept: list[Schedule] = []
-    for features in (("gemv", "swap"), ("gemv", "swap", "split_k", "warps")):
+    for features in CUDA_FEATURES if backend.name == "cuda" else TRITON_FEATURES:
         seen = set()
         for s in ranked:
             values = s.to_dict()
@@ -154,9 +173,10 @@ def neighbours(spec: KernelSpec, target: Target, best: Schedule) -> list[Schedul
 def _build(spec: KernelSpec, schedule: Schedule, arch: str, path: str) -> str:
     """In a worker process: generate, compile into Triton's cache; returns an error or an empty text."""
     try:
-        target = Target.parse(arch)
-        BACKEND.compile(BACKEND.emit(spec, schedule, target), Path(path))
-        BACKEND.load(Path(path), spec, schedule)
+        target, backend = Target.parse(arch), backend_of(spec)
+        backend.compile(backend.emit(spec, schedule, target), Path(path))
+        if backend.name == "triton":  # which compiles when a kernel is loaded, into its cache
+            backend.load(Path(path), spec, schedule)
     except Exception as e:  # a schedule that does not compile is a result
         return f"{type(e).__name__}: {e}"[:500]
     return ""
@@ -175,7 +195,7 @@ class Builder:
         """Launchers, and error texts by schedule."""
         jobs = {}
         for s in dict.fromkeys(schedules):
-            name = f"{spec.digest()}-{abs(hash(s)):x}.py"
+            name = f"{spec.digest()}-{abs(hash(s)):x}{'.cubin' if backend_of(spec).name == 'cuda' else '.py'}"
             jobs[self.pool.submit(_build, spec, s, str(self.target), str(self.folder / name))] = (s, self.folder / name)
         loaded, failed = {}, {}
         for job in as_completed(jobs):
@@ -183,7 +203,7 @@ class Builder:
             if error := job.result():
                 failed[_text(s)] = error
             else:
-                loaded[s] = BACKEND.load(path, spec, s)
+                loaded[s] = backend_of(spec).load(path, spec, s)
         return loaded, failed
 
 
@@ -252,7 +272,8 @@ class Tuner:
         for m, tried in self.tried.items():
             ranked = sorted(tried, key=lambda s: tried[s]["seconds"])
             entries = [
-                {**tried[s], "schedule": s.to_dict(), "predicted": BACKEND.predict(spec, s, target, m)} for s in ranked
+                {**tried[s], "schedule": s.to_dict(), "predicted": backend_of(spec).predict(spec, s, target, m)}
+                for s in ranked
             ]
             rows.append({**_row(self.problem, m, entries[0]["seconds"]), **entries[0], "others": entries[1:]})
         return {"spec": spec.key(), "rows": rows, "failed": self.failed, "wrong": self.wrong}
@@ -353,15 +374,23 @@ def dry_run(run: Run, arch: str) -> dict[str, Any]:
     result |= {"schedules": grid, "offline": []}
     if find_spec("triton") is None:
         return {**result, "skipped": "triton is not installed"}
-    from lowbit.codegen.triton.offline import compile_offline
-
     first = run.problems()[0]
     best = {m: shortlist(first.spec, target, m, 1)[0] for m in (1, 64)}
-    reports = compile_offline([(BACKEND.emit(first.spec, s, target), arch) for s in best.values()])
-    for (m, s), (report, *_) in zip(best.items(), reports, strict=True):
+    for (m, s), report in zip(best.items(), _offline(first.spec, list(best.values()), target), strict=True):
         facts = {"registers": report.registers, "spills": report.spills, "shared_bytes": report.shared_bytes}
         result["offline"].append({"problem": str(first), "m": m, "schedule": s.to_dict(), **facts})
     return result
+
+
+def _offline(spec: KernelSpec, schedules: list[Schedule], target: Target) -> list[Any]:
+    if backend_of(spec).name == "cuda":
+        from lowbit.codegen.cuda.offline import inspect
+
+        return list(inspect([(spec, s, target) for s in schedules]))
+    from lowbit.codegen.triton.offline import compile_offline
+
+    sources = [(backend_of(spec).emit(spec, s, target), str(target)) for s in schedules]
+    return [reports[0] for reports in compile_offline(sources)]
 
 
 def run_stage(run: Run, stage: str, function: Callable[[Run], dict[str, Any]]) -> bool:
@@ -388,10 +417,11 @@ def main() -> int:
     parser.add_argument("--stage", choices=STAGES, action="append", help="may be repeated; default: all")
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("LOWBIT_GPU_SECONDS", "540")))
     parser.add_argument("--format", action="append", default=[], help="may be repeated; default: all of the grid's")
+    parser.add_argument("--backend", choices=("cuda", "triton"), default="triton")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--arch", default="sm_90")
     args = parser.parse_args()
-    run = Run(args.out, args.seconds, args.format)
+    run = Run(args.out, args.seconds, args.format, args.backend)
     if args.dry_run:
         return 0 if run_stage(run, "dry-run", lambda r: dry_run(r, args.arch)) else 3
     if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ __all__ = ["BACKENDS", "load_backend"]
 
 BACKENDS = {
     "cpp": "lowbit.codegen.cpp.backend:CppBackend",
+    "cuda": "lowbit.codegen.cuda.backend:CudaBackend",
     "triton": "lowbit.codegen.triton.backend:TritonBackend",
     "reference": "lowbit.codegen.reference.backend:ReferenceBackend",
 }

@@ -54,6 +54,11 @@ class Backend(ABC):
         """Name of the packed layout its kernels read for `fmt`."""
         return self.vector_layout if isinstance(fmt, VectorFormat) else self.layout
 
+    def serves(self, fmt: WeightFormat, activation: str = "") -> str | None:
+        """None when there are kernels at all for `fmt` and activations in `activation` (text of an ActivationFormat, or
+        empty), else one line that says why not."""
+        return None
+
     @abstractmethod
     def available(self, target: Target) -> str | None:
         """None when kernels can be built and run for `target`, else one line that says why not."""

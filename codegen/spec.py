@@ -16,22 +16,35 @@ from lowbit.compiler.ir.layout import Layout, plane_bits
 from lowbit.quantizers.formats import (
     K_ALIGN,
     SCALE_DTYPES,
+    ActivationFormat,
     Format,
     IntegerLevels,
     VectorFormat,
     WeightFormat,
     exact_integers,
+    parse_activation,
     parse_format,
 )
 from lowbit.quantizers.qtensor import padded_columns, padded_group
 
-__all__ = ["COMPUTE", "DTYPES", "EPILOGUES", "Compute", "KernelSpec"]
+__all__ = ["COMPUTE", "DTYPES", "EPILOGUES", "Compute", "KernelSpec", "rounded_products"]
 
 Compute = Literal["float", "int16", "int8"]
 COMPUTE = ("float", "int16", "int8")
 DTYPES = ("f32", "bf16", "f16")
 EPILOGUES = ("bias", "silu_mul", "residual")
 CHUNK_BLOCKS = 4  # columns that share an activation scale: at most 4 x 32
+
+
+def rounded_products(fmt: WeightFormat, k: int, layout: Layout, rounding: ActivationFormat) -> Compute:
+    """How products with activations in `rounding` are formed: `int8` where both sides are integers, else `float`.
+
+    Layouts of words are read by GPU kernels, whose integer products are of plain codes in whole blocks.
+    """
+    if not rounding.integer or exact_integers(fmt) is None:
+        return "float"
+    assert isinstance(fmt, Format)
+    return "int8" if layout.container == 8 or (fmt.element.integer and padded_group(fmt, k) >= K_ALIGN) else "float"
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,10 @@ class KernelSpec:
     are exact int32 sums. `int16`: the same with two int8 digits per activation (16 bits, error about 2**-16 of the
     chunk's largest value), which stands for "A16" on machines whose fast path is an int8 dot product.
     epilogue: in order, from `bias`, `silu_mul` (two equal segments in, one out), `residual`.
+    rotate: what happens to x first: blocks of this many columns are rotated (`quantizers.hadamard.rotate`), 0 for none.
+    activation: the text of an ActivationFormat that x, in the weight's stored order of columns, is rounded to: part of
+    what the kernel means, where the rounding of `int8` and `int16` alone only is how it computes. Integer formats then
+    are one int8 digit with `int8` products, and numbers with `float` ones.
     """
 
     segments: tuple[int, ...]
@@ -53,6 +70,8 @@ class KernelSpec:
     x_dtype: str = "f32"
     out_dtype: str = "f32"
     epilogue: tuple[str, ...] = ()
+    activation: str = ""
+    rotate: int = 0
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE or self.x_dtype not in DTYPES or self.out_dtype not in DTYPES:
@@ -63,6 +82,14 @@ class KernelSpec:
             raise KernelError("LB0403", f"unknown epilogue in {self.epilogue}")
         if "silu_mul" in self.epilogue and (len(self.segments) != 2 or len(set(self.segments)) != 1):
             raise KernelError("LB0404", f"silu_mul needs two equal segments, not {self.segments}")
+        if self.compute != "float" and self.rounding and (self.compute != "int8" or not self.rounding.integer):
+            raise KernelError(
+                "LB0416",
+                f"activations in {self.activation} have no {self.compute} products",
+                hint="use int8 products for integers of up to 8 bits, float products for the rest",
+            )
+        if self.activation and self.vector:
+            raise KernelError("LB0416", f"activations of {self.format} weights are not rounded to {self.activation}")
 
     @cached_property
     def weight_format(self) -> WeightFormat:
@@ -91,12 +118,19 @@ class KernelSpec:
         if (v := self.vector) is None:
             planes = tuple(f"plane{i}" for i in range(len(plane_bits(self.fmt.bits))))
             sides = ["zero"] * self.fmt.zero + ["offset"] * self.fmt.offset + ["tensor_scale"] * self.fmt.tensor
+            sides += ["channel_scale"] * self.fmt.channel + ["columns"] * self.fmt.ordered
+            sides += ["input_scale"] * (self.rounding is not None and self.rounding.static)
             return (*planes, "scale", *sides)
         parts = ["index", "book"]
         parts += ["residual_index", "residual_book"] if v.residual else []
         parts += ["outlier_index", "outlier_book"] if v.outliers else []
         parts += ["columns"] if v.ordered else []
         return (*parts, *(["norm_scale", "norm_bias"] if v.norm != "none" else []))
+
+    @cached_property
+    def rounding(self) -> ActivationFormat | None:
+        """What x is rounded to, parsed."""
+        return parse_activation(self.activation) if self.activation else None
 
     @cached_property
     def layout_(self) -> Layout:
@@ -122,7 +156,7 @@ class KernelSpec:
     @property
     def blocks(self) -> int:
         """32-column blocks of the packed matrix."""
-        return padded_columns(self.fmt, self.k) // K_ALIGN
+        return padded_columns(self.fmt, self.k, self.layout_.block) // K_ALIGN
 
     @property
     def group(self) -> int:
@@ -149,17 +183,51 @@ class KernelSpec:
         """Blocks that share one activation scale: the largest divisor of `group_blocks` up to 4 with sums that fit.
 
         Chunks are whole groups or parts of one, except that one block is the least; the last chunk of the matrix may
-        be shorter.
+        be shorter. Groups of activations are whole chunks too.
         """
         levels, most = self.integer_levels, CHUNK_BLOCKS
         if self.limbs and levels is not None:
             column = levels.largest * (127, 127 * 257)[self.limbs - 1]
             most = min(most, (2**31 - 1) // (column * K_ALIGN))
-        return next(c for c in range(most, 0, -1) if self.group_blocks % c == 0)
+        span = self.span_blocks or self.group_blocks
+        return next(c for c in range(most, 0, -1) if self.group_blocks % c == 0 and span % c == 0)
+
+    @cached_property
+    def span_blocks(self) -> int:
+        """32-column blocks of one full group of activations with `int8` products, 0 where all columns are one group."""
+        rounding = self.rounding
+        if rounding is None or self.compute != "int8" or self.rounding_problem or rounding.groups(self.k) == 1:
+            return 0
+        size = rounding.group_size(self.k)
+        return size // K_ALIGN if self._dense else size // self.group * self.group_blocks
+
+    @cached_property
+    def span_chunks(self) -> int:
+        """Chunks that share an activation scale: group of chunk c = c // span_chunks."""
+        if self.rounding is None:
+            return 1
+        return self.span_blocks // self.chunk_blocks or self.chunks
+
+    @cached_property
+    def rounding_problem(self) -> str | None:
+        """Why `int8` products cannot have the groups of `activation` beside those of the weight, or None."""
+        if self.rounding is None or self.compute != "int8" or self.rounding.groups(self.k) == 1:
+            return None
+        size = self.rounding.group_size(self.k)
+        if self._dense and size % K_ALIGN:
+            return f"groups of {size} activations are not a multiple of {K_ALIGN} columns"
+        if not self._dense and size % self.group:
+            return f"groups of {size} activations do not consist of whole groups of {self.group} weights"
+        return None
+
+    @property
+    def _dense(self) -> bool:
+        """True when groups are packed without padding between them: packed columns stand where columns do."""
+        return self.groups == 1 or self.parts > 1 or self.group % K_ALIGN == 0
 
     @property
     def chunks(self) -> int:
-        """Activation scales per token."""
+        """Chunks of a row: activation scales per token, unless an `activation` format says how many there are."""
         return math.ceil(self.blocks / self.chunk_blocks)
 
     @property
@@ -168,12 +236,13 @@ class KernelSpec:
         fmt = self.weight_format
         if not isinstance(fmt, Format):
             return "f16" if fmt.scale_dtype == torch.float16 else "f32"
-        packed = fmt.packed_scale_dtype(self.layout_.container)
+        packed = fmt.packed_scale_dtype(self.layout_.side_container)
         return next(name for name, dtype in SCALE_DTYPES.items() if dtype == packed)
 
     def key(self) -> str:
-        """Canonical JSON: equal specs, equal text."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """Canonical JSON: equal specs, equal text. What is not rounded or rotated does not say so."""
+        values = {name: value for name, value in asdict(self).items() if value or name not in ("activation", "rotate")}
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     def digest(self) -> str:
         """16 hex digits that name the kernel in generated source: never a string from a checkpoint."""

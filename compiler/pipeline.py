@@ -2,13 +2,17 @@
 
 import            frontend: checkpoint / module -> lb
 canonicalize      remove what does nothing
+fold-affine       norm weights, smoothing scales, rotations folded into neighbours
 assign-formats    scheme -> a format per tensor, with the reason
 quantize-weights  run the method
+quantize-acts     what layers do to their inputs becomes operations: rotate, round
 fuse-siblings     q,k,v and gate,up become one linear
+fuse-prologue     rotation and rounding move into the kernel
 fuse-epilogue     bias, silu-mul, residual add
 choose-layout     one packed layout per target family
 pack              weights permuted to that layout
 lower-kernels     lb -> lbk
+fold-scales       powers of two that end decoding move into scales
 select-schedule   database, else cost model
 emit              source -> compile -> check against reference -> store
 """
@@ -31,26 +35,33 @@ from lowbit.passes.assign_formats import AssignFormats
 from lowbit.passes.canonicalize import Canonicalize
 from lowbit.passes.choose_layout import ChooseLayout
 from lowbit.passes.emit import Emit
+from lowbit.passes.fold_affine import FoldAffine
+from lowbit.passes.fold_scales import FoldScales
 from lowbit.passes.fuse_epilogue import FuseEpilogue
+from lowbit.passes.fuse_prologue import FusePrologue
 from lowbit.passes.fuse_siblings import FuseSiblings
 from lowbit.passes.lower_kernels import LowerKernels
 from lowbit.passes.pack import Pack
+from lowbit.passes.quantize_acts import QuantizeActs
 from lowbit.passes.quantize_weights import QuantizeWeights
 from lowbit.passes.select_schedule import SelectSchedule
 from lowbit.passes.session import PassContext
 
 __all__ = ["PASSES", "QUANTIZE", "RUNTIME", "parse_module", "parse_passes", "print_module", "run_pipeline"]
 
-QUANTIZE: tuple[type[ModulePass], ...] = (Canonicalize, AssignFormats, QuantizeWeights)
+QUANTIZE: tuple[type[ModulePass], ...] = (Canonicalize, FoldAffine, AssignFormats, QuantizeWeights)
 """A dense model becomes a quantized one."""
 
 RUNTIME: tuple[type[ModulePass], ...] = (
     Canonicalize,
+    QuantizeActs,
     FuseSiblings,
+    FusePrologue,
     FuseEpilogue,
     ChooseLayout,
     Pack,
     LowerKernels,
+    FoldScales,
     SelectSchedule,
     Emit,
 )

@@ -22,9 +22,11 @@ __all__ = ["Canonicalize"]
 
 @dataclass(frozen=True)
 class Canonicalize(ModulePass):
-    """Identity permutations, dead operations, and the silu-mul idiom."""
+    """Identity permutations, dead operations (unless `dead` is off: graphs whose calls may write to their arguments),
+    and the silu-mul idiom."""
 
     name = "canonicalize"
+    dead: bool = True
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         for found in list(op.walk()):
@@ -32,7 +34,8 @@ class Canonicalize(ModulePass):
                 Rewriter.replace_op(found, [], [found.args_[0]])
             elif isinstance(found, Mul):
                 _silu_mul(found)
-        dce(op)
+        if self.dead:
+            dce(op)
 
 
 def _is_identity(op: Permute) -> bool:
@@ -45,4 +48,5 @@ def _silu_mul(op: Mul) -> None:
         if isinstance(silu.owner, Silu) and silu.has_one_use():
             fused = SiluMul([silu.owner.args_[0], other], [op.outs[0].type])
             Rewriter.replace_op(op, at(fused, path_of(op)))
+            Rewriter.erase_op(silu.owner)
             return

@@ -12,13 +12,13 @@ from xdsl.dialects.builtin import ModuleOp
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 
-from lowbit.codegen import BACKENDS, load_backend
-from lowbit.compiler.ir.graph import Weight
+from lowbit.codegen.select import layout_name
+from lowbit.compiler.ir.graph import Linear, Weight
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.ir.types import QType
-from lowbit.quantizers.formats import WeightFormat, parse_format
+from lowbit.quantizers.formats import parse_format
 
-__all__ = ["ChooseLayout", "layout_of"]
+__all__ = ["ChooseLayout"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,11 @@ class ChooseLayout(ModulePass):
         target = Target.parse(self.target) if self.target else host_target()
         for weight in [w for w in op.walk() if isinstance(w, Weight)]:
             if isinstance(t := weight.outs[0].type, QType):
-                layout = layout_of(target, parse_format(t.fmt.data))
+                layout = layout_name(parse_format(t.fmt.data), target, _activation(weight))
                 Rewriter.replace_value_with_new_type(weight.outs[0], QType.get(t.n.data, t.k.data, t.fmt.data, layout))
 
 
-def layout_of(target: Target, fmt: WeightFormat) -> str:
-    """The packed layout for `fmt` of the first backend that serves the target's kind of device."""
-    return next(b.layout_of(fmt) for b in map(load_backend, BACKENDS) if target.kind in b.kinds)
+def _activation(weight: Weight) -> str:
+    """What the layers that use a weight round their inputs to."""
+    users = [use.operation for use in weight.outs[0].uses if isinstance(use.operation, Linear)]
+    return next((op.activation.data for op in users if op.activation), "")

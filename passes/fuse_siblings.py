@@ -17,32 +17,38 @@ from xdsl.rewriter import InsertPoint, Rewriter
 
 from lowbit.compiler.ir.graph import Linear, Split, Weight, at, path_of
 from lowbit.compiler.ir.types import QType, dims, tensor
-from lowbit.quantizers.formats import VectorFormat, parse_format
+from lowbit.quantizers.formats import Format, VectorFormat, parse_format
 
 __all__ = ["FuseSiblings"]
 
 
 @dataclass(frozen=True)
 class FuseSiblings(ModulePass):
-    """Layers must share input, parent module and format, have no epilogue, and weights used nowhere else."""
+    """Layers must share input, parent module, format and order of columns, have no epilogue, and weights used nowhere
+    else."""
 
     name = "fuse-siblings"
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        groups: dict[tuple[SSAValue, str, str, str], list[Linear]] = defaultdict(list)
+        groups: dict[tuple[SSAValue, str, str, str, str], list[Linear]] = defaultdict(list)
         for linear in [f for f in op.walk() if isinstance(f, Linear)]:
             type_ = linear.args_[1].type
-            if isinstance(type_, QType) and not linear.steps() and _own_weight(linear) and _stackable(type_):
+            if isinstance(type_, QType) and not linear.steps() and _own_weight(linear) and _stackable(linear, type_):
                 parent = path_of(linear).rpartition(".")[0]
-                groups[linear.args_[0], parent, type_.fmt.data, type_.layout.data].append(linear)
+                variant = linear.attributes.get("variant")  # what the importer knows of a kernel beyond its format
+                order = (linear.order.data if linear.order else "") + (f" {variant}" if variant else "")
+                groups[linear.args_[0], parent, type_.fmt.data, type_.layout.data, order].append(linear)
         for siblings in groups.values():
             if len(siblings) > 1:
                 _fuse(siblings)
 
 
-def _stackable(type_: QType) -> bool:
-    """Matrices that keep an order or norm of their input columns cannot share one activation row."""
+def _stackable(linear: Linear, type_: QType) -> bool:
+    """Matrices that keep an order or norm of their input columns cannot share one activation row, unless the order is
+    known to be the same. Neither can layers that ask for something and have not got it yet."""
     fmt = parse_format(type_.fmt.data)
+    if linear.input or (isinstance(fmt, Format) and fmt.ordered and linear.order is None):
+        return False
     return not (isinstance(fmt, VectorFormat) and (fmt.ordered or fmt.norm == "col"))
 
 
@@ -70,7 +76,7 @@ def _fuse(siblings: list[Linear]) -> None:
     wide = Linear(
         [x, stacked.outs[0]],
         [tensor((*lead, sum(widths)), element)],
-        {"segments": ArrayAttr(IntAttr(w) for w in widths)},
+        {"segments": ArrayAttr(IntAttr(w) for w in widths), **({"order": first.order} if first.order else {})},
     )
     split = Split([wide.outs[0]], [tensor((*lead, w), element) for w in widths])
     parent = path_of(first).rpartition(".")[0]

@@ -8,7 +8,7 @@ Linear layers with dense weights stay as they are: torch runs them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from xdsl.context import Context
@@ -21,24 +21,26 @@ from xdsl.dialects.builtin import (
     SymbolRefAttr,
     f32,
 )
-from xdsl.ir import Attribute, Block, Region
+from xdsl.ir import Attribute, Block, Region, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import InsertPoint, Rewriter
 
 from lowbit.codegen.decode import decode_program
-from lowbit.codegen.spec import Compute, KernelSpec
+from lowbit.codegen.spec import Compute, KernelSpec, rounded_products
 from lowbit.compiler.errors import IRError
 from lowbit.compiler.ir import kernel as lbk
 from lowbit.compiler.ir.graph import Call, Linear, at, path_of
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.types import QType, tensor
+from lowbit.quantizers.formats import parse_activation
 
 __all__ = ["LowerKernels", "kernel_op", "spec_of"]
 
 
 @dataclass(frozen=True)
 class LowerKernels(ModulePass):
-    """`compute`: how products are formed (`float`, `int16`, `int8`); formats that are not integers use `float`."""
+    """`compute`: how products are formed (`float`, `int16`, `int8`); formats that are not integers use `float`, and
+    rounded activations what suits them."""
 
     name = "lower-kernels"
     compute: str = "int16"
@@ -63,12 +65,18 @@ class LowerKernels(ModulePass):
         if not type_.layout.data:
             raise IRError("LB0311", "a weight has no layout", where=path_of(linear), hint="run choose-layout first")
         segments = tuple(cast(IntAttr, s).data for s in linear.segments.data) if linear.segments else (type_.n.data,)
-        layout = str(LAYOUTS[type_.layout.data])
-        float_only = KernelSpec(segments, type_.k.data, type_.fmt.data, layout, "float", epilogue=linear.steps())
-        if self.compute == "float" or float_only.integer_levels is None:
-            return float_only
-        compute = cast(Compute, self.compute)
-        return KernelSpec(segments, type_.k.data, type_.fmt.data, layout, compute, epilogue=linear.steps())
+        layout = LAYOUTS[type_.layout.data]
+        spec = KernelSpec(segments, type_.k.data, type_.fmt.data, str(layout), "float", epilogue=linear.steps())
+        # Other orders, and GPUs, have their rotations done by torch, before the kernel (see `PackedLinear`).
+        block = linear.rotate.data if linear.rotate and layout.container == 8 else 0
+        spec = replace(spec, rotate=0 if block & (block - 1) else block)
+        if linear.activation is not None:
+            text = linear.activation.data
+            compute = rounded_products(spec.weight_format, spec.k, layout, parse_activation(text))
+            return replace(spec, compute=compute, activation=text)
+        if self.compute == "float" or spec.integer_levels is None:
+            return spec
+        return replace(spec, compute=cast(Compute, self.compute))
 
 
 def kernel_op(name: str, spec: KernelSpec) -> lbk.Kernel:
@@ -79,11 +87,15 @@ def kernel_op(name: str, spec: KernelSpec) -> lbk.Kernel:
     extra = [side[e] for e in spec.epilogue if e in side]
     block = Block(arg_types=[x_type, w_type, *extra])
     x, w, *rest = block.args
-    value = x
-    if spec.limbs:
-        quantize = lbk.QuantizeActivation(x, spec.limbs)
+    value: SSAValue = x
+    if spec.rotate:
+        rotate = lbk.RotateActivation(value, spec.rotate)
+        block.add_op(rotate)
+        value = rotate.res
+    if spec.limbs or spec.activation:
+        quantize = lbk.QuantizeActivation(value, spec.limbs, spec.activation)
         block.add_op(quantize)
-        value = quantize.res  # type: ignore[assignment]
+        value = quantize.res
     mma = lbk.Mma(value, w, wide)
     block.add_op(mma)
     acc = mma.res
@@ -98,6 +110,9 @@ def kernel_op(name: str, spec: KernelSpec) -> lbk.Kernel:
 
 
 def _spec_attributes(spec: KernelSpec) -> dict[str, Attribute]:
+    more: dict[str, Attribute] = {"activation": StringAttr(spec.activation)} if spec.activation else {}
+    if spec.rotate:
+        more["rotate"] = IntegerAttr(spec.rotate, 64)
     return {
         "segments": ArrayAttr(IntegerAttr(n, 64) for n in spec.segments),
         "k": IntegerAttr(spec.k, 64),
@@ -107,6 +122,7 @@ def _spec_attributes(spec: KernelSpec) -> dict[str, Attribute]:
         "x_dtype": StringAttr(spec.x_dtype),
         "out_dtype": StringAttr(spec.out_dtype),
         "epilogue": ArrayAttr(StringAttr(e) for e in spec.epilogue),
+        **more,
     }
 
 
@@ -123,4 +139,6 @@ def spec_of(kernel: lbk.Kernel) -> KernelSpec:
         text["x_dtype"],
         text["out_dtype"],
         tuple(cast(StringAttr, e).data for e in cast(ArrayAttr, d["epilogue"]).data),
+        cast(StringAttr, d["activation"]).data if "activation" in d else "",
+        cast("IntegerAttr", d["rotate"]).value.data if "rotate" in d else 0,
     )

@@ -41,6 +41,10 @@ class LayerStats:
     tokens: int
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    def in_order(self, order: Tensor) -> LayerStats:
+        """The same with channels in another order: place i is channel order[i]."""
+        return LayerStats(self.hessian[order][:, order], self.tokens)
+
 
 @dataclass(frozen=True)
 class Coverage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,7 +22,9 @@ class QTensor:
     codes: uint8 [N, K]. scale: [rows, groups] in the format's scale dtype, rows = N (1 for per-tensor formats).
     zero: uint8 [rows, groups] (a code offset), present exactly when the format is asymmetric. offset: like `scale`,
     added to every value, present exactly when the format has offsets (`fz`). tensor_scale: float32 [1], multiplied
-    into every scale, present exactly when the format has a second scale (`t32`).
+    into every scale, present exactly when the format has a second scale (`t32`). perm: int32 [K], which column of the
+    matrix stands at each place of codes (and so which share a scale), present exactly when the format is `ordered`.
+    channel_scale: float16 [N, 1], multiplied into the scales of every row, present exactly when those are `i8ch`.
     """
 
     fmt: Format
@@ -31,6 +33,8 @@ class QTensor:
     zero: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     tensor_scale: torch.Tensor | None = None
+    perm: torch.Tensor | None = None
+    channel_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -53,6 +57,23 @@ class QTensor:
             raise FormatError(
                 "LB0228", f"{self.fmt} {'needs one float32' if self.fmt.tensor else 'has no'} tensor scale"
             )
+        self._check_order(k)
+        given = None if self.channel_scale is None else (tuple(self.channel_scale.shape), self.channel_scale.dtype)
+        if given != (((n, 1), torch.float16) if self.fmt.channel else None):
+            raise FormatError(
+                "LB0228",
+                f"{self.fmt} {'needs float16 scales of rows' if self.fmt.channel else 'has no scales of rows'}",
+            )
+
+    def _check_order(self, k: int) -> None:
+        given = None if self.perm is None else (tuple(self.perm.shape), self.perm.dtype)
+        if given != (((k,), torch.int32) if self.fmt.ordered else None):
+            raise FormatError(
+                "LB0219", f"{self.fmt} {f'needs an int32 order of {k} columns' if self.fmt.ordered else 'has no order'}"
+            )
+        if self.perm is not None and self.perm.device.type != "meta":
+            if not torch.equal(self.perm.sort().values, torch.arange(k, dtype=torch.int32, device=self.perm.device)):
+                raise FormatError("LB0219", f"the order of {self.fmt} is not a permutation of {k} columns")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,9 +87,17 @@ class QTensor:
 
     @property
     def full_scale(self) -> torch.Tensor:
-        """float32 [rows, groups]: what levels are multiplied with. The tensor's scale is in it, rounded once."""
+        """float32 [rows, groups]: what levels are multiplied with. The tensor's scale is in it, rounded once; the
+        channel's exactly."""
         scale = self.scale.float()
+        if self.channel_scale is not None:
+            return scale * self.channel_scale.float()
         return scale if self.tensor_scale is None else scale * self.tensor_scale
+
+    def in_order(self, perm: torch.Tensor) -> QTensor:
+        """This matrix, understood as the columns `perm` [K] of another, as a matrix of an ordered format: for methods
+        that quantize `weight[:, perm]`."""
+        return replace(self, fmt=replace(self.fmt, ordered=True), perm=perm.to(torch.int32))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The [N, K] matrix of numbers these codes stand for: the oracle every kernel is compared with."""
@@ -79,6 +108,8 @@ class QTensor:
         values = values * self._spread(self.full_scale, n, k)
         if self.offset is not None:
             values = values + self._spread(self.offset.float(), n, k)
+        if self.perm is not None:
+            values = values[:, torch.argsort(self.perm)]
         return values.to(dtype)
 
     def _spread(self, side: torch.Tensor, n: int, k: int) -> torch.Tensor:
@@ -95,8 +126,10 @@ class PackedWeight:
     bits first), `scale`, and if stored `zero` (uint8) and `offset`, laid out by `Layout.pack_side`; scales and offsets
     are of type `Format.packed_scale_dtype`. A tensor's second scale is multiplied into scales wider than a byte, which
     is exact because `QTensor` rounds the product in the same way; `tensor_scale` [segments] is kept to undo it, and for
-    kernels that read bytes. Padded columns hold code 0 and meet zero activations; padded rows hold any scale. Vector
-    formats: see `quantizers.vqtensor`.
+    kernels that read bytes; so is `channel_scale` [N]. Ordered formats have `columns` int32 [k], the matrix column at
+    each place before padding; `input_scale` float32 [groups] joins them where activations have static scales. Padded
+    columns hold code 0 and meet zero activations; padded rows hold any scale. Vector formats: see
+    `quantizers.vqtensor`.
     """
 
     fmt: WeightFormat
@@ -155,10 +188,11 @@ def padded_group(fmt: Format, k: int) -> int:
     return g if g in _PARTS and g < k else _round_up(min(g, k), K_ALIGN)
 
 
-def padded_columns(fmt: Format, k: int) -> int:
-    """Columns of the packed matrix, a multiple of K_ALIGN: every group padded, the ragged last one as it needs."""
+def padded_columns(fmt: Format, k: int, block: int = K_ALIGN) -> int:
+    """Columns of the packed matrix, a multiple of K_ALIGN and of a layout's `block`: every group padded, the ragged
+    last one as it needs."""
     full, rest = divmod(k, fmt.granularity.group_size(k))
-    return _round_up(full * padded_group(fmt, k) + rest, K_ALIGN)
+    return _round_up(full * padded_group(fmt, k) + rest, max(K_ALIGN, block))
 
 
 def column_map(fmt: Format, k: int) -> torch.Tensor:
@@ -181,9 +215,9 @@ def full_scales(packed: PackedWeight) -> torch.Tensor:
 def pack(tensors: list[QTensor], layout: Layout) -> PackedWeight:
     """Pack sibling matrices (same format, same K; rows one after the other) for kernels that use `layout`."""
     fmt, (_, k) = tensors[0].fmt, tensors[0].shape
-    if any(t.fmt != fmt or t.shape[1] != k for t in tensors):
-        raise FormatError("LB0223", "matrices packed together must share format and input columns")
-    cols, where = padded_columns(fmt, k), column_map(fmt, k)
+    if any(t.fmt != fmt or t.shape[1] != k or not _same_order(t, tensors[0]) for t in tensors):
+        raise FormatError("LB0223", "matrices packed together must share format, input columns and their order")
+    cols, where = padded_columns(fmt, k, layout.block), column_map(fmt, k)
     codes = []
     for t in tensors:
         padded = torch.zeros(_round_up(t.shape[0], layout.row_tile), cols, dtype=torch.uint8)
@@ -191,7 +225,7 @@ def pack(tensors: list[QTensor], layout: Layout) -> PackedWeight:
         codes.append(padded)
     parts = {f"plane{i}": plane for i, plane in enumerate(layout.pack(torch.cat(codes), fmt.bits))}
     for name in ("scale", "zero", "offset"):
-        dtype = torch.uint8 if name == "zero" else fmt.packed_scale_dtype(layout.container)
+        dtype = torch.uint8 if name == "zero" else fmt.packed_scale_dtype(layout.side_container)
         wide = name == "scale" and dtype.itemsize > 1
         given = [(t.full_scale if wide else getattr(t, name), t.shape[0]) for t in tensors]
         sides = [_pad_side(side, n, layout, dtype) for side, n in given if side is not None]
@@ -199,14 +233,22 @@ def pack(tensors: list[QTensor], layout: Layout) -> PackedWeight:
             parts[name] = layout.pack_side(torch.cat(sides))
     if fmt.tensor:
         parts["tensor_scale"] = torch.cat([t.tensor_scale for t in tensors if t.tensor_scale is not None])
+    if fmt.channel:
+        parts["channel_scale"] = torch.cat([t.channel_scale.flatten() for t in tensors if t.channel_scale is not None])
+    if (perm := tensors[0].perm) is not None:
+        parts["columns"] = perm.contiguous()
     return PackedWeight(fmt, layout, tuple(t.shape[0] for t in tensors), k, parts)
+
+
+def _same_order(a: QTensor, b: QTensor) -> bool:
+    return a.perm is b.perm or (a.perm is not None and b.perm is not None and torch.equal(a.perm, b.perm))
 
 
 def unpack(packed: PackedWeight) -> list[QTensor]:
     """Inverse of `pack`, bit-exact (per-tensor scales come back one per row, as a per-channel format)."""
     fmt, layout, k = packed.fmt, packed.layout, packed.k
     assert isinstance(fmt, Format)
-    codes = layout.unpack(list(packed.planes), fmt.bits, packed.rows, padded_columns(fmt, k))
+    codes = layout.unpack(list(packed.planes), fmt.bits, packed.rows, padded_columns(fmt, k, layout.block))
     codes = codes[:, column_map(fmt, k)]
     sides = {
         name: layout.unpack_side(packed.tensors[name]) for name in ("scale", "zero", "offset") if name in packed.tensors
@@ -219,8 +261,14 @@ def unpack(packed: PackedWeight) -> list[QTensor]:
             part["tensor_scale"] = packed.tensors["tensor_scale"][i : i + 1]
             if part["scale"].element_size() > 1:
                 part["scale"] = part["scale"] / part["tensor_scale"]  # off by less than rounding to e4m3 repairs
-        for name in part.keys() - {"zero", "tensor_scale"}:
+        if fmt.channel:
+            first = sum(packed.segments[:i])
+            part["channel_scale"] = packed.tensors["channel_scale"][first : first + n, None]
+            part["scale"] = (part["scale"] / part["channel_scale"].float()).nan_to_num_(1.0).round()
+        for name in part.keys() - {"zero", "tensor_scale", "channel_scale"}:
             part[name] = part[name].to(fmt.scale_dtype)
+        if fmt.ordered:
+            part["perm"] = packed.tensors["columns"]
         out.append(QTensor(fmt, codes[start : start + n], **part))
         start += _round_up(n, layout.row_tile)
     return out

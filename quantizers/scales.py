@@ -46,6 +46,7 @@ def tensor_scale_of(weight: Tensor, fmt: Format) -> Tensor | None:
         return None
     span = weight.amax().clamp(min=0) - weight.amin().clamp(max=0) if fmt.zero else weight.abs().amax()
     scale = span.float() / (largest_level(fmt.element) * torch.finfo(fmt.scale_dtype).max)
+    scale = 1 / (1 / scale)  # other programs store the reciprocal: a number that comes back from there
     return torch.where(scale > 0, scale.clamp(min=2.0**-100), torch.ones(())).reshape(1)
 
 

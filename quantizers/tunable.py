@@ -76,7 +76,8 @@ class TunableScalar(Tunable):
         if "offset" in side:
             dense = dense + side["offset"][..., None]
         n, k = self._q.shape
-        return dense.reshape(n, -1)[:, :k]
+        dense = dense.reshape(n, -1)[:, :k]
+        return dense if self._q.perm is None else dense[:, torch.argsort(self._q.perm)]
 
     def result(self) -> QTensor:
         found: dict[str, Any] = self._final()

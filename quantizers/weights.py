@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.compiler.errors import FormatError
-from lowbit.compiler.ir.layout import LAYOUTS, Layout
+from lowbit.compiler.ir.layout import Layout
 from lowbit.quantizers.bitstream import pack_bits, unpack_bits
 from lowbit.quantizers.formats import Format, VectorFormat, WeightFormat
 from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack, unpack
@@ -20,7 +20,6 @@ from lowbit.quantizers.vqtensor import VQTensor, expected_shapes, pack_vectors, 
 __all__ = [
     "QWeight",
     "from_stored",
-    "kernel_layout",
     "pack_weights",
     "random_weight",
     "stored",
@@ -31,13 +30,6 @@ __all__ = [
 
 QWeight: TypeAlias = QTensor | VQTensor
 """A quantized matrix in canonical form."""
-
-
-def kernel_layout(fmt: WeightFormat, device: torch.device) -> Layout:
-    """The packed layout that the kernels of a device read for this format."""
-    if isinstance(fmt, VectorFormat):
-        return LAYOUTS["vectors" if device.type == "cuda" else "vectors8"]
-    return LAYOUTS["words" if device.type == "cuda" else "panel16"]
 
 
 def pack_weights(weights: Sequence[QWeight], layout: Layout) -> PackedWeight:
@@ -59,7 +51,9 @@ def stored(q: QWeight) -> dict[str, Tensor]:
 
     Scalar formats, in compressed-tensors' terms: `weight_packed` int32 [N, ceil(K*b/32)] (dense bit stream per row),
     `weight_scale` [N or 1, groups], `weight_zero_point` int32 [ceil(rows*b/32), groups] (packed along the rows),
-    `weight_offset` like the scales, `weight_tensor_scale` float32 [1], `weight_shape` int64 [2]. Vector formats:
+    `weight_offset` like the scales, `weight_tensor_scale` float32 [1], `weight_channel_scale` float16 [N, 1],
+    `weight_perm` int16 [K] (16 bits, unsigned),
+    `weight_shape` int64 [2]. Vector formats:
     `indices` int32 [groups * vectors, words], one dense stream per row of vectors and column group with the residual
     index above the main one, `centroids`, `residual_centroids`, `outlier_indices` int16, `outlier_centroids`, `perm`
     int16 (16 bits, unsigned), `norm_scale`, `norm_bias`, `weight_shape`.
@@ -75,6 +69,10 @@ def _stored_scalar(q: QTensor) -> dict[str, Tensor]:
         tensors["weight_offset"] = q.offset.contiguous()
     if q.tensor_scale is not None:
         tensors["weight_tensor_scale"] = q.tensor_scale
+    if q.channel_scale is not None:
+        tensors["weight_channel_scale"] = q.channel_scale
+    if q.perm is not None:
+        tensors["weight_perm"] = q.perm.to(torch.int16)
     return {**tensors, "weight_shape": torch.tensor(list(q.shape))}
 
 
@@ -115,6 +113,10 @@ def stored_shapes(fmt: WeightFormat, n: int, k: int) -> dict[str, tuple[torch.dt
             shapes["weight_offset"] = (fmt.scale_dtype, side)
         if fmt.tensor:
             shapes["weight_tensor_scale"] = (torch.float32, (1,))
+        if fmt.channel:
+            shapes["weight_channel_scale"] = (torch.float16, (n, 1))
+        if fmt.ordered:
+            shapes["weight_perm"] = (torch.int16, (k,))
     return {**shapes, "weight_shape": (torch.int64, (2,))}
 
 
@@ -150,6 +152,10 @@ def from_stored(fmt: WeightFormat, n: int, k: int, tensors: Mapping[str, Tensor]
         side["zero"] = unpack_bits(tensors["weight_zero_point"].t().contiguous(), fmt.bits, rows).t().contiguous()
     if fmt.offset:
         side["offset"] = tensors["weight_offset"].to(fmt.scale_dtype)
+    if fmt.channel:
+        side["channel_scale"] = tensors["weight_channel_scale"].half()
+    if fmt.ordered:
+        side["perm"] = _order(tensors["weight_perm"], "weight_perm", k).to(torch.int32)
     return QTensor(fmt, unpack_bits(tensors["weight_packed"], fmt.bits, k), **side)
 
 
@@ -169,10 +175,16 @@ def _vectors_from(fmt: VectorFormat, n: int, k: int, tensors: Mapping[str, Tenso
             limit = fmt.outliers.centroids
             raise FormatError("LB0227", f"outlier_indices points beyond the codebook of {limit} centroids")
     if fmt.ordered:
-        found["perm"] = tensors["perm"].to(torch.int64) & 0xFFFF
-        if not torch.equal(found["perm"].sort().values, torch.arange(k)):
-            raise FormatError("LB0227", f"perm is not a permutation of {k} columns")
+        found["perm"] = _order(tensors["perm"], "perm", k)
     return VQTensor(fmt, n, k, **found)
+
+
+def _order(stored: Tensor, name: str, k: int) -> Tensor:
+    """int64 [k]: an order of columns from its 16-bit form; raises FormatError (LB0227) when it is none."""
+    perm = stored.to(torch.int64) & 0xFFFF
+    if not torch.equal(perm.sort().values, torch.arange(k, device=perm.device)):
+        raise FormatError("LB0227", f"{name} is not a permutation of {k} columns")
+    return perm
 
 
 def random_weight(fmt: WeightFormat, n: int, k: int, rng: torch.Generator) -> QWeight:
@@ -185,11 +197,16 @@ def random_weight(fmt: WeightFormat, n: int, k: int, rng: torch.Generator) -> QW
     codes = finite[torch.randint(0, len(finite), (n, k), generator=rng)]
     whole = torch.full((1,), 1e-4 + 1e-3 * float(torch.rand((), generator=rng))) if fmt.tensor else None
     size = 100.0 if fmt.tensor else 0.02 * min(1.0, 128 / largest_level(fmt.element))  # sums must fit float16
-    scale = stored_scale((torch.rand(side, generator=rng) + 0.05) * size, replace(fmt, tensor=False))
-    scale = scale.to(fmt.scale_dtype)
+    channel = (torch.rand((n, 1), generator=rng) * 0.002 + 1e-4).half() if fmt.channel else None
+    if fmt.channel:
+        scale = torch.randint(1, 17, side, generator=rng).to(torch.int8)
+    else:
+        scale = stored_scale((torch.rand(side, generator=rng) + 0.05) * size, replace(fmt, tensor=False))
+        scale = scale.to(fmt.scale_dtype)
     zero = torch.randint(0, 2**fmt.bits, side, generator=rng).to(torch.uint8) if fmt.zero else None
     offset = (torch.randn(side, generator=rng) * 0.02).to(fmt.scale_dtype) if fmt.offset else None
-    return QTensor(fmt, codes, scale, zero, offset, whole)
+    perm = torch.randperm(k, generator=rng).to(torch.int32) if fmt.ordered else None
+    return QTensor(fmt, codes, scale, zero, offset, whole, perm, channel)
 
 
 def _random_vectors(fmt: VectorFormat, n: int, k: int, rng: torch.Generator) -> VQTensor:

@@ -75,7 +75,7 @@ def rounded_activations(spec: KernelSpec, x: torch.Tensor) -> torch.Tensor:
     parts = wide.reshape(x.shape[0], chunks, chunk)
     top = 127.0 if spec.limbs == 1 else 32639.0
     largest = parts.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 1e-30, torch.tensor(top) / largest, torch.zeros(()))
+    inverse = torch.where(largest > 1e-30, 1 / (largest / torch.tensor(top)), torch.zeros(()))
     digits = torch.round(parts * inverse)
     values = digits.double() * (largest / torch.tensor(top)).double()
     return values.reshape(x.shape[0], chunks * chunk)[:, where]

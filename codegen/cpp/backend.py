@@ -11,6 +11,7 @@ from lowbit.codegen.cpp.assemble import ISA_FLAGS
 from lowbit.codegen.cpp.emit import emit_text
 from lowbit.codegen.cpp.launch import load_kernel
 from lowbit.codegen.cpp.plan import Plan
+from lowbit.codegen.cpp.rounding import rounding_problem
 from lowbit.codegen.cpp.schedules import predict, schedules
 from lowbit.codegen.cpp.toolchain import FLAGS, compile_shared, compiler_version, find_compiler
 from lowbit.codegen.cpp.vector_emit import emit_vector_text
@@ -43,6 +44,8 @@ class CppBackend(Backend):
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
         if spec.layout_ != (layout := LAYOUTS[self.layout_of(spec.weight_format)]):
             return f"the C++ kernels read layout {layout}"
+        if why := _vector_problem(spec) if spec.vector else rounding_problem(spec):
+            return why
         steps = spec.epilogue
         if len(set(steps)) != len(steps):
             return f"an epilogue step appears twice in {steps}"
@@ -79,3 +82,7 @@ class CppBackend(Backend):
 
     def load(self, artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launcher:
         return load_kernel(artifact, VectorPlan(spec, schedule) if spec.vector else Plan(spec, schedule))
+
+
+def _vector_problem(spec: KernelSpec) -> str | None:
+    return "kernels of vector formats do not rotate activations" if spec.rotate else None

@@ -13,6 +13,7 @@ from lowbit.codegen.cpp.sides import (
     panel_of,
     part_group,
     scale_and_zero,
+    side_loads,
     start_value,
     units,
 )
@@ -34,29 +35,53 @@ def _tile(plan: Plan, form: Products, width: int, height: int) -> str:
 
 
 def _int_tile(plan: Plan, form: Products, width: int, height: int) -> str:
-    """Digits one after the other in the same accumulators (see `Plan.terms`); then scales and, if stored, offsets."""
+    """Sums of integers over one chunk, times the scales of weights and of activations, added to the results at `y`.
+
+    Blocks of several scale groups are summed part by part, and these sums, scaled, in registers.
+    """
     cells = [(m, i) for m in range(height) for i in range(width)]
     lines = [
-        f"static void tile_{width}_{height}(const uint8_t* buffer, int64_t steps, const int8_t* x, "
-        "const float* xs, const int32_t* xi, const float* xo, const F* s, const V* z, const F* o, float* y) {"
+        f"static void tile_{width}_{height}(const uint8_t* buffer, int64_t steps, const {form.item}* x, "
+        "const float* xs, const int32_t* xi, const float* xo, [[maybe_unused]] int64_t stride, const F* s, const V* z, "
+        "const F* o, float* y) {"
     ]
-    lines += [f"const F s{i} = s[{i}];" for i in range(width)]
-    lines += [f"const V z{i} = z[{i}];" for i in range(width) if plan.spec.fmt.zero]
-    lines += [f"V a{m}_{i} = vzero();" for m, i in cells]
-    before = plan.terms[0][0]
+    if plan.spec.parts > 1:
+        lines += [f"F t{m}_{i} = fzero();" for m, i in cells]
+        lines += ["for (int64_t part = 0; part < kParts; ++part) {", *_exact_sums(plan, form, width, height)]
+        lines += [f"t{m}_{i} = fma_(cvt(a{m}_{i}), s[{i}], t{m}_{i});" for m, i in cells]
+        lines += [f"fstore({y}, fma_(fset1(xo[{m}]), o[{i}], fload({y})));" for m, i, y in _at(cells, width, plan)]
+        lines += [f"buffer += steps * {width * 64}, x += {plan.part_cols}, xi += stride, xo += stride;"]
+        lines += [f"s += {width};", *[f"z += {width};"] * plan.spec.fmt.zero, *[f"o += {width};"] * plan.shifts, "}"]
+        lines += [f"fstore({y}, fma_(t{m}_{i}, fset1(xs[{m}]), fload({y})));" for m, i, y in _at(cells, width)]
+        return indent([*lines, "}"])
+    lines += _exact_sums(plan, form, width, height)
+    for m, i, y in _at(cells, width):
+        sum_ = f"fma_(fmul(cvt(a{m}_{i}), fset1(xs[{m}])), s[{i}], fload({y}))"
+        lines.append(f"fstore({y}, {f'fma_(fset1(xo[{m}]), o[{i}], {sum_})' if plan.shifts else sum_});")
+    return indent([*lines, "}"])
+
+
+def _at(cells: list[tuple[int, int]], width: int, plan: Plan | None = None) -> list[tuple[int, int, str]]:
+    """Each cell with the address of its result; none for a plan without offsets."""
+    return [(m, i, f"y + {(m * width + i) * 16}") for m, i in cells] if plan is None or plan.shifts else []
+
+
+def _exact_sums(plan: Plan, form: Products, width: int, height: int) -> list[str]:
+    """Digits one after the other in the same accumulators `a<token>_<panel>` (see `Plan.terms`)."""
+    cells = [(m, i) for m in range(height) for i in range(width)]
+    lines, before = [], plan.terms[0][0]
     for shift, d, e in plan.terms:
         if by := before - shift:
             lines += [f"a{m}_{i} = shl<{by}>(a{m}_{i});" for m, i in cells]
-        if not shift:
-            lines += [f"a{m}_{i} = vadd(a{m}_{i}, {start_value(plan, i, f'xi[{m}]')});" for m, i in cells]
+        starts = {(m, i): start_value(plan, f"z[{i}]", f"xi[{m}]") for m, i in cells}
+        if shift == before:
+            lines += [f"V a{m}_{i} = {'vzero()' if shift else starts[m, i]};" for m, i in cells]
+        elif not shift:
+            lines += [f"a{m}_{i} = vadd(a{m}_{i}, {starts[m, i]});" for m, i in cells]
         weights = e * _digit_bytes(plan, width)
         lines += tile_pass(form, width, height, width, plan.token_stride, d * plan.chunk_cols, weights)
         before = shift
-    for m, i in cells:
-        at = f"y + {(m * width + i) * 16}"
-        sum_ = f"fma_(fmul(cvt(a{m}_{i}), fset1(xs[{m}])), s{i}, fload({at}))"
-        lines.append(f"fstore({at}, {f'fma_(fset1(xo[{m}]), o[{i}], {sum_})' if plan.shifts else sum_});")
-    return indent([*lines, "}"])
+    return lines
 
 
 def _unit(plan: Plan, form: Products, width: int) -> str:
@@ -71,13 +96,11 @@ def _unit(plan: Plan, form: Products, width: int) -> str:
         "for (int64_t c = 0; c < kChunks; ++c) {",
         f"const int64_t blocks = c + 1 < kChunks ? kChunkBlocks : {plan.last_blocks};",
     ]
-    if plan.spec.parts == 1:
+    if plan.spec.parts == 1 and not plan.integer:
         lines += scale_and_zero(plan, width, "c / kGroupChunks")
     for i in range(width):
         lines += _decode(plan, form, width, i)
-    # Sums of integers are scaled part by part, floats before.
-    for part in range(plan.spec.parts if plan.integer else 1):
-        lines += ["{", *_tiles_of_part(plan, form, width, part), "}"]
+    lines += ["{", *_tiles(plan, form, width), "}"]
     lines += ["}", "for (int64_t t = t0; t < t1; ++t) {", f"const float* y = sums + (t - t0) * {width * 16};"]
     half = width // 2 if plan.silu else width
     for i in range(half):
@@ -86,21 +109,17 @@ def _unit(plan: Plan, form: Products, width: int) -> str:
     return indent([*lines, "}", "}"])
 
 
-def _tiles_of_part(plan: Plan, form: Products, width: int, part: int) -> list[str]:
-    """The calls of tiles over the decoded chunk, or for integers over one part of it."""
-    lines, sides, steps, first = [], "", f"blocks * {form.steps}", 0
+def _tiles(plan: Plan, form: Products, width: int) -> list[str]:
+    """The calls of tiles over the decoded chunk."""
+    lines, sides, steps = [], "", f"blocks * {form.steps}"
     if plan.integer:
-        if plan.spec.parts > 1:
-            lines += scale_and_zero(plan, width, part_group(plan, "c", part))
-            steps, first = str(form.steps // plan.spec.parts), part * plan.part_cols
         lines += _side_arrays(plan, width)
-        at = f"(c * kParts + {part}) * a.m + t"
-        sides = f"a.xs + c * a.m + t, a.xi + {at}, a.xo + {at}, s, z, o, "
-    x = f"(const {form.item}*)a.xq + (c * a.m + t) * kTokenStride + {first}"
-    y, buffer = f"sums + (t - t0) * {width * 16}", f"buffer + {first * width * 16}"
-    return lines + dispatch(
-        plan.heights, "t0", "t1", lambda h: f"tile_{width}_{h}({buffer}, {steps}, {x}, {sides}{y});"
-    )
+        at = "c * kParts * a.m + t"
+        sides = f"a.xs + c * a.m + t, a.xi + {at}, a.xo + {at}, a.m, s, z, o, "
+        steps = str(form.steps // plan.spec.parts) if plan.spec.parts > 1 else steps
+    x = f"(const {form.item}*)a.xq + (c * a.m + t) * kTokenStride"
+    y = f"sums + (t - t0) * {width * 16}"
+    return lines + dispatch(plan.heights, "t0", "t1", lambda h: f"tile_{width}_{h}(buffer, {steps}, {x}, {sides}{y});")
 
 
 def _digit_bytes(plan: Plan, width: int) -> int:
@@ -109,12 +128,13 @@ def _digit_bytes(plan: Plan, width: int) -> int:
 
 
 def _side_arrays(plan: Plan, width: int) -> list[str]:
-    """`s`, `z` and `o`: scales, and zero points and offsets where they are stored, of all panels of a tile."""
-    stored = {"s": True, "z": plan.spec.fmt.zero, "o": plan.spec.fmt.offset}
+    """`s`, `z` and `o`: scales, and zero points and offsets where they are stored, of all panels, part by part."""
+    groups = [part_group(plan, "c", p) for p in range(plan.spec.parts)] if plan.spec.parts > 1 else ["c / kGroupChunks"]
+    loads = [side_loads(plan, panel_of(plan, width, i), i, group) for group in groups for i in range(width)]
     out = []
-    for side, there in stored.items():
-        type_, names = "V" if side == "z" else "F", ", ".join(f"{side}{i}" for i in range(width))
-        out.append(f"const {type_} {side}[] = {{{names}}};" if there else f"const {type_}* {side} = nullptr;")
+    for side, type_ in (("s", "F"), ("z", "V"), ("o", "F")):
+        values = ", ".join(load[side][1] for load in loads if side in load)
+        out.append(f"const {type_} {side}[] = {{{values}}};" if values else f"const {type_}* {side} = nullptr;")
     return out
 
 

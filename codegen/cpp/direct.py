@@ -79,7 +79,7 @@ def _parts(plan: Plan, form: Products, width: int, height: int) -> list[str]:
 
 def _digits(plan: Plan, form: Products, height: int) -> list[tuple[int, int, int]]:
     """(token, activation digit, weight vector) of every running sum of one panel; digit 0 is the high one of two."""
-    limbs = range(max(1, plan.spec.limbs))
+    limbs = range(max(1, plan.digits))
     return [(m, d, e) for m in range(height) for d in limbs for e in range(form.vectors)]
 
 
@@ -100,13 +100,13 @@ def _of_part(m: int, part: int) -> str:
 
 def _sums(plan: Plan, form: Products, i: int, height: int, part: int = 0) -> list[str]:
     """Accumulators of panel `i`. One of the lowest digits' starts from the zero point's share."""
-    last = (plan.spec.limbs - 1, form.vectors - 1, 0)
+    last = (plan.digits - 1, form.vectors - 1, 0)
     lines = []
     for m, d, e in _digits(plan, form, height):
         for k in range(plan.accs):
             starts = plan.integer and (d, e, k) == last
             zero = "vzero()" if plan.integer else "fzero()"
-            value = start_value(plan, i, f"xi[{_of_part(m, part)}]") if starts else zero
+            value = start_value(plan, f"z{i}", f"xi[{_of_part(m, part)}]") if starts else zero
             lines.append(f"{form.vector} a{i}_{m}_{d}_{e}_{k} = {value};")
     return lines
 

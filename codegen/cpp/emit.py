@@ -10,6 +10,7 @@ from lowbit.codegen.cpp.buffered import buffered_text
 from lowbit.codegen.cpp.direct import direct_text
 from lowbit.codegen.cpp.plan import PANEL, Plan
 from lowbit.codegen.cpp.products import products
+from lowbit.codegen.cpp.rounding import rounding_macros, rounding_types
 from lowbit.codegen.cpp.sides import indent
 
 __all__ = ["emit_text"]
@@ -25,10 +26,21 @@ def emit_text(plan: Plan, arch: str) -> str:
     fmt = plan.spec.fmt
     top = max(map(max, plan.levels.digits)) if plan.integer else 255
     macros = {"LB_CODE_TOP": top, "LB_LIMBS": plan.spec.limbs, "LB_ZERO": int(fmt.zero)}
+    macros |= rounding_macros(plan.spec)
+    macros["LB_WORDS"] = int(plan.words)
     macros["LB_PAIRS"] = int(plan.half_factor is not None and not plan.buffered)
     prepare = "LB_INLINE void prepare(const Args&, int, int) {}\n"
-    text = "\n".join([prepare, form.printer.tables, _unit_of(plan), _place(plan), _finish(plan), kernel])
+    text = "\n".join(
+        [prepare, form.printer.tables, _word_table(plan), _unit_of(plan), _place(plan), _finish(plan), kernel]
+    )
     return assemble(plan, arch, Pieces(macros, (), _constants(plan), _types(plan), "scalar_rows.h", "{y}", text))
+
+
+def _word_table(plan: Plan) -> str:
+    """`kWords`: see `Plan.word_table`."""
+    if not plan.words or plan.word_table is None:
+        return ""
+    return f"alignas(64) static const int16_t kWords[] = {{{', '.join(map(str, plan.word_table.integers))}}};\n"
 
 
 def _constants(plan: Plan) -> dict[str, int]:
@@ -53,15 +65,16 @@ def _constants(plan: Plan) -> dict[str, int]:
 def _types(plan: Plan) -> str:
     """Helpers that depend on the constants, and `Args`: the weight's operands and the prepared activations."""
     s = plan.spec
-    item, planes = "int8_t" if plan.integer else "float", len(plan.planes)
+    item, planes = plan.item, len(plan.planes)
 
     def at(operand: str, type_: str) -> str:
         there = operand in s.operands
         return f"(const {type_}*)weight[{s.operands.index(operand)}]" if there else "nullptr"
 
-    sides = (("scale", "void"), ("zero", "uint8_t"), ("offset", "void"), ("tensor_scale", "float"))
+    sides = (("scale", "void"), ("zero", "uint8_t"), ("offset", "void"), ("tensor_scale", "float"),
+             ("columns", "int32_t"), ("input_scale", "float"))  # fmt: skip
     lines = [
-        f"[[maybe_unused]] constexpr int32_t kBias = {plan.levels.bias if plan.integer else 0};",
+        f"[[maybe_unused]] constexpr int32_t kBias = {plan.bias if plan.integer else 0};",
         f"[[maybe_unused]] constexpr float kLevelUnit = {(2.0**plan.levels.exponent if plan.integer else 1.0).hex()}f;",
         f"LB_INLINE F load_side(const ST* p) {{ return {_LOADS[s.scale_dtype][0]}(p); }}",
         f"constexpr float kScaleUnit = {_scale_unit(plan).hex()}f;",
@@ -78,6 +91,8 @@ def _types(plan: Plan) -> str:
         "const uint8_t* zero;",
         "const void* offset;",
         "const float* tensor_scale;",
+        "const int32_t* columns;",
+        "const float* input_scale;",
         f"{item}* xq;  // activations, [chunk][token][digit][column]",
         "float* xs;  // activation scales, [chunk][token]",
         "int32_t* xi;  // what an accumulator starts from, [chunk][part][token]",
@@ -91,6 +106,7 @@ def _types(plan: Plan) -> str:
         "xo = (float*)(xi + kChunks * kParts * m);",
         "}",
         "};",
+        *rounding_types(s),
     ]
     return indent(lines)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lowbit.codegen.cpp.expr import build, half_bits, name
+from lowbit.codegen.cpp.rounding import extra_columns
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
@@ -19,6 +20,7 @@ __all__ = ["PANEL", "KernelPlan", "Plan", "align", "half_factor"]
 
 PANEL = 16
 """Rows of a panel: the int32 lanes of one 64-byte vector."""
+_WORDS = 32  # 16-bit numbers of a vector
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Plan(KernelPlan):
     """Sizes of one kernel of a scalar format. Schedule fields it reads, besides those of every kernel:
 
     extra `accs`: independent accumulators per sum (direct kernels). extra `prefetch`: bytes fetched ahead (direct
-    kernels, 0 = none).
+    kernels, 0 = none). extra `words`: 1 to multiply integers as 16-bit numbers, half as many at once, instead of as
+    8-bit digits: better where several pairs of digits make one product, or where short sums end often.
     """
 
     def __post_init__(self) -> None:
@@ -119,6 +122,41 @@ class Plan(KernelPlan):
         return self.spec.limbs > 0
 
     @property
+    def words(self) -> bool:
+        """True when products of integers are of 16-bit numbers instead of 8-bit digits."""
+        return self.integer and bool(self.schedule.get("words", 0))
+
+    @cached_property
+    def word_table(self) -> WordTable | None:
+        """The integers by code, for products of words where bytes do not hold them."""
+        return word_table(self.levels.integers) if self.words and len(self.levels.digits) > 1 else None
+
+    @property
+    def bias(self) -> int:
+        """What decoded integers exceed the weight's by."""
+        return 0 if self.word_table else self.levels.bias
+
+    @property
+    def digits(self) -> int:
+        """Numbers that an activation is cut into; 0 for products of floats."""
+        return 1 if self.words else self.spec.limbs
+
+    @property
+    def item(self) -> str:
+        """C++ type of prepared activations."""
+        return ("int16_t" if self.words else "int8_t") if self.integer else "float"
+
+    @property
+    def item_bytes(self) -> int:
+        """Its size."""
+        return {"int8_t": 1, "int16_t": 2, "float": 4}[self.item]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a decoded weight."""
+        return 4 if not self.integer else 2 if self.words else len(self.levels.digits)
+
+    @property
     def levels(self) -> IntegerLevels:
         """The integers behind the codes of a kernel that multiplies integers."""
         assert self.spec.integer_levels is not None
@@ -130,7 +168,7 @@ class Plan(KernelPlan):
 
         Digits are counted from the high one; each shift but the last, 0, exceeds the next.
         """
-        digits, limbs = len(self.levels.digits), self.spec.limbs
+        digits, limbs = (1, 1) if self.words else (len(self.levels.digits), self.spec.limbs)
         found = [
             (8 * (limbs - 1 - d) + DIGIT_BITS * (digits - 1 - e), d, e) for d in range(limbs) for e in range(digits)
         ]
@@ -173,7 +211,7 @@ class Plan(KernelPlan):
 
     @property
     def token_stride(self) -> int:
-        return max(1, self.spec.limbs) * self.chunk_cols
+        return max(1, self.digits) * self.chunk_cols
 
     @property
     def panels(self) -> int:
@@ -205,22 +243,38 @@ class Plan(KernelPlan):
     @property
     def token_bytes(self) -> int:
         """Scratch bytes per token, shared by all threads: activations, scales, starting values, sums."""
-        item = 1 if self.integer else 4
-        return self.spec.chunks * (self.token_stride * item + 4 + 8 * self.spec.parts)
+        return self.spec.chunks * (self.token_stride * self.item_bytes + 4 + 8 * self.spec.parts)
 
     @property
     def code_bytes(self) -> int:
         """Scratch bytes of one decoded chunk for one unit of work."""
-        return self.np * PANEL * self.chunk_cols * (len(self.levels.digits) if self.integer else 4)
+        return self.np * PANEL * self.chunk_cols * self.weight_bytes
 
     @property
     def row_bytes(self) -> int:
-        return align(self.spec.blocks * 32 * 4)
+        return align((self.spec.blocks * 32 + extra_columns(self.spec)) * 4)
 
     @property
     def thread_bytes(self) -> int:
         """Scratch bytes per thread: one gathered row, then for buffered kernels a decoded chunk and partial sums."""
         return self.row_bytes + (self.code_bytes + self.tokens * self.np * 64 if self.buffered else 0)
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """32 signed integers, looked up by a code's lowest five bits; bit `top` of the code, unless -1, negates them."""
+
+    integers: tuple[int, ...]
+    top: int
+
+
+def word_table(integers: tuple[int, ...]) -> WordTable | None:
+    """The table for a code's integers, or None for more than 32 that do not mirror each other."""
+    size = len(integers)
+    if size <= _WORDS:
+        return WordTable(integers * (_WORDS // size), -1)
+    low, high = integers[:_WORDS], integers[_WORDS:]
+    return WordTable(low, 5) if size == 2 * _WORDS and all(a == -b for a, b in zip(low, high, strict=True)) else None
 
 
 def half_factor(spec: KernelSpec) -> float | None:

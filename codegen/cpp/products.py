@@ -14,8 +14,18 @@ from lowbit.codegen.cpp.expr import Bit, Node, Printer, build, by_table, half_bi
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.decode import decode_program, extract_program
 from lowbit.compiler.ir.program import Program
+from lowbit.quantizers.formats.scaled import DIGIT_BITS
 
-__all__ = ["CentroidProducts", "FloatProducts", "HalfProducts", "IntProducts", "PairProducts", "Products", "products"]
+__all__ = [
+    "CentroidProducts",
+    "FloatProducts",
+    "HalfProducts",
+    "IntProducts",
+    "PairProducts",
+    "Products",
+    "WordProducts",
+    "products",
+]
 
 
 class Products(ABC):
@@ -117,6 +127,39 @@ class IntProducts(Products):
         return 4 * step
 
 
+class WordProducts(IntProducts):
+    """Dot products of 16-bit numbers: a step is 2 columns, 16 rows x 2 weights against 2 activations.
+
+    One product stands for all pairs of digits of a weight and an activation. Activations are stored in the order of
+    columns 0, 2, 1, 3 (`LB_WORDS`), which leaves a vector of bytes as two of words after a mask and a shift.
+    """
+
+    item, steps = "int16_t", 16
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.vectors = 1
+
+    def weight(self, step: int, which: int = 0) -> str:
+        quad, odd = divmod(step, 2)
+        table = self.plan.word_table
+        if table is None:
+            high, *low = (f"word<{odd}>({super(WordProducts, self).weight(quad, e)})" for e in range(self._digits))
+            return f"vadd(shl<{DIGIT_BITS}>({high}), {low[0]})" if low else high
+        code = self.printer.text(build(self._extract, self._args(quad, 0)))
+        return f"{'word_of' if table.top < 0 else f'signed_word_of<{table.top}>'}(word<{odd}>({code}), kWords)"
+
+    @property
+    def _digits(self) -> int:
+        return len(self.plan.levels.digits)
+
+    def multiply(self, acc: str, w: str, x: str) -> str:
+        return f"dot16({acc}, {w}, {x})"
+
+    def offset(self, step: int) -> int:
+        return 2 * step
+
+
 class FloatProducts(Products):
     """Fused multiply-adds: a step is 1 column, 16 dequantized rows against one activation."""
 
@@ -192,7 +235,7 @@ class CentroidProducts(FloatProducts):
 def products(plan: Plan) -> Products:
     """The products of a plan's spec."""
     if plan.integer:
-        return IntProducts(plan)
+        return WordProducts(plan) if plan.words else IntProducts(plan)
     if plan.half_factor is None:
         return FloatProducts(plan)
     return HalfProducts(plan) if plan.buffered else PairProducts(plan)

@@ -42,6 +42,8 @@ _SIDE_BYTES = {"f32": 4, "f16": 2, "e8m0": 1, "e4m3": 1}
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((2, 2), (4, 1), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
 loop, AVX-512 holds 24 sums beside 4 weights."""
+_PART_TILES = {16: ((4, 3), (6, 2)), 4: ((2, 1), (1, 2)), 2: ((1, 1), (1, 2))}
+"""The same where every sum has a float beside it, because blocks have several scales."""
 
 
 def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
@@ -58,7 +60,8 @@ def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
 
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
-    room, digits, most = MACHINES[arch].sums, _digits(spec), 4
+    words = _words(spec, arch, tokens)
+    room, digits, most = MACHINES[arch].sums, _sums(spec, words), 4
     if not spec.limbs and half_factor(spec) is not None:
         # Two sums a row, and conversions that leave few registers.
         digits, most = 2, 2
@@ -69,19 +72,35 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
     for p in panels[:2]:
         accs = max(1, min(2, room // (p * height * digits) // 2))
         for prefetch in (1024, 0):
-            yield Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
+            found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
+            yield found.with_extra(words=1) if words else found
 
 
-def _digits(spec: KernelSpec) -> int:
-    """Sums that one exact sum is made of."""
+def _words(spec: KernelSpec, arch: str, tokens: int) -> bool:
+    """Whether 16-bit products are the better ones for two digits an activation: half as many instructions as products
+    of digits when weights have two as well, and half as many sums to bring together at the end of short groups. For
+    single tokens decoding counts more; without AVX-512, whose shuffles look up words, always."""
+    short = spec.parts > 1 or (spec.group_blocks == 1 and tokens > 16)
+    several = short or (spec.integer_levels is not None and len(spec.integer_levels.digits) > 1)
+    return spec.limbs == 2 and several and tokens > 1 and arch.startswith("avx512")
+
+
+def _sums(spec: KernelSpec, words: bool) -> int:
+    """Instructions that one exact product takes, and sums it is made of: words are half as many at once, and decoding
+    them takes as many registers as another sum."""
+    if words:
+        return 2
     weights = len(spec.integer_levels.digits) if spec.limbs and spec.integer_levels else 1
     return max(1, spec.limbs) * weights
 
 
 def _buffered(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
-    for height, panels in TILES[MACHINES[arch].sums]:
-        shape = (min(height, tokens), max(pair, panels) * PANEL)
-        yield Schedule(*shape, spec.chunk_blocks * 32).with_extra(buffered=1, tokens=192)
+    words = _words(spec, arch, tokens)
+    for height, panels in (_PART_TILES if spec.limbs and spec.parts > 1 else TILES)[MACHINES[arch].sums]:
+        if panels % pair == 0 or panels < pair:
+            shape = (min(height, tokens), max(pair, panels) * PANEL)
+            found = Schedule(*shape, spec.chunk_blocks * 32).with_extra(buffered=1, tokens=192)
+            yield found.with_extra(words=1) if words else found
 
 
 def predict(plan: Plan, arch: str, m: int) -> float:
@@ -99,7 +118,7 @@ def predict(plan: Plan, arch: str, m: int) -> float:
 
 def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
     """Cycles of decoding and multiplying `weights` padded weights with `m` tokens."""
-    digits, tiles = _digits(plan.spec), math.ceil(m / plan.tile_m)
+    digits, tiles = _sums(plan.spec, plan.words), math.ceil(m / plan.tile_m)
     vectors = weights / (64 if plan.integer else 16)
     looked_up = 0 if not plan.integer or plan.levels.plain else 2 * len(plan.levels.digits)
     decode = 2.0 * len(plan.planes) + (looked_up if plan.integer else 3)
@@ -113,5 +132,5 @@ def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
         spill = 1.0 if sums <= 1.5 * cpu.sums else 1.4
         operations = vectors * (tiles * decode + products) * spill
         loads = vectors * tiles * (plan.spec.fmt.bits / 8 + plan.tile_m * digits)
-    ends = plan.spec.rows / PANEL * plan.spec.chunks * m * 6
+    ends = plan.spec.rows / PANEL * plan.spec.chunks * m * (6 if plan.spec.parts == 1 else 2 + 5 * plan.spec.parts)
     return max((operations + ends) / cpu.ops, loads / cpu.loads)

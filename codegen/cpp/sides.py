@@ -14,6 +14,7 @@ __all__ = [
     "part_group",
     "pointers",
     "scale_and_zero",
+    "side_loads",
     "start_value",
     "units",
 ]
@@ -50,19 +51,29 @@ def pointers(plan: Plan, width: int, block: str = "0") -> list[str]:
     ]
 
 
-def scale_and_zero(plan: Plan, width: int, group: str, panels: Iterable[int] | None = None) -> list[str]:
-    """Declarations of `s<panel>` (scales of 16 rows) and `z<panel>` or `o<panel>` where zero points or offsets are
-    stored, of all panels or of `panels`."""
-    out = []
-    for i in range(width) if panels is None else panels:
-        at = f"(({panel_of(plan, width, i)}) * kGroups + {group}) * 16"
-        out.append(f"const F s{i} = load_scale((const ST*)a.scale + {at}, u{i});")
-        if plan.spec.fmt.zero:
-            load = f"load_u8(a.zero + {at})"
-            out.append(f"const V z{i} = zero_pair({load});" if plan.integer else f"const F z{i} = cvt({load});")
-        if plan.spec.fmt.offset:
-            out.append(f"const F o{i} = load_side((const ST*)a.offset + {at});")
+def side_loads(plan: Plan, panel: str, i: int, group: str) -> dict[str, tuple[str, str]]:
+    """Type and value of `s` (scales of 16 rows), and of `z` or `o` where zero points or offsets are stored.
+
+    panel: the packed panel, an expression; i: its number in the tile.
+    """
+    at = f"(({panel}) * kGroups + {group}) * 16"
+    out = {"s": ("F", f"load_scale((const ST*)a.scale + {at}, u{i})")}
+    if plan.spec.fmt.zero:
+        load = f"load_u8(a.zero + {at})"
+        out["z"] = ("V", f"zero_pair({load})") if plan.integer else ("F", f"cvt({load})")
+    if plan.spec.fmt.offset:
+        out["o"] = ("F", f"load_side((const ST*)a.offset + {at})")
     return out
+
+
+def scale_and_zero(plan: Plan, width: int, group: str, panels: Iterable[int] | None = None) -> list[str]:
+    """Declarations of `s<panel>`, `z<panel>` and `o<panel>` (see `side_loads`) of all panels or of `panels`."""
+    chosen = range(width) if panels is None else panels
+    return [
+        f"const {type_} {side}{i} = {value};"
+        for i in chosen
+        for side, (type_, value) in side_loads(plan, panel_of(plan, width, i), i, group).items()
+    ]
 
 
 def part_group(plan: Plan, chunk: str, part: int) -> str:
@@ -78,9 +89,9 @@ def decode_sides(plan: Plan, i: int) -> list[str]:
     return [f"const F {side} = {side[0]}{i};" for side in sides]
 
 
-def start_value(plan: Plan, i: int, word: str) -> str:
+def start_value(plan: Plan, zero: str, word: str) -> str:
     """-(zero point or bias) * (sum of the chunk's activations), exact: see `zero_pair` and `round_chunk`."""
-    return f"madd16(z{i}, set1(uint32_t({word})))" if plan.spec.fmt.zero else f"set1(uint32_t({word}))"
+    return f"madd16({zero}, set1(uint32_t({word})))" if plan.spec.fmt.zero else f"set1(uint32_t({word}))"
 
 
 def dispatch(heights: tuple[int, ...], first: str, last: str, call: Callable[[int], str]) -> list[str]:

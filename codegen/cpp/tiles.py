@@ -17,7 +17,7 @@ def tile_pass(
     token_stride: elements from one token's activations to the next; digit_at, weights_at: from the first activation
     and from the first weight to those used here.
     """
-    items, per_step = (64, 4) if form.item == "int8_t" else (16, 1)
+    items, per_step = 16 if form.item == "float" else 64, 32 // form.steps
     lines = ["#pragma GCC unroll 1", "for (int64_t k = 0; k < steps; ++k) {"]
     lines += [
         f"const {form.vector} w{i} = {form.load}(buffer + (k * {stride} + {i}) * {items} + {weights_at});"

@@ -17,10 +17,11 @@ from lowbit.compiler.ir.layout import plane_bits
 from lowbit.compiler.ir.program import Program
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import Format, VectorFormat
+from lowbit.quantizers.hadamard import rotate
 from lowbit.quantizers.qtensor import PackedWeight, column_map, full_scales, padded_columns
 from lowbit.quantizers.vqtensor import VQTensor, unpack_vectors
 
-__all__ = ["ReferenceBackend", "decode_weight", "run_reference"]
+__all__ = ["ReferenceBackend", "decode_weight", "prepare_activations", "run_reference"]
 
 _TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -30,9 +31,15 @@ def decode_weight(weight: PackedWeight) -> torch.Tensor:
     if isinstance(weight.fmt, VectorFormat):
         on_cpu = replace(weight, tensors={name: t.cpu() for name, t in weight.tensors.items()})
         return torch.cat([_decode_vectors(q) for q in unpack_vectors(on_cpu)])
+    dense, columns = _decode_stored(weight), weight.tensors.get("columns")
+    return dense if columns is None else dense[:, torch.argsort(columns.cpu())]
+
+
+def _decode_stored(weight: PackedWeight) -> torch.Tensor:
+    """`decode_weight` of a scalar format, in the weight's stored order of columns."""
     assert isinstance(weight.fmt, Format)
     fmt, layout, rows = weight.fmt, weight.layout, weight.rows
-    cols = padded_columns(fmt, weight.k)
+    cols = padded_columns(fmt, weight.k, layout.block)
     args: dict[str, torch.Tensor] = {}
     for i, (bits, plane) in enumerate(zip(plane_bits(fmt.bits), weight.planes, strict=True)):
         index, shift = layout.address(bits, rows, cols)
@@ -81,6 +88,16 @@ def _decode_vectors(q: VQTensor) -> torch.Tensor:
     return dense * scale + bias if q.fmt.norm == "col" else dense * scale[:, None] + bias[:, None]
 
 
+def prepare_activations(spec: KernelSpec, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """float32 [M, K]: x rotated, in the stored order of columns (of scalar formats), and rounded to `activation`."""
+    x = x.float()
+    if spec.rotate:
+        x = rotate(x, spec.rotate)
+    if not spec.vector and (columns := weight.tensors.get("columns")) is not None:
+        x = x[:, columns.long()]
+    return spec.rounding.apply(x, weight.tensors.get("input_scale")) if spec.rounding else x
+
+
 def run_reference(
     spec: KernelSpec,
     x: torch.Tensor,
@@ -88,8 +105,12 @@ def run_reference(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """epilogue(x @ W.T) in float32, rounded to the spec's output dtype: what every kernel is compared with."""
-    y = x.float() @ decode_weight(weight).to(x.device).T
+    """epilogue(x @ W.T) in float32, rounded to the spec's output dtype: what every kernel is compared with.
+
+    x is first rotated and rounded as the spec says.
+    """
+    stored = decode_weight(weight) if spec.vector else _decode_stored(weight)
+    y = prepare_activations(spec, x, weight) @ stored.to(x.device).T
     for step in spec.epilogue:
         if step == "bias":
             assert bias is not None

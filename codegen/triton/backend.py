@@ -24,6 +24,7 @@ from lowbit.codegen.triton.vector_tiles import VectorTiles
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
 from lowbit.compiler.ir.target import Target
+from lowbit.quantizers.formats import FloatElement
 
 __all__ = ["TritonBackend"]
 
@@ -51,8 +52,14 @@ class TritonBackend(Backend):
         layout = LAYOUTS[self.layout_of(spec.weight_format)]
         if spec.layout_ != layout:
             return f"reads the layout {layout}, not {spec.layout}"
+        if spec.rotate:
+            return "does not rotate activations"
         if spec.vector:
             return _vector_limits(spec)
+        if spec.rounding_problem:
+            return spec.rounding_problem
+        if spec.rounding and isinstance(spec.rounding.element, FloatElement) and not spec.rounding.element.mantissa:
+            return f"rounds to floats with mantissa bits, not to {spec.rounding.element.name}"
         if spec.compute == "int16":
             return "two-digit integer products are for CPUs; use compute='float' or 'int8'"
         if spec.compute == "int8" and not spec.fmt.element.integer:

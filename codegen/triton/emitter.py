@@ -11,13 +11,14 @@ from __future__ import annotations
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.triton.frame import BODY, LOOP, TRITON_TYPES, finish, loop, module, order, output_args, split
+from lowbit.codegen.triton.prepare import needs_preparing, prepare_args, prepare_body
 from lowbit.codegen.triton.table import Printer, magic_definitions
 from lowbit.codegen.triton.tiles import Tiles
 from lowbit.codegen.triton.vector_emitter import emit_vector_source, vector_kernel_args
 from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats import K_ALIGN
 
-__all__ = ["emit_source", "kernel_args", "quantize_args"]
+__all__ = ["emit_source", "kernel_args"]
 
 
 def kernel_args(spec: KernelSpec, schedule: Schedule) -> dict[str, str]:
@@ -36,18 +37,13 @@ def kernel_args(spec: KernelSpec, schedule: Schedule) -> dict[str, str]:
         args["offset_ptr"] = args["scale_ptr"]
     if spec.fmt.tensor:
         args["tensor_scale_ptr"] = "*fp32"  # part of the scales already
+    if spec.fmt.channel:
+        args["channel_scale_ptr"] = "*fp16"  # likewise
+    if spec.fmt.ordered:
+        args["columns_ptr"] = "*i32"  # for `prepare`, like what follows
+    if "input_scale" in spec.operands:
+        args["input_scale_ptr"] = "*fp32"
     return {**args, **output_args(spec, schedule)}
-
-
-def quantize_args(spec: KernelSpec) -> dict[str, str]:
-    """Parameter name -> Triton type of the activation rounding kernel."""
-    return {
-        "x_ptr": f"*{TRITON_TYPES[spec.x_dtype]}",
-        "q_ptr": "*i8",
-        "x_scale_ptr": "*fp32",
-        "x_sum_ptr": "*i32",
-        "tokens": "i32",
-    }
 
 
 def emit_source(spec: KernelSpec, schedule: Schedule) -> str:
@@ -59,7 +55,7 @@ def emit_source(spec: KernelSpec, schedule: Schedule) -> str:
     body += _gemv(tiles) if schedule.get("gemv", 0) else _dot(tiles)
     body += finish(tiles)
     body = [BODY + line for line in magic_definitions("\n".join(body))] + body
-    extra, before = (quantize_args(spec), _quantize(tiles)) if tiles.integer else ({}, [])
+    extra, before = (prepare_args(tiles), prepare_body(tiles)) if needs_preparing(tiles) else ({}, [])
     return module(tiles, kernel_args(spec, schedule), body, extra, before)
 
 
@@ -74,12 +70,17 @@ def _dot(t: Tiles) -> list[str]:
     s, swap = t.schedule, bool(t.schedule.get("swap", 0))
     shape = f"({s.tile_n}, {s.tile_m})" if swap else f"({s.tile_m}, {s.tile_n})"
     lines = [f"{BODY}m = m_tile * {s.tile_m} + tl.arange(0, {s.tile_m})", f"{BODY}m_ok = m < tokens"]
-    lines += [f"{BODY}acc_{a} = tl.zeros({shape}, tl.float32)" for a in t.accumulators]
+    name, kind = ("sums", "int32") if t.whole else ("acc", "float32")
+    lines += [f"{BODY}{name}_{a} = tl.zeros({shape}, tl.{kind})" for a in t.accumulators]
+    if t.whole and t.needs_sums:
+        lines.append(f"{BODY}x_sum = tl.zeros(({s.tile_m},), tl.int32)")
     lines.append(loop(t))
     lines += [LOOP + line for line in [*t.blocks(), *_load_x(t)]]
     for a in t.accumulators:
-        lines += [LOOP + line for line in [*t.load_words(a), *t.load_sides(a)]]
+        lines += [LOOP + line for line in [*t.load_words(a), *([] if t.whole else t.load_sides(a))]]
         lines += [*_weight_tile(t), *[LOOP + line for line in _product(t, a, swap)]]
+    if t.whole:
+        lines += [BODY + line for line in _scale_whole(t, swap)]
     if swap:
         lines += [f"{BODY}acc_{a} = tl.trans(acc_{a})" for a in t.accumulators]
     return lines
@@ -89,12 +90,15 @@ def _load_x(t: Tiles) -> list[str]:
     """The activation tile `x` [tile_m, step columns], zero where a padded column has no source."""
     if t.integer:
         stride = t.steps * t.step_columns
-        return [
+        total = f"tl.load(x_sum_ptr + m * {t.steps} + step, mask=m_ok, other=0)"
+        tile = [
             f"col = step * {t.step_columns} + tl.arange(0, {t.step_columns})",
             f"x = tl.load(x_ptr + m.to(tl.int64)[:, None] * {stride} + col[None, :], mask=m_ok[:, None], other=0)",
-            f"x_scale = tl.load(x_scale_ptr + m * {t.steps} + step, mask=m_ok, other=0.0)",
-            f"x_sum = tl.load(x_sum_ptr + m * {t.steps} + step, mask=m_ok, other=0)",
         ]
+        if t.whole:
+            return [*tile, *([f"x_sum += {total}"] if t.needs_sums else [])]
+        scale = f"x_scale = tl.load(x_scale_ptr + m * {t.steps} + step, mask=m_ok, other=0.0)"
+        return [*tile, scale, f"x_sum = {total}"]
     mask = "m_ok[:, None]" + (" & col_ok[None, :]" if t.column_mask else "")
     where = f"m.to(tl.int64)[:, None] * {t.spec.k} + col[None, :]"
     return [*t.columns(), f"x = tl.load(x_ptr + {where}, mask={mask}, other=0.0)"]
@@ -134,16 +138,30 @@ def _product(t: Tiles, a: int, swap: bool) -> list[str]:
 def _integer_product(t: Tiles, a: int, left: str, right: str, swap: bool) -> list[str]:
     """Codes are multiplied as code - 2**(b-1); what the zero point differs from that, and an offset, meet the chunk's
     sum of the rounded x."""
-    fmt = t.spec.fmt
-    lines = [f"sums = tl.dot({left}, {right}, out_dtype=tl.int32)"]
+    if t.whole:
+        return [f"sums_{a} = tl.dot({left}, {right}, sums_{a}, out_dtype=tl.int32)"]
+    return [f"sums = tl.dot({left}, {right}, out_dtype=tl.int32)", *_scaled(t, a, "sums", "+=", swap)]
+
+
+def _scale_whole(t: Tiles, swap: bool) -> list[str]:
+    """The end of sums of integers that run over all columns: one scale a row and one a token."""
+    lines = [f"x_scale = tl.load(x_scale_ptr + m * {t.steps}, mask=m_ok, other=0.0)"]
+    for a in t.accumulators:
+        lines += [*t.load_sides(a), *_scaled(t, a, f"sums_{a}", "=", swap)]
+    return lines
+
+
+def _scaled(t: Tiles, a: int, sums: str, sign: str, swap: bool) -> list[str]:
+    """`acc_<a>` from sums of integers."""
+    fmt, lines = t.spec.fmt, list[str]()
     side, token = ("{}", "[None, :]") if swap else ("tl.trans({})", "[:, None]")
     middle = 2 ** (fmt.bits - 1)
-    total = "sums.to(tl.float32)"
+    total = f"{sums}.to(tl.float32)"
     if fmt.zero:
         total = f"({total} + x_sum{token}.to(tl.float32) * {side.format(f'({middle}.0 - zero)')})"
     elif fmt.element.bias != middle:
         total = f"({total} + x_sum{token}.to(tl.float32) * {float(middle - fmt.element.bias)!r})"
-    lines.append(f"acc_{a} += {total} * (x_scale{token} * {side.format('scale')})")
+    lines.append(f"acc_{a} {sign} {total} * (x_scale{token} * {side.format('scale')})")
     if fmt.offset:
         lines.append(f"acc_{a} += (x_scale * x_sum.to(tl.float32)){token} * {side.format('offset')}")
     return lines
@@ -205,24 +223,3 @@ def _gemv_columns(t: Tiles, a: int) -> list[str]:
     if t.scale_after:
         lines += [f"{LOOP}sum_{a}_{i} += dot_{i} * scale" for i in tokens]
     return lines
-
-
-def _quantize(t: Tiles) -> list[str]:
-    """Round one token's chunk to int8: the largest value becomes 127. One program per (token, chunk)."""
-    load = "tl.load(x_ptr + row * {k} + col, mask={mask}, other=0.0).to(tl.float32)"
-    lines = [
-        "row = tl.program_id(0).to(tl.int64)",
-        "step = tl.program_id(1)",
-        *t.columns(),
-        "x = " + load.format(k=t.spec.k, mask="col_ok" if t.column_mask else "col >= 0"),
-        "largest = tl.max(tl.abs(x), axis=0)",
-        "scale = largest / 127.0",
-        "inverse = tl.where(largest > 0.0, 127.0 / largest, 0.0)",
-        "q = tl.floor(x * inverse + 0.5)",
-        "q = tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int8)",
-        f"at = row * {t.steps * t.step_columns} + step * {t.step_columns} + tl.arange(0, {t.step_columns})",
-        "tl.store(q_ptr + at, q)",
-        f"tl.store(x_scale_ptr + row * {t.steps} + step, scale)",
-        f"tl.store(x_sum_ptr + row * {t.steps} + step, tl.sum(q.to(tl.int32), axis=0))",
-    ]
-    return [BODY + line for line in lines]

@@ -68,7 +68,8 @@ def module(t: Grid, args: dict[str, str], body: list[str], extra: dict[str, str]
         f"ARGS = {args!r}",
         f"PREPARE_ARGS = {extra!r}",
         f"OPTIONS = {{'num_warps': {schedule.warps}, 'num_stages': {schedule.stages}, 'enable_fp_fusion': True}}",
-        "PREPARE_OPTIONS = {'num_warps': 1}",
+        # Rounding must not be fused with what comes before: it would round something else.
+        f"PREPARE_OPTIONS = {{'num_warps': {1 if spec.vector else 4}, 'enable_fp_fusion': {bool(spec.vector)}}}",
     ]
     text = [*head, *_function("kernel", args, body), *(_function("prepare", extra, before) if extra else [])]
     return "\n".join(text) + "\n"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lowbit.codegen.backend import Launcher
+from lowbit.codegen.counters import counters
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.triton.tiles import Tiles
@@ -20,8 +21,6 @@ from lowbit.compiler.errors import KernelError
 from lowbit.quantizers.qtensor import PackedWeight
 
 __all__ = ["kernels_of", "load_module", "make_launcher"]
-
-_COUNTERS = 1 << 20  # int32 arrival counters a device keeps: 4 MiB
 
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8, "i32": torch.int32,
           "i16": torch.int16, "u8": torch.uint8}  # fmt: skip
@@ -47,46 +46,6 @@ def kernels_of(module: ModuleType) -> list[tuple[Any, dict[str, str], dict[str, 
     return [main, (module.prepare, module.PREPARE_ARGS, module.PREPARE_OPTIONS)]
 
 
-class _Counters:
-    """Arrival counters of split-K kernels: zero between launches, because the last program resets its own.
-
-    Calls on one stream run one after the other and share one buffer. A call captured into a graph may later run beside
-    anything, so each gets counters of its own, which are never given to anyone else.
-    """
-
-    def __init__(self) -> None:
-        self._eager: dict[tuple[torch.device, int], torch.Tensor] = {}
-        self._pools: dict[torch.device, list[torch.Tensor]] = {}
-        self._used: dict[torch.device, int] = {}
-
-    def reserve(self, device: torch.device) -> None:
-        """Have counters ready for captures, which cannot make any themselves."""
-        pools = self._pools.setdefault(device, [])
-        if not pools or self._used[device] > _COUNTERS // 2:
-            pools.append(torch.zeros(_COUNTERS, dtype=torch.int32, device=device))
-            self._used[device] = 0
-
-    def take(self, n: int, device: torch.device) -> torch.Tensor:
-        """`n` zeroed int32 counters for one launch on the current stream."""
-        if device.type != "cuda":
-            return torch.zeros(n, dtype=torch.int32)
-        if torch.cuda.is_current_stream_capturing():
-            used = self._used.get(device, _COUNTERS)
-            if used + n > _COUNTERS:
-                return torch.zeros(n, dtype=torch.int32, device=device)  # a memset becomes part of the graph
-            self._used[device] = used + n
-            return self._pools[device][-1][used : used + n]
-        self.reserve(device)
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
-        held = self._eager.get(key)
-        if held is None or held.numel() < n:
-            held = self._eager[key] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
-        return held
-
-
-_counters = _Counters()
-
-
 def make_launcher(module: ModuleType, spec: KernelSpec, schedule: Schedule) -> Launcher:
     """A launcher for an imported module. On a GPU both kernels are compiled now, not inside the first call."""
     tiles = VectorTiles(spec, schedule) if spec.vector else Tiles(spec, schedule)
@@ -94,7 +53,7 @@ def make_launcher(module: ModuleType, spec: KernelSpec, schedule: Schedule) -> L
     if torch.cuda.is_available() and hasattr(module.kernel, "warmup"):
         for fn, args, its_options in kernels_of(module):
             fn.warmup(*(_TORCH[t[1:]] if t.startswith("*") else 16 for t in args.values()), grid=(1,), **its_options)
-        _counters.reserve(torch.device("cuda", torch.cuda.current_device()))
+        counters.reserve(torch.device("cuda", torch.cuda.current_device()))
 
     def launch(
         x: torch.Tensor,
@@ -113,7 +72,7 @@ def make_launcher(module: ModuleType, spec: KernelSpec, schedule: Schedule) -> L
             shape = (schedule.split_k, len(tiles.accumulators), m, tiles.n_acc)
             args += [
                 torch.empty(shape, dtype=torch.float32, device=x.device),
-                _counters.take(programs, x.device),
+                counters.take(programs, x.device),
             ]
         if len(args) + 1 != len(module.ARGS):
             raise KernelError("LB0446", f"the kernel takes {', '.join(module.ARGS)}; {len(args) + 1} values were given")
@@ -130,18 +89,20 @@ def _on(device: torch.device) -> Any:
 
 def _prepared(module: ModuleType, tiles: Tiles | VectorTiles, x: torch.Tensor, weight: PackedWeight) -> list[Any]:
     """What the main kernel takes for x: int8 digits with their scales and sums, or x in the columns' stored order."""
-    m, given = x.shape[0], []
+    m = x.shape[0]
+    given = [t for name, t in weight.tensors.items() if f"{name}_ptr" in module.PREPARE_ARGS]
     if isinstance(tiles, VectorTiles):
         parts, made = tiles.pieces, [torch.empty_like(x)]
         if "x_sum_ptr" in module.PREPARE_ARGS:
             made.append(torch.empty((m, parts), dtype=torch.float32, device=x.device))
-        given = [t for name, t in weight.tensors.items() if f"{name}_ptr" in module.PREPARE_ARGS]
+    elif not tiles.integer:
+        parts, made = tiles.prepared_groups, [torch.empty_like(x)]
     else:
-        parts = tiles.steps
+        parts, steps = tiles.prepared_groups, tiles.steps
         made = [
-            torch.empty((m, parts * tiles.step_columns), dtype=torch.int8, device=x.device),
-            torch.empty((m, parts), dtype=torch.float32, device=x.device),
-            torch.empty((m, parts), dtype=torch.int32, device=x.device),
+            torch.empty((m, steps * tiles.step_columns), dtype=torch.int8, device=x.device),
+            torch.empty((m, steps), dtype=torch.float32, device=x.device),
+            torch.empty((m, steps), dtype=torch.int32, device=x.device),
         ]
     with _on(x.device):
         module.prepare[(m, parts)](x, *made, *given, m, **module.PREPARE_OPTIONS)

@@ -37,6 +37,31 @@ class Tiles:
         return self.spec.compute == "int8"
 
     @cached_property
+    def whole(self) -> bool:
+        """Integer products whose sums run over all columns, because no scale changes on the way."""
+        spec = self.spec
+        one = spec.rounding is not None and spec.rounding.groups(spec.k) == 1 and spec.groups == 1
+        return self.integer and one and spec.blocks * K_ALIGN * 2**14 < 2**31
+
+    @cached_property
+    def needs_sums(self) -> bool:
+        """Whether sums of activations are multiplied with something."""
+        fmt = self.spec.fmt
+        return fmt.zero or fmt.offset or fmt.element.bias != 2 ** (fmt.bits - 1)
+
+    @cached_property
+    def prepared_columns(self) -> int:
+        """Columns that one program of the preparing kernel of float products takes."""
+        return self.spec.rounding.group_size(self.spec.k) if self.spec.rounding else min(self.spec.k, 1024)
+
+    @cached_property
+    def prepared_groups(self) -> int:
+        """Programs of the preparing kernel per token."""
+        if self.integer:
+            return -(-self.steps // min(self.spec.span_chunks, self.steps))
+        return -(-self.spec.k // self.prepared_columns)
+
+    @cached_property
     def stride_blocks(self) -> int:
         """Blocks one step covers: for integer products one activation chunk."""
         return self.spec.chunk_blocks if self.integer else self.schedule.tile_k // K_ALIGN

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from xdsl.dialects.builtin import ArrayAttr, FloatAttr, ModuleOp, StringAttr, f64
+from xdsl.dialects.builtin import ArrayAttr, DictionaryAttr, FloatAttr, IntAttr, ModuleOp, StringAttr, f64
 from xdsl.ir import Attribute, Block, Region, SSAValue
 
 from lowbit.compiler.errors import IRError
@@ -43,9 +44,19 @@ def import_model(model: nn.Module, name: str = "model", probe: Any = None) -> Mo
     (LB0320) when the model cannot be traced, saying at which module.
     """
     meta = _meta_copy(model)
-    recorder = _Recorder(meta, PROBE_TOKENS)
-    inputs = probe or _causal_lm_inputs()
     extra = {"use_cache": False} if probe is None else {}
+    try:
+        return _traced(meta, name, probe or _causal_lm_inputs(), extra)
+    except IRError:
+        if probe is not None or "position_ids" not in inspect.signature(model.forward).parameters:
+            raise
+    # Models with learned positions (OPT) count them from the mask, whose final form they do not understand.
+    positions = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
+    return _traced(meta, name, {**_causal_lm_inputs(), "position_ids": positions}, extra)
+
+
+def _traced(meta: nn.Module, name: str, inputs: dict[str, torch.Tensor], extra: dict[str, Any]) -> ModuleOp:
+    recorder = _Recorder(meta, PROBE_TOKENS)
     for value in inputs.values():
         recorder.input(value)
     try:
@@ -229,7 +240,11 @@ def _linear(r: _Recorder, path: str, module: nn.Module, x: SSAValue, out: Attrib
         weight = dense
     operands = [x, weight] if bias is None else [x, weight, bias]
     steps = {} if bias is None else {"epilogue": ArrayAttr([StringAttr("bias")])}
-    return r.emit(path, lb.Linear, operands, out, **steps)
+    asked: dict[str, Attribute] = {
+        name: StringAttr(value) if isinstance(value, str) else IntAttr(value)
+        for name, value in getattr(module, "asks", dict)().items()
+    }
+    return r.emit(path, lb.Linear, operands, out, **steps, **({"input": DictionaryAttr(asked)} if asked else {}))
 
 
 def _table(cls: type[lb.GraphOp]) -> Emitter:
@@ -244,7 +259,7 @@ def _table(cls: type[lb.GraphOp]) -> Emitter:
 
 _RULES: tuple[tuple[Callable[[nn.Module], bool], Emitter], ...] = (
     (lambda m: isinstance(m, nn.Linear) or type(m).__name__ == "QuantLinear", _linear),
-    (lambda m: isinstance(m, nn.Embedding), _table(lb.Embedding)),
+    (lambda m: isinstance(m, nn.Embedding) and type(m).forward is nn.Embedding.forward, _table(lb.Embedding)),
     (lambda m: isinstance(m, nn.LayerNorm), _table(lb.LayerNorm)),
     (lambda m: type(m).__name__.endswith("RMSNorm") and hasattr(m, "weight"), _table(lb.RmsNorm)),
     (lambda m: type(m).__name__ in ("SiLU", "SiLUActivation"), _table(lb.Silu)),

@@ -40,11 +40,23 @@ def model_card(
         f"# {name}, quantized with lowbit",
         f"Linear layers are stored as `{scheme.weight}` "
         f"(scheme `{_plain(scheme.name)}`, method `{_plain(scheme.method)}`).",
+        _activations(scheme),
         _formats_table(formats, shapes),
         _report_table(report),
         _usage(layout),
     ]
     return "\n\n".join(s for s in sections if s) + "\n"
+
+
+def _activations(scheme: Scheme) -> str:
+    """What happens to activations and the cache, where anything does."""
+    lines = []
+    if scheme.activation is not None:
+        before = f", after {', '.join(r.name for r in scheme.rewrites)}" if scheme.rewrites else ""
+        lines.append(f"Their inputs are rounded to `{scheme.activation}` at run time{before}.")
+    if scheme.kv is not None:
+        lines.append(f"It is meant for a key-value cache in `{scheme.kv}`: `lowbit.QuantizedCache(model)`.")
+    return " ".join(lines)
 
 
 def _front_matter(source: ModelSource, layout: str) -> str:

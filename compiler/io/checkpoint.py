@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +21,7 @@ import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
 from lowbit.compiler.io import compressed_tensors as ct
-from lowbit.compiler.io import gptq, native, vptq, vptq_tensors
+from lowbit.compiler.io import ct_floats, ct_rounded, gptq, native, vptq, vptq_tensors
 from lowbit.compiler.io.card import model_card
 from lowbit.compiler.io.safetensors_file import SafetensorsFile
 from lowbit.compiler.io.source import ModelSource
@@ -57,23 +57,32 @@ def write_checkpoint(
     shard_bytes: int = _SHARD_BYTES,
     dtype: torch.dtype | None = None,
     replaced: Mapping[str, Callable[[], torch.Tensor]] | None = None,
+    inputs: Mapping[str, native.LayerInput] | None = None,
+    formats: Mapping[str, WeightFormat] | None = None,
 ) -> Path:
     """Write the model of `source` to the folder `out`, with the weights of some modules replaced.
 
     quantized: loader of the quantized weight by module path, called when the weight is written (and once before, where
     the scheme has no format for the module). report: figures of the run, for report.json and the card. dtype: of the
     other float tensors and of config.json; theirs when None. replaced: loaders of other tensors whose values a run
-    changed (norm weights), by name. The folder appears complete or not at all. Raises
-    CheckpointError: LB0110 `out` is not empty, LB0111 disk full, LB0114 a module or tensor that does not fit, LB0115
-    not writable.
+    changed (norm weights), by name. inputs: what quantized modules do to their inputs, by path. formats: of the
+    quantized weights, by path, where they are not simply the scheme's. The folder appears
+    complete or not at all. Raises CheckpointError: LB0110 `out` is not empty, LB0111 disk full, LB0114 a module or
+    tensor that does not fit, LB0115 not writable.
     """
-    formats = {path: _planned_format(path, load, scheme) for path, load in quantized.items()}
+    planned: Mapping[str, WeightFormat | None] = formats or {path: scheme.format_for(path) for path in quantized}
+    formats = {path: _planned_format(path, load, planned[path]) for path, load in quantized.items()}
     shapes = {path: _matrix_shape(source, path) for path in quantized}
-    layout = checkpoint_layout(formats, shapes)
-    parts = _parts(source, quantized, formats, layout, dtype, replaced or {})
+    inputs = {path: given for path, given in (inputs or {}).items() if given.to_dict()}
+    layout = checkpoint_layout(formats, shapes, inputs)
+    form = vptq_tensors if layout == "vptq" else ct_rounded if inputs and layout != "lowbit" else ct
+    if form is ct and layout == "compressed-tensors" and any(map(ct_floats.layout_of, formats.values())):
+        form = ct_floats
+    parts = _parts(source, quantized, formats, form, dtype, replaced or {})
+    parts += [_scale_part(path, given.scale) for path, given in inputs.items() if given.scale is not None]
     extras = source.extras()
     needed = sum(p.nbytes for p in parts) + sum(e.stat().st_size for e in extras) + _MARGIN
-    config = _config(source, formats, layout, dtype)
+    config = _config(source, formats, layout, dtype, inputs, str(scheme.kv or ""))
     with staged_folder(out, needed) as stage:
         write_shards(stage, parts, shard_bytes)
         _copy_extras(extras, stage)
@@ -89,8 +98,14 @@ def write_checkpoint(
     return out
 
 
-def checkpoint_layout(formats: Mapping[str, WeightFormat], shapes: Mapping[str, tuple[int, int]]) -> Layout:
-    """The layout of a checkpoint whose modules, by path, have these formats and (N, K)."""
+def checkpoint_layout(
+    formats: Mapping[str, WeightFormat],
+    shapes: Mapping[str, tuple[int, int]],
+    inputs: Mapping[str, native.LayerInput] | None = None,
+) -> Layout:
+    """The layout of a checkpoint whose modules, by path, have these formats and (N, K), and do this to their inputs."""
+    if inputs:
+        return "compressed-tensors" if ct_rounded.can_hold(formats, inputs) else "lowbit"
     layouts = {export_layout(fmt, *shapes[path]) for path, fmt in formats.items()} or {"compressed-tensors"}
     if layouts == {"vptq"}:
         return "vptq"
@@ -98,10 +113,9 @@ def checkpoint_layout(formats: Mapping[str, WeightFormat], shapes: Mapping[str, 
     return "compressed-tensors" if common else "lowbit"
 
 
-def _planned_format(path: str, load: Callable[[], QWeight], scheme: Scheme) -> WeightFormat:
-    """The scheme's format, which is checked again when the weight is written; the weight's own when the scheme has none
-    for it or left a choice."""
-    planned = scheme.format_for(path)
+def _planned_format(path: str, load: Callable[[], QWeight], planned: WeightFormat | None) -> WeightFormat:
+    """The planned format, which is checked again when the weight is written; the weight's own when there is none or it
+    leaves a choice."""
     return load().fmt if planned is None or isinstance(planned, ChoiceFormat) else planned
 
 
@@ -117,7 +131,7 @@ def _parts(
     source: ModelSource,
     quantized: Mapping[str, Callable[[], QWeight]],
     formats: Mapping[str, WeightFormat],
-    layout: Layout,
+    form: Any,
     dtype: torch.dtype | None,
     replaced: Mapping[str, Callable[[], torch.Tensor]],
 ) -> list[Part]:
@@ -126,14 +140,14 @@ def _parts(
         path = name.removesuffix(".weight")
         if name.endswith(".weight") and path in quantized:
             n, k = _matrix_shape(source, path)
-            parts.append(_quantized_part(path, quantized[path], formats[path], n, k, layout))
+            parts.append(_quantized_part(path, quantized[path], formats[path], n, k, form))
         else:
             parts.append(_plain_part(source, name, dtype, replaced.get(name)))
     return parts
 
 
-def _quantized_part(path: str, load: Callable[[], QWeight], fmt: WeightFormat, n: int, k: int, layout: Layout) -> Part:
-    form = vptq_tensors if layout == "vptq" else ct
+def _quantized_part(path: str, load: Callable[[], QWeight], fmt: WeightFormat, n: int, k: int, form: Any) -> Part:
+    """form: the module that turns matrices into the layout's tensors."""
 
     def tensors() -> dict[str, torch.Tensor]:
         q = load()
@@ -145,6 +159,11 @@ def _quantized_part(path: str, load: Callable[[], QWeight], fmt: WeightFormat, n
 
     shapes = form.tensor_shapes(fmt, n, k)
     return Part(tuple(Blob(f"{path}.{name}", dtype, shape) for name, (dtype, shape) in shapes.items()), tensors)
+
+
+def _scale_part(path: str, scale: torch.Tensor) -> Part:
+    name = f"{path}.input_scale"
+    return Part((Blob(name, torch.float32, tuple(scale.shape)),), lambda: {name: scale.float()})
 
 
 def stored_dtype(source: ModelSource, name: str, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -170,7 +189,12 @@ def _plain_part(
 
 
 def _config(
-    source: ModelSource, formats: Mapping[str, WeightFormat], layout: Layout, dtype: torch.dtype | None
+    source: ModelSource,
+    formats: Mapping[str, WeightFormat],
+    layout: Layout,
+    dtype: torch.dtype | None,
+    inputs: Mapping[str, native.LayerInput],
+    kv: str,
 ) -> dict[str, Any]:
     """Values of config.json, without the guard of native checkpoints."""
     values: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=True))
@@ -181,7 +205,7 @@ def _config(
     kept_dtype = dtype or getattr(source.config, "dtype", None) or _common_dtype(source)
     values["dtype"] = str(kept_dtype).removeprefix("torch.")
     if layout == "lowbit":
-        values["quantization_config"] = native.quantization_config(formats)
+        values["quantization_config"] = native.quantization_config(formats, inputs, kv)
     else:
         linears = [p for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, torch.nn.Linear)]
         kept = set(linears) - set(formats)
@@ -190,7 +214,8 @@ def _config(
             biased = {path for path in formats if f"{path}.bias" in source.names()}
             values["quantization_config"] = vptq.quantization_config(formats, shapes, biased, kept)
         else:
-            values["quantization_config"] = ct.quantization_config(formats, kept)
+            form = ct_rounded if inputs else ct
+            values["quantization_config"] = form.quantization_config(formats, kept)
     return values
 
 
@@ -215,7 +240,7 @@ def _provenance(
 ) -> dict[str, Any]:
     """Values of lowbit.json: how the checkpoint was made, and the format of every module."""
     return {
-        "schema": native.SCHEMA,
+        "schema": 1,
         "lowbit": importlib.metadata.version("lowbit"),
         "layout": layout,
         "scheme": scheme.to_dict(),
@@ -238,11 +263,21 @@ class Checkpoint:
     _files: dict[str, SafetensorsFile]
     _gptq: gptq.GPTQLayout | None = None
     _vptq: Mapping[str, vptq.VPTQLayer] | None = None
+    _inputs: Mapping[str, native.LayerInput] = field(default_factory=dict)
+    _rounded: bool = False
 
     @property
     def method(self) -> str:
         """`compressed-tensors`, `lowbit`, `vptq` or `gptq`."""
         return str(self.quantization_config["quant_method"])
+
+    @property
+    def kv(self) -> str:
+        """The format its key-value cache is meant to have, as text; empty where it says none."""
+        if "kv" in self.quantization_config or not (self.folder / "lowbit.json").exists():
+            return native.kv_from_config(self.quantization_config, str(self.folder))
+        scheme = load_json(contained(self.folder, "lowbit.json"), "LB0114").get("scheme")
+        return native.kv_from_config(scheme if isinstance(scheme, dict) else {}, str(self.folder))
 
     def names(self) -> list[str]:
         """Names of all stored tensors."""
@@ -260,12 +295,30 @@ class Checkpoint:
     def _suffixes(self, path: str) -> tuple[str, ...]:
         if self._vptq is not None:
             return vptq.SUFFIXES
-        return gptq.SUFFIXES if self._gptq else stored_names(self.modules[path])
+        if self._gptq:
+            return gptq.SUFFIXES
+        if self._rounded:
+            return ct_rounded.SUFFIXES
+        if self._float_layout(path):
+            return tuple(ct_floats.tensor_shapes(self.modules[path], 1, 32))
+        return (*stored_names(self.modules[path]), *self._inputs.get(path, native.LayerInput()).tensors)
+
+    def _float_layout(self, path: str) -> bool:
+        """Whether a module is stored as compressed-tensors stores small floats."""
+        return self.method == "compressed-tensors" and ct_floats.layout_of(self.modules[path]) is not None
+
+    def layer_input(self, path: str) -> native.LayerInput:
+        """What a quantized module does to its input, static scales included."""
+        given = self._inputs.get(path, native.LayerInput())
+        return replace(given, scale=self.tensor(f"{path}.input_scale")) if given.tensors else given
 
     def shape(self, path: str) -> tuple[int, int]:
         """(N, K) of a quantized module. Errors as `qtensor`; only GPTQ checkpoints have to unpack the weight."""
         if self._vptq is not None and path in self._vptq:
             return (self._vptq[path].n, self._vptq[path].k)
+        if self._rounded:
+            n, k = self._files[f"{path}.weight"].header.tensors[f"{path}.weight"].shape
+            return (n, k)
         name = f"{path}.weight_shape"
         if name in self._files and self._files[name].header.tensors[name].shape == (2,):
             n, k = (int(d) for d in self.tensor(name))
@@ -292,6 +345,10 @@ class Checkpoint:
             return gptq.to_qtensor(self._gptq, fmt, tensors, where)
         if self._vptq is not None:
             return vptq_tensors.to_vqtensor(self._vptq[path], tensors, where)
+        if self._rounded:
+            return ct_rounded.from_tensors(self.modules[path], tensors, where)
+        if self._float_layout(path):
+            return ct_floats.from_tensors(self.modules[path], tensors, where)
         return ct.from_tensors(self.modules[path], tensors, where)
 
     def module_tensors(self, path: str) -> dict[str, torch.Tensor]:
@@ -319,8 +376,12 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     method = quant.get("quant_method")
     if method == "lowbit":
         config = native.unguard(config) if config.get("model_type") == "lowbit" else config
-        return Checkpoint(folder, config, quant, native.formats_from_config(quant, str(folder)), files)
+        own = native.formats_from_config(quant, str(folder))
+        inputs = native.inputs_from_config(quant, str(folder))
+        return Checkpoint(folder, config, quant, own, files, _inputs=inputs)
     if method == "compressed-tensors":
+        if (found := ct_rounded.formats_from_config(quant, _scale_dtypes(files), str(folder))) is not None:
+            return Checkpoint(folder, config, quant, found[0], files, _inputs=found[1], _rounded=True)
         return Checkpoint(folder, config, quant, _ct_formats(folder, quant, files), files)
     if method == "gptq":
         layout = gptq.layout(quant, str(folder))
@@ -335,9 +396,17 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     )  # fmt: skip
 
 
+def _scale_dtypes(files: dict[str, SafetensorsFile]) -> dict[str, torch.dtype]:
+    """dtype of `weight_scale` by module path."""
+    names = [name for name in files if name.endswith(".weight_scale")]
+    return {name.removesuffix(".weight_scale"): files[name].header.tensors[name].dtype for name in names}
+
+
 def _ct_formats(folder: Path, quant: dict[str, Any], files: dict[str, SafetensorsFile]) -> dict[str, WeightFormat]:
     """Formats of a compressed-tensors checkpoint: from its config, which must agree with lowbit.json if that exists."""
-    paths = [name.removesuffix(".weight_packed") for name in files if name.endswith(".weight_packed")]
+    packed = [name.removesuffix(".weight_packed") for name in files if name.endswith(".weight_packed")]
+    scaled = [name.removesuffix(".weight_scale") for name in files if name.endswith(".weight_scale")]
+    paths = list(dict.fromkeys([*packed, *scaled]))
     scales = {}
     for path in paths:
         name = f"{path}.weight_scale"

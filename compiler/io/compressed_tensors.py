@@ -1,4 +1,5 @@
-"""The `pack-quantized` layout of compressed-tensors, written and read without the package.
+"""The `pack-quantized` layout of compressed-tensors, written and read without the package, and which formats its
+layouts hold (those of small floats are in `ct_floats.py`).
 
 Per linear layer [N, K] with b-bit integers: `weight_packed` int32 [N, ceil(K*b/32)], a dense stream of offset-binary
 codes per row, low bits first; `weight_scale` [N, groups]; for asymmetric formats `weight_zero_point` int32
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
+from lowbit.compiler.io import ct_floats
 from lowbit.quantizers.formats import (
     WIDE_DTYPES,
     Format,
@@ -49,11 +51,15 @@ _SCALE_NAMES = {dtype: name for name, dtype in WIDE_DTYPES.items()}
 
 
 def can_express(fmt: WeightFormat, n: int | None = None, k: int | None = None) -> str | None:
-    """None when pack-quantized files can hold `fmt` (for an [n, k] matrix, when given), else the reason."""
+    """None when compressed-tensors can hold `fmt` (for an [n, k] matrix, when given), else the reason."""
     if not isinstance(fmt, Format):
         return "pack-quantized holds one code per weight"
+    if ct_floats.layout_of(fmt):
+        return ct_floats.misfit(fmt, k) if k is not None else None
     if fmt.offset:
         return "pack-quantized has integer zero points only"
+    if fmt.ordered:
+        return "pack-quantized keeps columns in the matrix's order"
     if not isinstance(fmt.element, IntElement):
         return f"pack-quantized holds integers, not {fmt.element.name}"
     if fmt.scale not in WIDE_DTYPES:
@@ -68,8 +74,10 @@ def can_express(fmt: WeightFormat, n: int | None = None, k: int | None = None) -
 
 
 def config_problem(formats: Iterable[WeightFormat]) -> str | None:
-    """None when one pack-quantized checkpoint can hold all `formats` for every reader, else the reason."""
+    """None when one checkpoint can hold all `formats` for every reader, else the reason."""
     distinct = set(formats)
+    if len({ct_floats.layout_of(fmt) for fmt in distinct}) > 1:
+        return "a checkpoint has one layout for all layers"
     if len(distinct) > 1 and any(isinstance(fmt, Format) and fmt.zero for fmt in distinct):
         return "transformers decodes all layers of a checkpoint with zero points by one format"
     return None
@@ -81,6 +89,8 @@ def scale_note(fmt: Format, dtype: torch.dtype) -> str | None:
     Measured with transformers 5.23: the scales of a float32 model stay exact, those of a bfloat16 model are rounded
     to 8 significant bits unless the format stores bfloat16. Weights with zero points are decoded in the scales' dtype.
     """
+    if ct_floats.layout_of(fmt) and fmt.scale not in WIDE_DTYPES:
+        return ct_floats.scale_note(fmt, dtype)
     exact = fmt.scale_dtype == dtype if fmt.zero else torch.promote_types(fmt.scale_dtype, dtype) == dtype
     if exact:
         return None
@@ -147,13 +157,14 @@ def quantization_config(formats: Mapping[str, WeightFormat], kept: Iterable[str]
     """
     groups: dict[Format, list[str]] = {}
     for path, fmt in formats.items():
-        assert isinstance(fmt, Format), f"{fmt} is no pack-quantized format"
+        assert isinstance(fmt, Format), f"compressed-tensors has no {fmt}"
         groups.setdefault(fmt, []).append(path)
     single = len(groups) == 1
     asymmetric = {"dequantize": True} if any(fmt.zero for fmt in groups) else {}
+    layouts = {ct_floats.layout_of(fmt) or "pack-quantized" for fmt in groups}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": _group(fmt, ["Linear"] if single else paths) for i, (fmt, paths) in enumerate(groups.items())
@@ -166,20 +177,21 @@ def quantization_config(formats: Mapping[str, WeightFormat], kept: Iterable[str]
 
 
 def _group(fmt: Format, targets: list[str]) -> dict[str, Any]:
-    by_group = fmt.granularity.kind == "g"
+    layout, by_group = ct_floats.layout_of(fmt), fmt.granularity.kind == "g"
+    integers = {
+        "num_bits": fmt.bits,
+        "type": "int",
+        "symmetric": not fmt.zero,
+        "strategy": "group" if by_group else "channel",
+        "group_size": fmt.granularity.group if by_group else None,
+        "dynamic": False,
+    }
     return {
         "targets": targets,
-        "weights": {
-            "num_bits": fmt.bits,
-            "type": "int",
-            "symmetric": not fmt.zero,
-            "strategy": "group" if by_group else "channel",
-            "group_size": fmt.granularity.group if by_group else None,
-            "dynamic": False,
-        },
+        "weights": ct_floats.group_weights(fmt) if layout else integers,
         "input_activations": None,
         "output_activations": None,
-        "format": "pack-quantized",
+        "format": layout or "pack-quantized",
     }
 
 
@@ -225,10 +237,12 @@ def _any_linear(group: Mapping[str, Any], path: str) -> bool:
 
 def _format(group: Mapping[str, Any], scale: torch.dtype, where: str) -> Format:
     weights = group.get("weights")
-    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or scale not in _SCALE_NAMES:
-        raise CheckpointError("LB0114", "only integer weights with float scales are supported", where=where)
     if group.get("input_activations") is not None:
         raise CheckpointError("LB0114", "quantized activations are not supported", where=where)
+    if isinstance(weights, dict) and weights.get("type") == "float":
+        return ct_floats.parse_weights(weights, scale, where)
+    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or scale not in _SCALE_NAMES:
+        raise CheckpointError("LB0114", "only weights with float scales are supported", where=where)
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
     if type(bits) is not int or not 1 <= bits <= 8:
         raise CheckpointError("LB0114", f"{bits!r} bits are not supported", where=where)

@@ -35,14 +35,23 @@ __all__ = [
 class LowbitQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a native checkpoint: the format of every quantized module."""
 
-    def __init__(self, modules: Mapping[str, str] | None = None, schema: int = native.SCHEMA, **unused: Any) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, str] | None = None,
+        schema: int = native.SCHEMA,
+        inputs: Mapping[str, Any] | None = None,
+        kv: str | None = None,
+        **unused: Any,
+    ) -> None:
         super().__init__(quant_method="lowbit")
         values = {"schema": schema, "modules": dict(modules or {})}
         self.formats: dict[str, WeightFormat] = native.formats_from_config(values, "quantization_config")
+        self.inputs = native.inputs_from_config({"inputs": inputs or {}}, "quantization_config")
+        self.kv = native.kv_from_config({"kv": kv} if kv else {}, "quantization_config")
 
     def to_dict(self) -> dict[str, Any]:
         """The values of config.json."""
-        return native.quantization_config(self.formats)
+        return native.quantization_config(self.formats, self.inputs, self.kv)
 
 
 class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -58,7 +67,7 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
             # A base model (AutoModel) has the layers without the prefix, and has no head.
             found = next((p for p in (path, path.removeprefix(prefix)) if p in names), None)
             if found is not None:
-                _swap(model, found, fmt)
+                _swap(model, found, fmt, self.quantization_config.inputs.get(path, native.LayerInput()))
             elif path.startswith(prefix):
                 raise CheckpointError("LB0114", "the model has no such layer", where=path)
 
@@ -69,6 +78,8 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer.prepare()
         config: Any = model.config
         config.__class__ = hf_config.guarded(config.__class__)
+        if self.quantization_config.kv:
+            model.kv_format = self.quantization_config.kv  # type: ignore[assignment]
         return model
 
     def is_serializable(self) -> bool:
@@ -86,12 +97,13 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _swap(model: nn.Module, path: str, fmt: WeightFormat) -> None:
+def _swap(model: nn.Module, path: str, fmt: WeightFormat, given: native.LayerInput) -> None:
     old = model.get_submodule(path)
     if not isinstance(old, nn.Linear):
         raise CheckpointError("LB0114", f"is a {type(old).__name__}, not a linear layer", where=path)
     bias = old.bias is not None
-    new = QuantLinear(old.in_features, old.out_features, fmt, bias, device="meta", dtype=old.weight.dtype)
+    size, more = (old.in_features, old.out_features), {"activation": given.activation, "rotate": given.rotate}
+    new = QuantLinear(*size, fmt, bias, device="meta", dtype=old.weight.dtype, **more)  # type: ignore[arg-type]
     new.requires_grad_(False)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,16 +11,16 @@ from torch import nn
 
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io import compressed_tensors as ct
-from lowbit.compiler.io import native, vptq, vptq_tensors
+from lowbit.compiler.io import ct_floats, native, vptq, vptq_tensors
 from lowbit.compiler.io.checkpoint import Checkpoint, checkpoint_layout, read_checkpoint
 from lowbit.compiler.io.source import skeleton
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
 from lowbit.compiler.runtime.fused import QuantGatedMLP, SiblingLinear
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.formats import WeightFormat
-from lowbit.quantizers.weights import stored_names
+from lowbit.quantizers.weights import QWeight, stored_names
 
-__all__ = ["load_quantized", "module_formats", "save_quantized"]
+__all__ = ["load_quantized", "module_formats", "module_inputs", "save_quantized"]
 
 _MARGIN = 20_000_000
 
@@ -42,6 +43,8 @@ def load_quantized(folder: str | Path, *, dtype: torch.dtype | None = None) -> n
     if empty:
         raise CheckpointError("LB0114", f"no tensor for {', '.join(empty[:3])}", where=str(checkpoint.folder))
     _set_generation_config(model, checkpoint.folder)
+    if checkpoint.kv:
+        model.kv_format = checkpoint.kv  # type: ignore[assignment]
     describe(model)
     return model.requires_grad_(False).eval()
 
@@ -71,7 +74,11 @@ def _swap_layers(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -
             raise CheckpointError("LB0114", why, where=where)
         bias = checkpoint.tensor(f"{path}.bias").to(dtype) if old.bias is not None else None
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, QuantLinear.from_qtensor(q, bias))
+        given = checkpoint.layer_input(path)
+        layer = QuantLinear.from_qtensor(
+            q, bias, activation=given.activation, input_scale=given.scale, rotate=given.rotate
+        )
+        setattr(model.get_submodule(parent), name, layer)
 
 
 def _assign_plain(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -123,6 +130,20 @@ def _layers(model: nn.Module) -> dict[str, tuple[WeightFormat, tuple[int, int]]]
     return found
 
 
+def module_inputs(model: nn.Module) -> dict[str, native.LayerInput]:
+    """What every quantized layer does to its input, by module path, fused ones included."""
+    found: dict[str, native.LayerInput] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found[path] = native.LayerInput(module.activation, module.rotate)
+        elif isinstance(module, SiblingLinear):
+            found[path] = native.LayerInput(module.shared.activation, module.shared.rotate)
+        elif isinstance(module, QuantGatedMLP):
+            own = native.LayerInput(module.gate_up.activation, module.gate_up.rotate)
+            found |= {f"{path}.{name}": own for name in module._names[:2]}
+    return found
+
+
 def describe(model: nn.Module) -> None:
     """Set the config of a model with quantized layers, so that `save_pretrained` writes what it is.
 
@@ -138,14 +159,21 @@ def describe(model: nn.Module) -> None:
 
 def _quantization_config(model: nn.Module) -> dict[str, Any]:
     formats = module_formats(model)
-    if _layout(model) != "compressed-tensors":
-        return native.quantization_config(formats)
+    if _layout(model) != "compressed-tensors" or _floats(model):
+        return native.quantization_config(formats, module_inputs(model), getattr(model, "kv_format", ""))
     return ct.quantization_config(formats, _kept_linears(model))
+
+
+def _floats(model: nn.Module) -> bool:
+    """Whether compressed-tensors holds the layers in its layouts of small floats, whose tensors are not lowbit's."""
+    return any(ct_floats.layout_of(fmt) for fmt in module_formats(model).values())
 
 
 def _layout(model: nn.Module) -> str:
     layers = _layers(model)
     formats = {path: fmt for path, (fmt, _) in layers.items()}
+    if any(given.to_dict() for given in module_inputs(model).values()):
+        return "lowbit"
     return checkpoint_layout(formats, {path: shape for path, (_, shape) in layers.items()})
 
 
@@ -164,15 +192,19 @@ def save_quantized(model: nn.Module, folder: str | Path, *, tokenizer: Any = Non
     if not module_formats(model):
         raise CheckpointError("LB0114", "the model has no quantized layers", hint="call lowbit.quantize first")
     describe(model)
-    state, by_vptq = _state(model), _layout(model) == "vptq"
-    if by_vptq:
-        state = _vptq_state(model, state)
+    state, layout = _state(model), _layout(model)
+    by_vptq, by_floats = layout == "vptq", layout == "compressed-tensors" and _floats(model)
+    if by_vptq or by_floats:
+        state = _their_state(model, state, vptq_tensors.to_tensors if by_vptq else ct_floats.to_tensors)
     parts = [_part(name, tensor) for name, tensor in state.items()]
     needed = sum(part.nbytes for part in parts) + _MARGIN
     config: Any = model.config
     values = config.to_diff_dict()
     if by_vptq:
         values = {**native.unguard(values), "quantization_config": _vptq_config(model, set(state))}
+    if by_floats:
+        own = ct.quantization_config(module_formats(model), _kept_linears(model))
+        values = {**native.unguard(values), "quantization_config": own}
     values["architectures"] = [type(model).__name__]
     values["dtype"] = str(next(p.dtype for p in model.parameters())).removeprefix("torch.")
     with staged_folder(Path(folder), needed) as stage:
@@ -209,11 +241,13 @@ def _vptq_config(model: nn.Module, names: set[str]) -> dict[str, Any]:
     return vptq.quantization_config(formats, shapes, biased, _kept_linears(model))
 
 
-def _vptq_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` with the tensors of quantized layers in VPTQ's form instead of lowbit's."""
+def _their_state(
+    model: nn.Module, state: dict[str, torch.Tensor], to_tensors: Callable[[QWeight], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """`state` with the tensors of quantized layers in another program's form instead of lowbit's."""
     state = dict(state)
     for path, fmt in module_formats(model).items():
         ours = {name: state.pop(f"{path}.{name}").cpu() for name in stored_names(fmt)}
-        theirs = vptq_tensors.to_tensors(ct.from_tensors(fmt, ours, path))
+        theirs = to_tensors(ct.from_tensors(fmt, ours, path))
         state |= {f"{path}.{name}": tensor for name, tensor in theirs.items()}
     return state

@@ -12,15 +12,54 @@ missing; alone it would guard nothing, because transformers prefers its own clas
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lowbit.compiler.errors import CheckpointError, FormatError
-from lowbit.quantizers.formats import WeightFormat, parse_format
+from lowbit.quantizers.formats import WeightFormat, parse_activation, parse_format
+from lowbit.quantizers.formats.kv import parse_kv_format
+from lowbit.quantizers.hadamard import split_order
 
-__all__ = ["CONFIG_FILE", "CONFIG_SOURCE", "SCHEMA", "formats_from_config", "guard", "quantization_config", "unguard"]
+__all__ = [
+    "CONFIG_FILE",
+    "CONFIG_SOURCE",
+    "SCHEMA",
+    "LayerInput",
+    "formats_from_config",
+    "guard",
+    "inputs_from_config",
+    "kv_from_config",
+    "quantization_config",
+    "unguard",
+]
 
-SCHEMA = 1
-"""Version of the native layout. Readers take every version up to their own."""
+SCHEMA = 2
+"""Version of the native layout; 2 where layers do something to their inputs, else 1. Readers take every version up to
+their own."""
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer does to its input: blocks of `rotate` columns are rotated, then rounded to `activation` (the text of
+    an ActivationFormat), with the static scales `scale` float32 [groups] where the format has such; they are stored
+    as the layer's tensor `input_scale`."""
+
+    activation: str = ""
+    rotate: int = 0
+    scale: torch.Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values of config.json."""
+        values = {"activation": self.activation, "rotate": self.rotate}
+        return {name: value for name, value in values.items() if value}
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the layer's tensors that belong to its input."""
+        return ("input_scale",) if self.activation and parse_activation(self.activation).static else ()
+
 
 _MESSAGE = "none without lowbit: `import lowbit`, then AutoModelForCausalLM.from_pretrained or lowbit.load"
 
@@ -55,9 +94,42 @@ def unguard(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def quantization_config(formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
-    """The `quantization_config` of a native checkpoint: the format of every quantized module, as text."""
-    return {"quant_method": "lowbit", "schema": SCHEMA, "modules": {path: str(fmt) for path, fmt in formats.items()}}
+def quantization_config(
+    formats: Mapping[str, WeightFormat], inputs: Mapping[str, LayerInput] | None = None, kv: str = ""
+) -> dict[str, Any]:
+    """The `quantization_config` of a native checkpoint: the format of every quantized module, as text, what modules do
+    to their inputs, and the format that the key-value cache is meant to have."""
+    modules = {path: str(fmt) for path, fmt in formats.items()}
+    found = {path: values for path, given in (inputs or {}).items() if (values := given.to_dict())}
+    more: dict[str, Any] = {**({"inputs": found} if found else {}), **({"kv": kv} if kv else {})}
+    return {"quant_method": "lowbit", "schema": SCHEMA if found else 1, "modules": modules, **more}
+
+
+def inputs_from_config(config: Mapping[str, Any], where: str) -> dict[str, LayerInput]:
+    """What modules do to their inputs, by path; raises CheckpointError (LB0114) for an entry that cannot be read."""
+    found: dict[str, LayerInput] = {}
+    given = config.get("inputs", {})
+    try:
+        for path, values in given.items():
+            found[path] = LayerInput(**{"activation": "", "rotate": 0, **values})
+            if found[path].activation:
+                parse_activation(found[path].activation)
+            if type(found[path].rotate) is not int or found[path].scale is not None:
+                raise TypeError("rotate is a number, and there is no scale here")
+            if found[path].rotate:
+                split_order(found[path].rotate)
+    except (AttributeError, TypeError, FormatError) as e:
+        raise CheckpointError("LB0114", f"quantization_config has bad `inputs`: {e}", where=where) from e
+    return found
+
+
+def kv_from_config(config: Mapping[str, Any], where: str) -> str:
+    """The format of the key-value cache, an empty text where there is none; raises CheckpointError (LB0114) for one
+    that cannot be read."""
+    try:
+        return str(parse_kv_format(config["kv"])) if "kv" in config else ""
+    except (AttributeError, TypeError, FormatError) as e:
+        raise CheckpointError("LB0114", f"the checkpoint has a bad cache format: {e}", where=where) from e
 
 
 def formats_from_config(config: Mapping[str, Any], where: str) -> dict[str, WeightFormat]:

@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from xdsl.dialects.builtin import ArrayAttr, FunctionType, NameLoc, NoneAttr, StringAttr, SymbolRefAttr
+from xdsl.dialects.builtin import (
+    ArrayAttr,
+    DictionaryAttr,
+    FunctionType,
+    IntAttr,
+    NameLoc,
+    NoneAttr,
+    StringAttr,
+    SymbolRefAttr,
+)
 from xdsl.ir import Attribute, Dialect, Operation, Region, SSAValue
 from xdsl.irdl import (
     IRDLOperation,
@@ -96,12 +105,14 @@ class _Elementwise(GraphOp):
 
 @irdl_op_definition
 class Weight(GraphOp):
-    """A named constant of the checkpoint; several `names` are sibling matrices stacked by rows."""
+    """A named constant of the checkpoint; several `names` are sibling matrices stacked by rows. `edits`, first to last,
+    are made to it before it is used (see the pass fold-affine)."""
 
     name = "lb.weight"
     names = attr_def(ArrayAttr[StringAttr])
     reason = opt_attr_def(StringAttr)
     method = opt_attr_def(StringAttr)
+    edits = opt_attr_def(ArrayAttr[StringAttr])
 
     @staticmethod
     def of(names: Sequence[str], type_: Attribute) -> Weight:
@@ -119,12 +130,20 @@ class Linear(GraphOp):
     """y[..., N] = x[..., K] @ w[N, K].T (+ bias[N]); fused epilogues are named in order in `epilogue`.
 
     Operands: x, w, then bias if `epilogue` has "bias", then the residual if it has "residual".
-    With "silu_mul", w holds gate and up rows and y has N / 2 columns.
+    With "silu_mul", w holds gate and up rows and y has N / 2 columns. The kernel rotates blocks of `rotate` columns of
+    x and rounds it to `activation`, with the static scales `scales`; `order` is the order of columns in which the
+    weight is stored. Scales and orders are named by fingerprints, which say whether two are the same. `input` holds
+    these until quantize-acts makes operations of them: what the layer asks for.
     """
 
     name = "lb.linear"
     epilogue = opt_attr_def(ArrayAttr[StringAttr])
     segments = opt_attr_def(ArrayAttr)
+    input = opt_attr_def(DictionaryAttr)
+    rotate = opt_attr_def(IntAttr)
+    activation = opt_attr_def(StringAttr)
+    scales = opt_attr_def(StringAttr)
+    order = opt_attr_def(StringAttr)
 
     def steps(self) -> tuple[str, ...]:
         """Names of the fused epilogue steps."""
@@ -299,11 +318,28 @@ class Permute(_Elementwise):
 
 
 @irdl_op_definition
-class Quantize(GraphOp):
-    """Round activations to `format`, one scale per token and group."""
+class Hadamard(_Elementwise):
+    """Rotate every `block` columns: times a Hadamard matrix over the root of its order."""
+
+    name = "lb.hadamard"
+    block = attr_def(IntAttr)
+
+    def verify_(self) -> None:
+        super().verify_()
+        columns = dims(self.args_[0].type)[-1] or 0
+        if self.block.data < 1 or columns % self.block.data:
+            raise VerifyException(f"lb.hadamard cannot cut {columns} columns into blocks of {self.block.data}")
+
+
+@irdl_op_definition
+class Quantize(_Elementwise):
+    """Round activations to `format` and back, one scale per token and group, or the static scales called `scales`.
+    Groups are of columns in the order called `order`; the columns stay where they are."""
 
     name = "lb.quantize"
     format = attr_def(StringAttr)
+    scales = opt_attr_def(StringAttr)
+    order = opt_attr_def(StringAttr)
 
 
 @irdl_op_definition
@@ -343,7 +379,7 @@ def quantized(value: SSAValue[Any]) -> QType | None:
 
 
 _OPS: list[type[Operation]] = [
-    Add, Attention, Call, Concat, Dequantize, Embedding, Gelu, Graph, LayerNorm, Linear, Matmul, Mul, Opaque, Permute,
-    Quantize, Return, RmsNorm, Silu, SiluMul, Split, Weight,
+    Add, Attention, Call, Concat, Dequantize, Embedding, Gelu, Graph, Hadamard, LayerNorm, Linear, Matmul, Mul, Opaque,
+    Permute, Quantize, Return, RmsNorm, Silu, SiluMul, Split, Weight,
 ]  # fmt: skip
 LB = Dialect("lb", _OPS, [QType])

@@ -53,6 +53,7 @@ __all__ = [
     "Or",
     "QuantizeActivation",
     "Residual",
+    "RotateActivation",
     "Shl",
     "Shr",
     "SiluMul",
@@ -233,16 +234,35 @@ class Yield(IRDLOperation):
 
 @irdl_op_definition
 class QuantizeActivation(IRDLOperation):
-    """Round the activation tile to integers: `limbs` int8 digits per value, one scale per `chunk` columns."""
+    """Round the activation tile to integers of `limbs` int8 digits per value (0: numbers, for products of floats), by
+    chunk, or as `format` says: the text of an ActivationFormat that the result is meant to have."""
 
     name = "lbk.quantize"
     x = operand_def(Attribute)
     limbs = attr_def(IntAttr)
+    format = opt_attr_def(StringAttr)
     res = result_def(Attribute)
     traits = traits_def(Pure())
 
-    def __init__(self, x: SSAValue, limbs: int) -> None:
-        super().__init__(operands=[x], result_types=[x.type], attributes={"limbs": IntAttr(limbs)})
+    def __init__(self, x: SSAValue, limbs: int, activation: str = "") -> None:
+        attributes: dict[str, Attribute] = {"limbs": IntAttr(limbs)}
+        if activation:
+            attributes["format"] = StringAttr(activation)
+        super().__init__(operands=[x], result_types=[x.type], attributes=attributes)
+
+
+@irdl_op_definition
+class RotateActivation(IRDLOperation):
+    """Rotate every `block` columns of the activation tile."""
+
+    name = "lbk.hadamard"
+    x = operand_def(Attribute)
+    block = attr_def(IntAttr)
+    res = result_def(Attribute)
+    traits = traits_def(Pure())
+
+    def __init__(self, x: SSAValue, block: int) -> None:
+        super().__init__(operands=[x], result_types=[x.type], attributes={"block": IntAttr(block)})
 
 
 @irdl_op_definition
@@ -291,7 +311,8 @@ class Residual(_Epilogue):
 
 @irdl_op_definition
 class Kernel(IRDLOperation):
-    """One fused kernel. `spec` holds the fields of `codegen.spec.KernelSpec`, `schedule` those of a Schedule."""
+    """One fused kernel. `spec` holds the fields of `codegen.spec.KernelSpec`, `schedule` those of a Schedule, `scales`
+    where scales are applied and which power of two they include (see fold-scales)."""
 
     name = "lbk.kernel"
     sym_name = attr_def(StringAttr)
@@ -299,6 +320,7 @@ class Kernel(IRDLOperation):
     schedule = opt_attr_def(DictionaryAttr)
     backend = opt_attr_def(StringAttr)
     artifact = opt_attr_def(StringAttr)
+    scales = opt_attr_def(DictionaryAttr)
     decode = region_def("single_block")
     body = region_def("single_block")
     traits = traits_def(IsolatedFromAbove(), SymbolOpInterface(), NoTerminator())
@@ -321,6 +343,6 @@ class Kernel(IRDLOperation):
 
 _OPS: list[type[Operation]] = [
     Const, IntConst, Shr, Shl, And, Or, Bitcast, Half, IntToFloat, Lut, Gather, AddFloat, SubFloat, Mul, Fma, ArgName,
-    Yield, QuantizeActivation, Mma, AddBias, SiluMul, Residual, Kernel,
+    Yield, QuantizeActivation, RotateActivation, Mma, AddBias, SiluMul, Residual, Kernel,
 ]  # fmt: skip
 LBK = Dialect("lbk", _OPS, [])

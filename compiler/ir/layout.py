@@ -8,6 +8,10 @@ bits, low bits in the first plane, so that no code ever straddles two containers
 Text form, which round-trips: `n=p.r16 k=b.v.s.j4 mem=p.b.v.r.j pack=s/8 block=32`. A digit without a number takes
 what is left: the first digit of a dimension its number of tiles, the packed digit `container / plane bits`, and one
 more column digit whatever completes `block` columns.
+
+The position inside a container may have several digits, most significant first (`pack=e.c/32`). When all of them have
+numbers, the fastest digits of `mem` complete it: as many as a plane's width leaves room for. An optional last field,
+`side=g.w.h`, lists the row digits of a tile in the order in which side values lie in memory.
 """
 
 from __future__ import annotations
@@ -45,39 +49,49 @@ class Layout:
     n: tuple[tuple[str, int], ...]
     k: tuple[tuple[str, int], ...]
     memory: tuple[str, ...]
-    packed: str
+    packed: tuple[str, ...]
     container: int
     block: int
+    side: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [d for d, _ in (*self.n, *self.k)]
-        if sorted(names) != sorted((*self.memory, self.packed)):
+        if sorted(names) != sorted((*self.memory, *self.packed)):
             raise FormatError("LB0202", f"layout digits {names} and memory order {self.memory} do not match")
+        if self.side and sorted(self.side) != sorted(d for d, _ in self.n[1:]):
+            raise FormatError("LB0202", f"side values of layout digits {names} cannot be ordered {self.side}")
         if self.container not in _WORDS:
             raise FormatError("LB0203", f"container must be 8, 16 or 32 bits, not {self.container}")
 
     @staticmethod
     def parse(text: str) -> Layout:
         """The layout written as `text`; raises FormatError (LB0204) with the expected form."""
-        m = re.fullmatch(r"n=(\S+) k=(\S+) mem=(\S+) pack=(\w+)/(\d+) block=(\d+)", text.strip())
+        m = re.fullmatch(r"n=(\S+) k=(\S+) mem=(\S+) pack=([\w.]+)/(\d+) block=(\d+)(?: side=(\S+))?", text.strip())
         if not m:
             raise FormatError(
                 "LB0204",
                 f"cannot read layout {text!r}",
                 hint="write 'n=p.r16 k=b.s mem=p.b.r pack=s/8 block=32'",
             )
-        return Layout(_parse_digits(m[1]), _parse_digits(m[2]), tuple(m[3].split(".")), m[4], int(m[5]), int(m[6]))
+        order, packed, side = (tuple(part.split(".")) if part else () for part in (m[3], m[4], m[7]))
+        return Layout(_parse_digits(m[1]), _parse_digits(m[2]), order, packed, int(m[5]), int(m[6]), side)
 
     def __str__(self) -> str:
         return (
             f"n={_digits_text(self.n)} k={_digits_text(self.k)} mem={'.'.join(self.memory)} "
-            f"pack={self.packed}/{self.container} block={self.block}"
+            f"pack={'.'.join(self.packed)}/{self.container} block={self.block}"
+            + (f" side={'.'.join(self.side)}" if self.side else "")
         )
 
     @cached_property
     def row_tile(self) -> int:
         """Rows are padded to a multiple of this."""
         return math.prod(size for _, size in self.n if size)
+
+    @property
+    def side_container(self) -> int:
+        """The narrowest type of side values, in bits: bytes where containers are, or where they have an own order."""
+        return 8 if self.side else self.container
 
     @property
     def word_dtype(self) -> torch.dtype:
@@ -92,47 +106,54 @@ class Layout:
         """Size of every digit for a plane of `bits` bits over `rows` x `cols` padded codes."""
         per = self.container // bits
         sizes = dict((*self.n, *self.k))
+        for name in self.packed:
+            if not sizes[name]:
+                sizes[name] = per // math.prod(sizes[other] for other in self.packed if other != name)
         sizes[self.n[0][0]] = rows // self.row_tile
         sizes[self.k[0][0]] = cols // self.block
-        sizes[self.packed] = per
         known = math.prod(sizes[name] for name, _ in self.k[1:] if sizes[name])
         for name, size in self.k[1:]:
-            if not size and name != self.packed:
+            if not size and name not in self.packed:
                 if self.block % known:
                     raise FormatError("LB0205", f"block {self.block} does not hold {per} codes a container: {self}")
                 sizes[name] = self.block // known
         return sizes
 
+    def order(self, bits: int, sizes: dict[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(digits of the address, digits of the position in a container), slowest first, of a `bits`-wide plane."""
+        memory, slots, per = list(self.memory), list(self.packed), self.container // bits
+        while memory and math.prod(sizes[d] for d in slots) < per:
+            slots.insert(len(self.packed), memory.pop())
+        if math.prod(sizes[d] for d in slots) != per:
+            raise FormatError("LB0205", f"the digits {slots} are not {per} codes a container: {self}")
+        return tuple(memory), tuple(slots)
+
     def pack_plane(self, codes: torch.Tensor, bits: int) -> torch.Tensor:
         """Pack `codes` ([rows, cols], padded, values below 2**bits) into a 1-D tensor of containers."""
-        sizes, k_names, n_names = self._digits(codes.shape, bits)
-        grid = codes.reshape([sizes[d] for d in (*n_names, *k_names)])
-        order = [(*n_names, *k_names).index(d) for d in (*self.memory, self.packed)]
-        grid = grid.permute(order).to(torch.int32)
-        words = torch.zeros(grid.shape[:-1], dtype=self.word_dtype)
-        for slot in range(sizes[self.packed]):
-            words |= grid[..., slot].to(self.word_dtype) << (slot * bits)
-        return words.reshape(-1)
+        sizes, digits, memory, slots = self._digits(codes.shape, bits)
+        grid = codes.reshape([sizes[d] for d in digits]).permute([digits.index(d) for d in (*memory, *slots)])
+        grid = grid.to(torch.int32).reshape(-1, self.container // bits)
+        words = torch.zeros(grid.shape[0], dtype=self.word_dtype)
+        for slot in range(grid.shape[1]):
+            words |= grid[:, slot].to(self.word_dtype) << (slot * bits)
+        return words
 
     def unpack_plane(self, words: torch.Tensor, bits: int, rows: int, cols: int) -> torch.Tensor:
         """Inverse of `pack_plane`: codes [rows, cols] of one plane, uint8 up to 8 bits, else int32."""
-        sizes, k_names, n_names = self._digits(torch.Size((rows, cols)), bits)
-        shifts = torch.arange(sizes[self.packed], dtype=torch.int64) * bits
-        spread = words.to(torch.int64).reshape([sizes[d] for d in self.memory])
-        grid: torch.Tensor = (spread[..., None] >> shifts) & (2**bits - 1)
-        source = (*self.memory, self.packed)
-        grid = grid.permute([source.index(d) for d in (*n_names, *k_names)])
+        sizes, digits, memory, slots = self._digits(torch.Size((rows, cols)), bits)
+        shifts = torch.arange(self.container // bits, dtype=torch.int64, device=words.device) * bits
+        grid: torch.Tensor = (words.to(torch.int64)[:, None] >> shifts) & (2**bits - 1)
+        source = (*memory, *slots)
+        grid = grid.reshape([sizes[d] for d in source]).permute([source.index(d) for d in digits])
         return grid.reshape(rows, cols).to(torch.uint8 if bits <= 8 else torch.int32)
 
     def address(self, bits: int, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the `bits`-wide part of each code lies in its plane: container index and shift, int64 [rows, cols]."""
-        sizes, k_names, n_names = self._digits(torch.Size((rows, cols)), bits)
-        shape = [sizes[d] for d in self.memory]
-        index = torch.arange(math.prod(shape)).reshape([*shape, 1]).expand([*shape, sizes[self.packed]])
-        shift = (torch.arange(sizes[self.packed]) * bits).expand([*shape, sizes[self.packed]])
-        source = (*self.memory, self.packed)
-        order = [source.index(d) for d in (*n_names, *k_names)]
-        return index.permute(order).reshape(rows, cols), shift.permute(order).reshape(rows, cols)
+        sizes, digits, memory, slots = self._digits(torch.Size((rows, cols)), bits)
+        per, source = self.container // bits, (*memory, *slots)
+        at = torch.arange(rows * cols).reshape([sizes[d] for d in source])
+        at = at.permute([source.index(d) for d in digits]).reshape(rows, cols)
+        return at // per, at % per * bits
 
     def pack(self, codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
         """Pack `bits`-wide uint8 codes [rows, cols] (padded) into one tensor of containers per plane."""
@@ -145,7 +166,7 @@ class Layout:
 
     def unpack(self, planes: list[torch.Tensor], bits: int, rows: int, cols: int) -> torch.Tensor:
         """Inverse of `pack`: uint8 codes [rows, cols]."""
-        codes, low = torch.zeros(rows, cols, dtype=torch.int32), 0
+        codes, low = torch.zeros(rows, cols, dtype=torch.int32, device=planes[0].device), 0
         for width, words in zip(plane_bits(bits), planes, strict=True):
             codes |= self.unpack_plane(words, width, rows, cols).to(torch.int32) << low
             low += width
@@ -159,20 +180,32 @@ class Layout:
         rows, groups = values.shape
         if self.row_tile == 1:
             return values.t().contiguous()
-        return values.reshape(rows // self.row_tile, self.row_tile, groups).transpose(1, 2).contiguous()
+        tiled = values.reshape(rows // self.row_tile, self.row_tile, groups).transpose(1, 2)
+        return (tiled[..., self.side_order] if self.side else tiled).contiguous()
 
     def unpack_side(self, packed: torch.Tensor) -> torch.Tensor:
         """Inverse of `pack_side`."""
         if self.row_tile == 1:
             return packed.t().contiguous()
+        packed = packed[..., torch.argsort(self.side_order)] if self.side else packed
         return packed.transpose(1, 2).reshape(packed.shape[0] * self.row_tile, -1).contiguous()
 
-    def _digits(self, shape: torch.Size, bits: int) -> tuple[dict[str, int], tuple[str, ...], tuple[str, ...]]:
+    @property
+    def side_order(self) -> torch.Tensor:
+        """int64 [row_tile]: the row of the tile at each place of its side values."""
+        names = [d for d, _ in self.n[1:]]
+        rows = torch.arange(self.row_tile).reshape([size for _, size in self.n[1:]])
+        return rows.permute([names.index(d) for d in self.side or names]).reshape(-1)
+
+    def _digits(
+        self, shape: torch.Size, bits: int
+    ) -> tuple[dict[str, int], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """Sizes of all digits; the digits of rows, then columns; of the address; of the position in a container."""
         rows, cols = shape
         if rows % self.row_tile or cols % self.block:
             raise FormatError("LB0206", f"{rows}x{cols} codes are not padded to {self.row_tile}x{self.block}")
         sizes = self.plane_sizes(bits, rows, cols)
-        return sizes, tuple(d for d, _ in self.k), tuple(d for d, _ in self.n)
+        return sizes, tuple(d for d, _ in (*self.n, *self.k)), *self.order(bits, sizes)
 
 
 def _parse_digits(text: str) -> tuple[tuple[str, int], ...]:
@@ -192,11 +225,16 @@ def _digits_text(digits: tuple[tuple[str, int], ...]) -> str:
 # Named layouts, one per target family.
 #   panel16: x86 byte dot products. A 64-byte vector holds 16 rows x 4 consecutive columns; a byte's packed codes are
 #            4 columns apart, so a mask (and shift) yields operands for `vpdpbusd` without any shuffle.
-#   words:   GPU kernels. 32-bit words run along K, neighbouring rows N lie side by side (coalesced across N).
+#   fragments: tensor cores (sm_80 on), weights as left operand. A block of 64 rows x 64 columns is contiguous; a lane
+#            of a warp finds its registers of 16 rows x 64 columns side by side, `bits` words. Row = w16 + h8 + g,
+#            column = s32 + q16 + c8 + t2 + e, lane = 4g + t: `c`, `h` and `e` are those of an operand of m16n8k16 (or
+#            of a warp's part of a wgmma). `e` lies 16 and `c` 8 bits apart: words are pairs of halves, or four bytes.
+#   words:   other GPU kernels. 32-bit words run along K, neighbouring rows N lie side by side (coalesced across N).
 #   vectors8, vectors: codebook indices, one container each (rows are rows of vectors): 8 rows of a column together for
 #            CPUs, all rows of a column side by side for GPUs.
 LAYOUTS = {
     "panel16": Layout.parse("n=p.r16 k=b.v.s.j4 mem=p.b.v.r.j pack=s/8 block=32"),
+    "fragments": Layout.parse("n=p.w4.h2.g8 k=b.s2.q2.c2.t4.e2 mem=p.b.w.g.t.s.q.h pack=e.c/32 block=64 side=g.w.h"),
     "words": Layout.parse("n=n k=b.v.s mem=b.v.n pack=s/32 block=32"),
     "vectors8": Layout.parse("n=p.r8 k=b.s mem=p.b.r pack=s/16 block=1"),
     "vectors": Layout.parse("n=n k=b.s mem=b.n pack=s/16 block=1"),

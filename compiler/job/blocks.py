@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.methods import check_finite
 
-__all__ = ["BlockCall", "Blocks", "Trunk", "find_blocks", "linears_in", "materialize", "moved", "release"]
+__all__ = [
+    "BlockCall",
+    "Blocks",
+    "Trunk",
+    "find_blocks",
+    "linears_in",
+    "materialize",
+    "moved",
+    "outside_modules",
+    "release",
+]
 
 
 @dataclass(frozen=True)
@@ -216,3 +226,9 @@ def release(module: nn.Module, *, recurse: bool = True) -> None:
     for owner in module.modules() if recurse else [module]:
         for name, parameter in list(owner.named_parameters(recurse=False)):
             owner._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def outside_modules(network: nn.Module, skip: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Modules, with their paths, that are neither in `skip` nor below one of them."""
+    hidden = {id(m) for top in skip for m in top.modules()}
+    return [(name, m) for name, m in network.named_modules() if id(m) not in hidden]

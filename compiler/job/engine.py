@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import BlockCall
 from lowbit.compiler.job.workers import Result, Workers
 from lowbit.quantizers.calibration import Coverage, InputGroups, LayerStats
 from lowbit.quantizers.formats import WeightFormat
+from lowbit.quantizers.inputs import LayerInput
 from lowbit.quantizers.methods import Method, Quantized
+from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.weights import QWeight
 
 __all__ = ["BlockEngine", "Group", "LayerEntry", "Meter", "entry", "known_entry"]
@@ -44,7 +46,8 @@ class Meter:
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """A report line: proxy_error and rtn_error as in `Quantized`, seconds spent choosing codes."""
+    """A report line: proxy_error and rtn_error as in `Quantized`, seconds spent choosing codes. activation: what inputs
+    are rounded to, and its bits per number with scales (16 and an empty text where they are not)."""
 
     path: str
     format: str
@@ -56,6 +59,8 @@ class LayerEntry:
     tokens: int
     dead_channels: int
     notes: tuple[str, ...]
+    activation: str = ""
+    activation_bits: float = 16.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -71,7 +76,8 @@ class BlockEngine:
     """Quantizes blocks with one method.
 
     finished: called after every group of layers that share an input, with their results; the place where a run saves
-    them, reports progress, and may stop by raising. workers: processes that quantize independent matrices.
+    them, reports progress, and may stop by raising. workers: processes that quantize independent matrices. inputs: what
+    layers do with their inputs; where a layer has an order, that is the order of its matrix's columns.
     """
 
     method: Method
@@ -80,6 +86,7 @@ class BlockEngine:
     meter: Meter = field(default_factory=Meter)
     finished: Callable[[Group], None] = lambda group: None
     workers: Workers = field(default_factory=Workers)
+    inputs: Mapping[str, LayerInput] = field(default_factory=dict)
 
     def run(
         self,
@@ -195,8 +202,21 @@ class BlockEngine:
     def _submit(
         self, group: Sequence[str], linears: Mapping[str, tuple[nn.Linear, WeightFormat]], stats: LayerStats | None
     ) -> list[Result]:
-        weights = [(linears[path][0].weight.detach(), linears[path][1]) for path in group]
-        return [self.workers.submit(self.method, weight, fmt, stats) for weight, fmt in weights]
+        waiting: list[Result] = []
+        stats_by_order: dict[int, LayerStats | None] = {}
+        for path in group:
+            weight, fmt, order = linears[path][0].weight.detach(), linears[path][1], self._order(path)
+            known = stats
+            if order is not None:
+                weight = weight[:, order]
+                if id(order) not in stats_by_order:
+                    stats_by_order[id(order)] = stats.in_order(order) if stats is not None else None
+                known = stats_by_order[id(order)]
+            waiting.append(self.workers.submit(self.method, weight, fmt, known))
+        return waiting
+
+    def _order(self, path: str) -> Tensor | None:
+        return self.inputs[path].order if path in self.inputs else None
 
     def _finish_group(
         self,
@@ -209,7 +229,11 @@ class BlockEngine:
         held = 0
         for path, wait in zip(group, waiting, strict=True):
             quantized, seconds = wait()
-            results[path] = (quantized.qtensor, entry(path, quantized, stats, seconds))
+            order = self._order(path)
+            if order is not None:
+                assert isinstance(quantized.qtensor, QTensor)
+                quantized = replace(quantized, qtensor=quantized.qtensor.in_order(order))
+            results[path] = (quantized.qtensor, entry(path, quantized, stats, seconds, self.inputs.get(path)))
             held += quantized.qtensor.fmt.nbytes(*quantized.qtensor.shape)
         if self.sequential:
             for path, (qtensor, _) in results.items():
@@ -220,7 +244,9 @@ class BlockEngine:
         self.meter.take(-held - worked)
 
 
-def entry(path: str, quantized: Quantized, stats: LayerStats | None, seconds: float) -> LayerEntry:
+def entry(
+    path: str, quantized: Quantized, stats: LayerStats | None, seconds: float, what: LayerInput | None = None
+) -> LayerEntry:
     """The report line of a layer."""
     notes, coverage = list(quantized.notes), None
     if stats is not None:
@@ -240,7 +266,13 @@ def entry(path: str, quantized: Quantized, stats: LayerStats | None, seconds: fl
         coverage.tokens if coverage else 0,
         coverage.dead if coverage else 0,
         tuple(notes),
+        *_rounding(what, q.shape[1]),
     )
+
+
+def _rounding(what: LayerInput | None, k: int) -> tuple[str, float]:
+    fmt = what.format if what is not None else None
+    return ("", 16.0) if fmt is None else (str(fmt), fmt.bits_per_value(k))
 
 
 def known_entry(path: str, q: QWeight) -> LayerEntry:

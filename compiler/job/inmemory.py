@@ -12,17 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.compiler.errors import RunError
+from lowbit.compiler.io.rewritten import rewrite_module
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import Trunk, linears_in
 from lowbit.compiler.job.blockwise import States, run_tuned
 from lowbit.compiler.job.engine import BlockEngine, Group, LayerEntry, known_entry
 from lowbit.compiler.job.finetune import finetune
 from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Quiet, Selection, select_layers
+from lowbit.compiler.job.prepare import calibrates, check_inputs, prepare_model
 from lowbit.compiler.job.tune import TuneResult
 from lowbit.compiler.job.workers import Workers
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.calibration import InputGroups, LayerStats, calibration_tokens
-from lowbit.quantizers.methods import Method, check_finite, make_method
+from lowbit.quantizers.inputs import LayerInput, input_hooks
+from lowbit.quantizers.methods import Fmpq, Method, check_finite, make_method
+from lowbit.quantizers.rewrites import Edits
 from lowbit.quantizers.scheme import Scheme, Tuning
 from lowbit.quantizers.weights import QWeight
 
@@ -50,15 +54,20 @@ def quantize_model(
     RunError (LB0524 without calibration where it is needed), CheckpointError (LB0107).
     """
     tokens = None
-    if make_method(scheme.method, scheme.options).needs_hessian:
+    method = make_method(scheme.method, scheme.options)
+    paths = [path for path in linears_in(model, "") if scheme.format_for(path) is not None]
+    if method.needs_hessian or calibrates(scheme, method, paths):
         if calibration is None:
             raise RunError(
                 "LB0524",
-                f"{scheme.method} needs calibration data",
-                hint="pass calibration=token ids or text with a tokenizer, or method='rtn'",
+                f"{scheme.method if method.needs_hessian else scheme.name} needs calibration data",
+                hint="pass calibration=token ids or text with a tokenizer, or method='rtn' without rewrites",
             )
         tokens = calibration_tokens(tokenizer, calibration, samples, length, seed)
     choice = choose(model, scheme, tokens, sequential=sequential, workers=workers, progress=progress)
+    if choice.edits:
+        for edits in choice.edits:
+            rewrite_module(model, edits)
     state = dict(model.named_parameters())
     for name, value in choice.plain.items():
         state[name].data.copy_(value)
@@ -66,16 +75,29 @@ def quantize_model(
         old = model.get_submodule(path)
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, QuantLinear.from_qtensor(qtensor, bias))
+        setattr(model.get_submodule(parent), name, _layer(qtensor, bias, choice.inputs.get(path)))
+    if scheme.kv is not None:
+        model.kv_format = str(scheme.kv)  # type: ignore[assignment]
     return model
+
+
+def _layer(q: QWeight, bias: Tensor | None, what: LayerInput | None) -> QuantLinear:
+    if what is None:
+        return QuantLinear.from_qtensor(q, bias)
+    rounding = str(what.format) if what.format is not None else ""
+    return QuantLinear.from_qtensor(q, bias, activation=rounding, input_scale=what.scales, rotate=what.rotation)
 
 
 @dataclass
 class Choice:
-    """What quantization decides: a quantized weight and report entry by layer, other tensors (tuned norms) by name."""
+    """What quantization decides: a quantized weight and report entry by layer, other tensors (tuned norms) by name, the
+    edits the model gets before all that, what layers do with their inputs, and what was left alone."""
 
     layers: dict[str, tuple[QWeight, LayerEntry]] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)
+    edits: list[Edits] = field(default_factory=list)
+    inputs: Mapping[str, LayerInput] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def choose_codes(
@@ -113,8 +135,19 @@ def choose(
     linears = linears_in(model, "")
     for path in selection.formats:
         check_finite(linears[path].weight.detach(), f"{path}.weight")
+    check_inputs(scheme, method, selection.formats, selection.shapes)
     names = list(selection.formats)
     choice = Choice()
+    if scheme.rewrites:  # the model itself is only changed at the end
+        model = copy.deepcopy(model)
+    prepared, choice.edits = prepare_model(model, tokens, selection, scheme, method)
+    if choice.edits:
+        tied = _tied_weights(model)
+        selection = select_layers(model, scheme, lambda path: path not in tied, need_blocks=method.needs_hessian)
+        linears = linears_in(model, "")
+    choice.inputs, choice.notes = prepared.inputs, prepared.notes
+    tokens = tokens if method.needs_hessian else None
+    rounding = isinstance(method, Fmpq) and method.aware
 
     def keep(group: Group) -> None:
         for path, result in group.items():
@@ -123,18 +156,19 @@ def choose(
 
     sink.start(len(names), names)
     pool = Workers(workers)
-    engine = BlockEngine(method, sequential, skip_first, finished=keep, workers=pool)
+    engine = BlockEngine(method, sequential, skip_first, finished=keep, workers=pool, inputs=prepared.inputs)
     try:
         with torch.no_grad(), pool:
             if tokens is None:
                 engine.run_plain(_float_copies(linears, selection), {})
             else:
-                _run_blocks(model, selection, engine, tokens, scheme.tune, choice, known or {})
+                _run_blocks(model, selection, engine, tokens, scheme.tune, choice, known or {}, rounding)
                 _run_outside(model, selection, method, tokens, engine, linears)
         if tokens is not None and scheme.finetune is not None:
             teacher = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
             weights = {path: q for path, (q, _) in choice.layers.items()}
-            _keep(choice, finetune(teacher, weights, choice.plain, tokens, scheme.finetune, sink.message), "")
+            with input_hooks(linears_in(teacher, ""), prepared.inputs, rounding=False):
+                _keep(choice, finetune(teacher, weights, choice.plain, tokens, scheme.finetune, sink.message), "")
     finally:
         sink.finish()
     return choice
@@ -172,6 +206,7 @@ def _run_blocks(
     tuning: Tuning | None,
     choice: Choice,
     known: Mapping[str, QWeight],
+    rounding: bool,
 ) -> None:
     blocks = selection.blocks
     assert blocks is not None
@@ -198,11 +233,12 @@ def _run_blocks(
         done = {path: known[path] for path in linears if path in known}
         last = index + 1 == len(blocks.modules)
         outputs = states() if tuning is not None or not last else None
-        if tuning is not None and outputs is not None:
-            result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, None, tuning)
-            _keep(choice, result, f"{blocks.name(index)}.")
-        else:
-            engine.run(block, calls[index], linears, inputs.hidden, outputs.hidden if outputs else None, done)
+        with input_hooks(layers, engine.inputs, rounding=rounding and tuning is None):
+            if tuning is not None and outputs is not None:
+                result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, None, tuning)
+                _keep(choice, result, f"{blocks.name(index)}.")
+            else:
+                engine.run(block, calls[index], linears, inputs.hidden, outputs.hidden if outputs else None, done)
         inputs = outputs or inputs
 
 
@@ -220,7 +256,7 @@ def _run_outside(
     layers = {path: linears[path] for path in selection.outside}
     groups = InputGroups(layers, engine.skip_first, [[path] for path in layers], range(len(layers)), False)
     device = next(iter(layers.values())).weight.device
-    with groups:
+    with input_hooks(linears_in(model, ""), engine.inputs, rounding=False), groups:
         for row in tokens:
             groups.start()
             model(input_ids=row[None].to(device), use_cache=False)

@@ -28,7 +28,7 @@ from lowbit.quantizers.weights import QWeight, from_stored, stored, stored_shape
 __all__ = ["Journal", "load_qtensor", "save_qtensors"]
 
 _NAME = "journal.jsonl"
-_OURS = (_NAME, "lock", "group_", "acts_", ".staged", "tuned_", "finetuned_")
+_OURS = (_NAME, "lock", "group_", "acts_", ".staged", "tuned_", "finetuned_", "decided")
 
 
 class Journal:

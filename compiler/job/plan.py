@@ -17,14 +17,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.codegen import BACKENDS, load_backend
-from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.spec import KernelSpec, rounded_products
 from lowbit.compiler.errors import LowbitError
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.layers import select_layers
-from lowbit.quantizers.formats import ChoiceFormat, Format, IntElement, WeightFormat, exact_integers, parse_format
-from lowbit.quantizers.methods import METHODS
+from lowbit.compiler.job.prepare import calibrates, check_inputs
+from lowbit.quantizers.formats import (
+    ChoiceFormat,
+    Format,
+    IntElement,
+    WeightFormat,
+    exact_integers,
+    parse_activation,
+    parse_format,
+)
+from lowbit.quantizers.methods import METHODS, Fmpq, make_method
+from lowbit.quantizers.rewrites import Rotate, Smooth, rewrite_text
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import stored_shapes
 
@@ -45,7 +55,8 @@ _LOAD_SECONDS = 6.0  # imports and opening the model
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One linear layer: [n, k], the format it gets (None: kept), stored bytes, and what stands in the way."""
+    """One linear layer: [n, k], the format it gets (None: kept), stored bytes, what stands in the way, and what its
+    inputs are rounded to."""
 
     path: str
     n: int
@@ -53,6 +64,7 @@ class LayerPlan:
     format: str | None
     nbytes: int
     problem: str = ""
+    activation: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -97,6 +109,7 @@ class Plan:
     consumers: Mapping[str, str]
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = field(default=())
+    activations: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def possible(self) -> bool:
@@ -117,6 +130,7 @@ class Plan:
             "problems": list(self.problems),
             "notes": list(self.notes),
             "scheme": dict(self.scheme),
+            "activations": dict(self.activations),
             "sizes": sizes,
             "peak_memory_bytes": self.peak_memory,
             "disk_bytes": {"needed": self.disk_needed, "free": self.disk_free},
@@ -144,27 +158,61 @@ def make_plan(
             source.empty_model(), scheme, _owner(source), need_blocks=METHODS[scheme.method].needs_hessian
         )
         kept_notes = selection.notes
+        check_inputs(scheme, make_method(scheme.method, scheme.options), selection.formats, selection.shapes)
     except LowbitError as e:
         problems = problems or [e.render()]
     needed = sizes.output_bytes + sizes.quantized_bytes  # the journal holds finished layers until the export is done
     free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())).free
     if needed > free:
         problems.append(f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free")
-    tokens = samples * length if METHODS[scheme.method].needs_hessian else 0
+    method = make_method(scheme.method, scheme.options)
+    tokens = samples * length if method.needs_hessian else 0
+    seen = samples * length if calibrates(scheme, method, [x.path for x in chosen]) else 0
     return Plan(
         name,
         scheme.to_dict(),
         layers,
         sizes,
-        _peak_memory(layers, source, tokens) + _finetune_memory(chosen, scheme, tokens),
+        _peak_memory(layers, source, tokens or seen) + _finetune_memory(chosen, scheme, tokens),
         needed,
         free,
-        _seconds(chosen, tokens, sequential, scheme),
+        _seconds(chosen, tokens, sequential, scheme, seen),
         _runs(chosen),
-        _consumers(chosen),
+        _consumers(chosen, scheme),
         (*kept_notes, *_notes(layers, chosen)),
         tuple(problems),
+        _activation_lines(source, scheme, chosen),
     )
+
+
+def _activation_lines(source: ModelSource, scheme: Scheme, chosen: list[LayerPlan]) -> dict[str, str]:
+    """What inputs and the cache will be rounded to, and which rewrites can be done where; nothing where none are."""
+    lines: dict[str, str] = {}
+    rounded = [x for x in chosen if x.activation]
+    if rounded:
+        columns = sum(x.k for x in rounded)
+        bits = sum(parse_activation(x.activation).bits_per_value(x.k) * x.k for x in rounded) / columns
+        lines["activations"] = f"{', '.join(dict.fromkeys(x.activation for x in rounded))}: {bits:.2f} bits a value"
+        share = scheme.options.get("share", Fmpq.share) if scheme.method == "fmpq" else 0
+        lines["activations"] += f", about {share:.0%} of them 8 bits wide" if share else ""
+    if scheme.rewrites and rounded:
+        lines["rewrites"] = ", ".join(rewrite_text(r) for r in scheme.rewrites) + _unfollowed(source, scheme)
+    return {**lines, **({"key-value cache": str(scheme.kv)} if scheme.kv is not None else {})}
+
+
+def _unfollowed(source: ModelSource, scheme: Scheme) -> str:
+    """How many sites rewrites will leave alone."""
+    from lowbit.compiler.frontend.structure import model_structure
+
+    try:
+        structure = model_structure(source.empty_model())
+    except LowbitError as e:
+        return f"; none can be done: {e.message}"
+    sites = [s for s in structure.sites if scheme.activation_for(s.name) is not None]
+    unknown = [s for s in sites if s.producer is None]
+    said = f"; {len(unknown)} of {len(sites)} inputs are left alone: {unknown[0].problem}" if unknown else ""
+    turned = any(r.name == "rotate" for r in scheme.rewrites) and structure.problem
+    return said + (f"; the residual stream is not rotated: {structure.problem}" if turned else "")
 
 
 def _layers(source: ModelSource, scheme: Scheme) -> Iterable[LayerPlan]:
@@ -181,7 +229,7 @@ def _layers(source: ModelSource, scheme: Scheme) -> Iterable[LayerPlan]:
         except LowbitError as e:
             yield LayerPlan(path, n, k, str(fmt), 0, f"{e.code} {e.message} ({e.hint})")
             continue
-        yield LayerPlan(path, n, k, str(fmt), _stored_bytes(fmt, n, k))
+        yield LayerPlan(path, n, k, str(fmt), _stored_bytes(fmt, n, k), "", str(scheme.activation_for(path) or ""))
 
 
 def _owner(source: ModelSource) -> Callable[[str], bool]:
@@ -260,10 +308,15 @@ def _training(scheme: Scheme, tokens: int, weights: int) -> float:
     return float((tune + finetune) * tokens * weights)
 
 
-def _seconds(chosen: list[LayerPlan], tokens: int, sequential: bool, scheme: Scheme) -> tuple[float, float, float]:
-    """(low, likely, high): forward passes, Hessians, factorisations and training at this machine's matmul rate."""
+def _seconds(
+    chosen: list[LayerPlan], tokens: int, sequential: bool, scheme: Scheme, seen: int
+) -> tuple[float, float, float]:
+    """(low, likely, high): forward passes, Hessians, factorisations and training at this machine's matmul rate.
+
+    seen: tokens that are looked at before that, to prepare activations.
+    """
     weights = sum(x.n * x.k for x in chosen)
-    work = _ROUNDING * weights
+    work = (_ROUNDING + 2 * seen) * weights
     columns = 0.0
     if tokens:
         widths = [k for members in _blocks(chosen).values() for k in _inputs(members)]
@@ -288,16 +341,17 @@ def _flops_per_second(size: int = 768) -> float:
     return 2 * size**3 / max(best, 1e-9)
 
 
-def runs_on(fmt: WeightFormat, n: int = 4096, k: int = 4096, target: Target | None = None) -> dict[str, str | None]:
-    """Backend name -> None when it can run `fmt` for an [n, k] weight, else why not.
-
-    Backends that serve this machine are asked about it; others about a GPU of their kind (sm_90).
+def runs_on(
+    fmt: WeightFormat, n: int = 4096, k: int = 4096, target: Target | None = None, activation: str = ""
+) -> dict[str, str | None]:
+    """Backend name -> None when it can run `fmt` for an [n, k] weight, with inputs rounded to `activation`, else why
+    not. Backends that serve this machine are asked about it; others about a GPU of their kind (sm_90).
     """
     host = target or host_target()
     found: dict[str, str | None] = {}
     if isinstance(fmt, ChoiceFormat):
         for candidate in fmt.candidates:
-            found |= {name: found.get(name) or why for name, why in runs_on(candidate, n, k, host).items()}
+            found |= {name: found.get(name) or why for name, why in runs_on(candidate, n, k, host, activation).items()}
         return found
     for name in BACKENDS:
         try:
@@ -308,20 +362,23 @@ def runs_on(fmt: WeightFormat, n: int = 4096, k: int = 4096, target: Target | No
         device = host if host.kind in backend.kinds else Target("cuda", "sm_90")
         exact = exact_integers(fmt) is not None
         compute = "int16" if device.kind == "cpu" and exact and device.arch != "generic" else "float"
-        spec = KernelSpec((n,), k, str(fmt), str(LAYOUTS[backend.layout_of(fmt)]), compute)  # type: ignore[arg-type]
+        layout = LAYOUTS[backend.layout_of(fmt)]
+        if activation:
+            compute = rounded_products(fmt, k, layout, parse_activation(activation))
+        spec = KernelSpec((n,), k, str(fmt), str(layout), compute, activation=activation)  # type: ignore[arg-type]
         found[name] = backend.supports(spec, device)
     return found
 
 
 def _runs(chosen: list[LayerPlan]) -> dict[str, str | None]:
     """Backend -> None when it runs every layer, else how many it cannot and the first reason."""
-    shapes: dict[tuple[str, int, int], int] = {}
+    shapes: dict[tuple[str, int, int, str], int] = {}
     for layer in chosen:
-        key = (str(layer.format), layer.n, layer.k)
+        key = (str(layer.format), layer.n, layer.k, layer.activation)
         shapes[key] = shapes.get(key, 0) + 1
     refused: dict[str, list[tuple[int, str]]] = {name: [] for name in BACKENDS}
-    for (text, n, k), count in shapes.items():
-        for name, why in runs_on(parse_format(text), n, k).items():
+    for (text, n, k, activation), count in shapes.items():
+        for name, why in runs_on(parse_format(text), n, k, None, activation).items():
             if why is not None:
                 refused[name].append((count, why))
     host = host_target()
@@ -338,10 +395,13 @@ def _refusal(name: str, reasons: list[tuple[int, str]], host: Target) -> str | N
     return backend.available(host) if host.kind in backend.kinds else None
 
 
-def _consumers(chosen: list[LayerPlan]) -> dict[str, str]:
+def _consumers(chosen: list[LayerPlan], scheme: Scheme) -> dict[str, str]:
     """Who can load the result, and who cannot and why."""
+    from lowbit.compiler.io import ct_floats
     from lowbit.compiler.io.checkpoint import checkpoint_layout, export_layout
 
+    if any(layer.activation for layer in chosen):
+        return _rounding_consumers(chosen, scheme)
     layers = [(x.path, x.n, x.k, parse_format(str(x.format))) for x in chosen]
     native = [path for path, n, k, fmt in layers if export_layout(fmt, n, k) != "compressed-tensors"]
     layout = checkpoint_layout({p: fmt for p, _, _, fmt in layers}, {p: (n, k) for p, n, k, _ in layers})
@@ -349,13 +409,31 @@ def _consumers(chosen: list[LayerPlan]) -> dict[str, str]:
     if native and not reasons:
         reasons = ["it does not know lowbit's own layout"]
     first = native[0] if native else ""
+    narrow = any(isinstance(fmt, Format) and ct_floats.scale_note(fmt, torch.float32) for *_, fmt in layers)
     why = f"with `import lowbit` only: compressed-tensors cannot hold {len(native)} layers, such as {first}"
     if layout == "vptq":
         why = "with the vptq package and a GPU: 4.53 loads VPTQ's layout, 5.23 stops at it"
     return {
         "lowbit": "yes",
-        "transformers": why if native else "yes",
+        "transformers": why if native else "yes, in bfloat16" if narrow else "yes",
         "vllm": "no: " + "; ".join(reasons) if reasons else "yes",
+    }
+
+
+def _rounding_consumers(chosen: list[LayerPlan], scheme: Scheme) -> dict[str, str]:
+    """The same where inputs are rounded: 8 bits both ways is common ground, everything else is lowbit's."""
+    from lowbit.compiler.io import ct_rounded
+    from lowbit.compiler.io.native import LayerInput
+
+    inputs = {x.path: LayerInput(x.activation) for x in chosen}
+    free = all(isinstance(r, Smooth) or (isinstance(r, Rotate) and not r.online) for r in scheme.rewrites)
+    if free and ct_rounded.can_hold({x.path: parse_format(str(x.format)) for x in chosen}, inputs):
+        return dict.fromkeys(("lowbit", "transformers", "vllm"), "yes")
+    first = next(x for x in chosen if x.activation)
+    return {
+        "lowbit": "yes",
+        "transformers": "with `import lowbit` only: inputs are rounded in ways that compressed-tensors does not know",
+        "vllm": f"no: it does not know inputs rounded to {first.activation} before {first.format} weights",
     }
 
 
@@ -371,10 +449,14 @@ def vllm_notes(layers: Iterable[tuple[str, int, int, WeightFormat]]) -> list[str
 
 
 def _vllm_reasons(fmt: WeightFormat, k: int) -> list[str]:
+    from lowbit.compiler.io import ct_floats
+
     if isinstance(fmt, ChoiceFormat):
         return [reason for candidate in fmt.candidates for reason in _vllm_reasons(candidate, k)]
     if not isinstance(fmt, Format):
         return ["it has no kernels for vector quantization"]
+    if ct_floats.layout_of(fmt):
+        return [reason] if (reason := ct_floats.misfit(fmt, k)) else []
     g = fmt.granularity
     reasons = ["it has no kernels for float offsets"] if fmt.offset else []
     if not isinstance(fmt.element, IntElement):

@@ -32,9 +32,19 @@ from lowbit.compiler.job.layers import (
     select_layers,
     versions,
 )
+from lowbit.compiler.job.prepare import (
+    Prepared,
+    SourceHost,
+    calibrates,
+    check_inputs,
+    ordered,
+    prepare_source,
+    stored_inputs,
+)
 from lowbit.compiler.job.stream import BlockStream
 from lowbit.quantizers.calibration import calibration_tokens
-from lowbit.quantizers.methods import make_method
+from lowbit.quantizers.methods import Fmpq, make_method
+from lowbit.quantizers.rewrites import rewrite_text
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = ["RunResult", "quantize_model", "run"]
@@ -85,8 +95,9 @@ def run(
     folder = (workdir or out.parent / f".{out.name}.lowbit-run").expanduser().resolve()
     if not folder.exists():
         _refuse_occupied(out)
+    check_inputs(scheme, method, selection.formats, selection.shapes)
     tokens = None
-    if method.needs_hessian:
+    if method.needs_hessian or calibrates(scheme, method, list(selection.formats)):
         text = "pydoc" if calibration is None else calibration
         tokenizer = None if isinstance(text, Tensor) else source.tokenizer()
         tokens = calibration_tokens(tokenizer, text, samples, length, seed)
@@ -102,29 +113,46 @@ def run(
         **versions(),
     }
     with Journal(folder, settings, restart=restart) as journal:
-        stream = BlockStream(
-            source,
-            network,
-            selection,
-            method,
-            tokens,
-            journal,
-            sink,
-            sequential,
-            skip_first,
-            scheme.tune,
-            scheme.finetune,
-            workers,
-        )
         report = _finished_report(out, journal)
         if report is None:
             _refuse_occupied(out)
+            host = SourceHost(source, tokens, sink, folder)
+            prepared = prepare_source(host, network, selection, scheme, method, journal)
+            if host.source is not source:
+                source = host.source
+                network = source.empty_model()
+                names = set(source.names())
+                selection = select_layers(
+                    network, scheme, lambda path: f"{path}.weight" in names, need_blocks=method.needs_hessian
+                )
+            stream = BlockStream(
+                source,
+                network,
+                selection,
+                method,
+                tokens if method.needs_hessian else None,
+                journal,
+                sink,
+                sequential,
+                skip_first,
+                scheme.tune,
+                scheme.finetune,
+                workers,
+                prepared.inputs,
+                isinstance(method, Fmpq) and method.aware,
+            )
             stream.run()
             named = str(calibration) if isinstance(calibration, str | Path) else "given"
-            report = _report(stream, scheme, named if tokens is not None else "none", time.monotonic() - started)
+            report = _report(
+                stream, prepared, scheme, named if tokens is not None else "none", time.monotonic() - started
+            )
             if not journal.events("writing"):  # so that a kill after the checkpoint is in place is understood
                 journal.append({"event": "writing"})
-            write_checkpoint(out, source, stream.done(), scheme, report=report, replaced=stream.plain())
+            formats = {p: ordered(fmt, prepared.inputs.get(p)) for p, fmt in selection.formats.items()}
+            write_checkpoint(
+                out, source, stream.done(), scheme,
+                report=report, replaced=stream.plain(), formats=formats, inputs=stored_inputs(prepared.inputs),
+            )  # fmt: skip
         journal.remove()
     return RunResult(out, report)
 
@@ -152,7 +180,9 @@ def _finished_report(out: Path, journal: Journal) -> dict[str, Any] | None:
     return None
 
 
-def _report(stream: BlockStream, scheme: Scheme, calibration: str, seconds: float) -> dict[str, Any]:
+def _report(
+    stream: BlockStream, prepared: Prepared, scheme: Scheme, calibration: str, seconds: float
+) -> dict[str, Any]:
     """The run's figures."""
     source, journal = stream.source, stream.journal
     by_path = {layer["path"]: layer for r in journal.events("group") for layer in r["layers"]}
@@ -175,10 +205,33 @@ def _report(stream: BlockStream, scheme: Scheme, calibration: str, seconds: floa
         "seconds": round(seconds, 1),
         "resumed_layers": stream.resumed,
         "tuning": stream.tuning_report(),
+        **_activation_report(prepared, scheme, layers),
         "versions": versions(),
-        "notes": [*source.notes, *stream.selection.notes, *_aggregate(layers)],
+        "notes": [*source.notes, *stream.selection.notes, *_counted(prepared.notes), *_aggregate(layers)],
         "layers": layers,
     }
+
+
+def _activation_report(
+    prepared: Prepared, scheme: Scheme, layers: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What inputs are rounded to, over all layers; nothing where they are not."""
+    found: dict[str, dict[str, Any]] = {}
+    if prepared.share is not None:
+        columns = sum(layer["shape"][1] for layer in layers)
+        found["activations"] = {
+            "format": str(scheme.activation),
+            "bits_per_value": sum(layer["activation_bits"] * layer["shape"][1] for layer in layers) / max(1, columns),
+            "share_of_8_bits": prepared.share,
+            "rewrites": [rewrite_text(r) for r in scheme.rewrites],
+            "declined": list(prepared.notes),
+        }
+    return {**found, **({"kv": {"format": str(scheme.kv)}} if scheme.kv is not None else {})}
+
+
+def _counted(notes: Sequence[str]) -> list[str]:
+    """Notes that begin with a module path, one line per kind."""
+    return _aggregate([{"path": n.partition(" ")[0], "notes": [n.partition(" ")[2]]} for n in notes])
 
 
 def _aggregate(layers: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ journal before the next begins.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowbit.compiler.errors import CheckpointError, LowbitError, RunError
 from lowbit.compiler.io.source import ModelSource
 from lowbit.compiler.job.activations import Activations
-from lowbit.compiler.job.blocks import BlockCall, Trunk, linears_in, materialize, release
+from lowbit.compiler.job.blocks import BlockCall, Trunk, linears_in, materialize, outside_modules, release
 from lowbit.compiler.job.blockwise import States, run_tuned
 from lowbit.compiler.job.engine import BlockEngine, Group, Meter
 from lowbit.compiler.job.finetune import finetune
@@ -27,6 +27,7 @@ from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Selection
 from lowbit.compiler.job.tail import quantize_outside
 from lowbit.compiler.job.tune import TuneResult
 from lowbit.compiler.job.workers import Workers
+from lowbit.quantizers.inputs import LayerInput, input_hooks
 from lowbit.quantizers.methods import Method, check_finite
 from lowbit.quantizers.scheme import Tuning
 from lowbit.quantizers.weights import QWeight
@@ -36,7 +37,8 @@ __all__ = ["BlockStream"]
 
 @dataclass
 class BlockStream:
-    """One run over an open journal. `tokens` is None for methods that need no statistics."""
+    """One run over an open journal. `tokens` is None for methods that need no statistics. inputs: what layers do with
+    their inputs; `rounding` calibrates on rounded ones."""
 
     source: ModelSource
     network: nn.Module
@@ -50,6 +52,8 @@ class BlockStream:
     tune: Tuning | None = None
     finetune: Tuning | None = None
     workers: int = 1
+    inputs: Mapping[str, LayerInput] = field(default_factory=dict)
+    rounding: bool = False
     meter: Meter = field(default_factory=Meter)
     resumed: int = 0
 
@@ -143,7 +147,7 @@ class BlockStream:
             hidden = states.hidden if states else None
             quantize_outside(
                 self.network, self.selection, self.method, self.tokens, hidden, self._load, self._saver(-1, interrupt),
-                self.skip_first,
+                self.skip_first, self.inputs,
             )  # fmt: skip
         self._finetune()
 
@@ -210,7 +214,7 @@ class BlockStream:
         assert self.selection.blocks is not None
         head = getattr(self.network, "get_output_embeddings", lambda: None)()
         skip = [*self.selection.blocks.modules, *([head] if head is not None else [])]
-        self._around = _outside_modules(self.network, skip)
+        self._around = outside_modules(self.network, skip)
         taken = sum(materialize(m, name, self._load, recurse=False) for name, m in self._around)
         self.meter.take(taken)
         return taken
@@ -237,17 +241,24 @@ class BlockStream:
         finished = self.done()
         done = {path: finished[path]() for path in linears if path in finished}
         engine = BlockEngine(
-            self.method, self.sequential, self.skip_first, self.meter, self._saver(index, interrupt), self._pool
+            self.method,
+            self.sequential,
+            self.skip_first,
+            self.meter,
+            self._saver(index, interrupt),
+            self._pool,
+            self.inputs,
         )
-        if inputs is None:
-            engine.run_plain(linears, done)
-        elif self.tune is not None and outputs is not None:
-            tuned = self._tuned(index)
-            result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, tuned, self.tune)
-            if tuned is None:
-                self._save_tuned("tuned", index, name, result)
-        else:
-            engine.run(block, calls[index], linears, inputs.hidden, outputs.hidden if outputs else None, done)
+        with input_hooks(layers, self.inputs, rounding=self.rounding and self.tune is None):
+            if inputs is None:
+                engine.run_plain(linears, done)
+            elif self.tune is not None and outputs is not None:
+                tuned = self._tuned(index)
+                result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, tuned, self.tune)
+                if tuned is None:
+                    self._save_tuned("tuned", index, name, result)
+            else:
+                engine.run(block, calls[index], linears, inputs.hidden, outputs.hidden if outputs else None, done)
         release(block)
         self.meter.take(-taken)
         self._seal("block", index, None if unused else outputs)
@@ -306,7 +317,8 @@ class BlockStream:
         self.network.tie_weights()  # type: ignore[operator]
         weights = {path: load() for path, load in self.done().items()}
         plain = {name: load() for name, load in self.plain().items()}
-        result = finetune(self.network, weights, plain, self.tokens, self.finetune, self.sink.message)
+        with input_hooks(linears_in(self.network, ""), self.inputs, rounding=False):
+            result = finetune(self.network, weights, plain, self.tokens, self.finetune, self.sink.message)
         release(self.network)
         self._save_tuned("finetuned", -1, "", result)
 
@@ -325,9 +337,3 @@ class BlockStream:
             interrupt.check(layers[-1]["path"])
 
         return save
-
-
-def _outside_modules(network: nn.Module, skip: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """Modules that are neither in `skip` nor below one of them."""
-    hidden = {id(m) for top in skip for m in top.modules()}
-    return [(name, m) for name, m in network.named_modules() if id(m) not in hidden]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from lowbit.compiler.job.engine import Group, entry
 from lowbit.compiler.job.layers import Selection
 from lowbit.compiler.job.workers import Workers
 from lowbit.quantizers.calibration import InputGroups, LayerStats
+from lowbit.quantizers.inputs import LayerInput
 from lowbit.quantizers.methods import Method
 
 __all__ = ["quantize_outside"]
@@ -28,6 +29,7 @@ def quantize_outside(
     load: Callable[[str], Tensor | None],
     save: Callable[[Group], None],
     skip_first: int = 0,
+    inputs: Mapping[str, LayerInput] | None = None,
 ) -> None:
     """Quantize the layers outside the blocks, one at a time.
 
@@ -42,7 +44,7 @@ def quantize_outside(
         materialize(layers[path], path, load)
         quantized, seconds = Workers().submit(method, layers[path].weight.detach(), fmt, stats.get(path))()
         release(layers[path])
-        save({path: (quantized.qtensor, entry(path, quantized, stats.get(path), seconds))})
+        save({path: (quantized.qtensor, entry(path, quantized, stats.get(path), seconds, (inputs or {}).get(path)))})
 
 
 def _tail_stats(

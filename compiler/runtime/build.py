@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target
 from lowbit.compiler.runtime.cache import KernelCache
-from lowbit.quantizers.qtensor import PackedWeight
+from lowbit.quantizers.qtensor import PackedWeight, QTensor
 from lowbit.quantizers.weights import QWeight, pack_weights, random_weight
 
 __all__ = ["TOLERANCE", "BuiltKernel", "build_kernel", "check_kernel", "sample_weight"]
@@ -33,13 +34,14 @@ _locks: dict[str, threading.Lock] = {}
 
 @dataclass(frozen=True)
 class BuiltKernel:
-    """A kernel ready to launch, with where it came from."""
+    """A kernel ready to launch, with where it came from. artifact: its file, where the backend compiles one."""
 
     spec: KernelSpec
     backend: str
     schedule: Schedule
     launch: Launcher
     error: float
+    artifact: Path | None = None
 
 
 def build_kernel(spec: KernelSpec, target: Target, m: int, cache_: KernelCache) -> BuiltKernel:
@@ -83,7 +85,8 @@ def _find_or_compile(
 ) -> BuiltKernel:
     if found := cache_.lookup(key):
         artifact, meta = found
-        return BuiltKernel(spec, backend.name, schedule, backend.load(artifact, spec, schedule), float(meta["error"]))
+        launch = backend.load(artifact, spec, schedule)
+        return BuiltKernel(spec, backend.name, schedule, launch, float(meta["error"]), artifact)
     evidence: dict[str, Any] = {
         "spec": spec.key(),
         "schedule": schedule.to_dict(),
@@ -97,9 +100,8 @@ def _find_or_compile(
         evidence["error"] = check_kernel(spec, backend.load(artifact, spec, schedule), target)
 
     artifact = cache_.store(key, source.suffix, evidence, build)
-    return BuiltKernel(
-        spec, backend.name, schedule, backend.load(artifact, spec, schedule), float(evidence.get("error", 0.0))
-    )
+    launch = backend.load(artifact, spec, schedule)
+    return BuiltKernel(spec, backend.name, schedule, launch, float(evidence.get("error", 0.0)), artifact)
 
 
 def sample_weight(spec: KernelSpec, seed: int = 0) -> PackedWeight:
@@ -108,7 +110,13 @@ def sample_weight(spec: KernelSpec, seed: int = 0) -> PackedWeight:
     parts: list[QWeight] = []
     for n in spec.segments:
         parts.append(random_weight(spec.weight_format, n, spec.k, rng))
-    return pack_weights(parts, spec.layout_)
+        if isinstance(parts[0], QTensor) and parts[0].perm is not None:
+            parts[-1] = replace(parts[-1], perm=parts[0].perm)  # siblings share the order of their input
+    weight = pack_weights(parts, spec.layout_)
+    if spec.rounding is None or not spec.rounding.static:
+        return weight
+    scales = (1 + torch.rand(spec.rounding.groups(spec.k), generator=rng)) * 2 / spec.rounding.tops(spec.k)
+    return replace(weight, tensors={**weight.tensors, "input_scale": scales})
 
 
 def check_kernel(spec: KernelSpec, launch: Launcher, target: Target, m: int = 3) -> float:
@@ -132,7 +140,7 @@ def check_kernel(spec: KernelSpec, launch: Launcher, target: Target, m: int = 3)
     scale = max(float(want.square().mean().sqrt()), float(yardstick) if yardstick is not None else 0.0, 1e-30)
     error = float(difference) / scale
     limit = (
-        TOLERANCE[spec.compute]
+        TOLERANCE["float" if spec.activation else spec.compute]  # rounding that is meant is no error
         + _OUT_EPS[spec.out_dtype]
         + (1e-2 if _OUT_EPS[spec.x_dtype] and device == "cuda" else 0)
     )

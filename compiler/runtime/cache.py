@@ -16,11 +16,10 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lowbit.codegen.backend import Source
 from lowbit.codegen.schedule import Schedule
-from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target
 
@@ -48,13 +47,21 @@ def generator_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+class Keyed(Protocol):
+    """A kernel's spec: `KernelSpec`, or that of another kind of kernel."""
+
+    def key(self) -> str:
+        """Canonical text: equal specs, equal text."""
+        ...
+
+
 class KernelCache:
     """A folder of compiled kernels, safe with many processes."""
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = (root or default_cache_dir()) / "kernels"
 
-    def key(self, spec: KernelSpec, schedule: Schedule, target: Target, source: Source, toolchain: str) -> str:
+    def key(self, spec: Keyed, schedule: Schedule, target: Target, source: Source, toolchain: str) -> str:
         """40 hex digits over everything that decides the artifact's bytes."""
         parts = (
             spec.key(),

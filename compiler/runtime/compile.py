@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from xdsl.passes import ModulePass
 
 from lowbit.codegen.spec import Compute, KernelSpec
 from lowbit.compiler.errors import IRError, RunError
@@ -21,9 +23,11 @@ from lowbit.passes.canonicalize import Canonicalize
 from lowbit.passes.choose_layout import ChooseLayout
 from lowbit.passes.emit import Emit
 from lowbit.passes.fuse_epilogue import FuseEpilogue
+from lowbit.passes.fuse_prologue import FusePrologue
 from lowbit.passes.fuse_siblings import FuseSiblings
 from lowbit.passes.lower_kernels import LowerKernels
 from lowbit.passes.pack import Pack
+from lowbit.passes.quantize_acts import QuantizeActs
 from lowbit.passes.select_schedule import SelectSchedule
 from lowbit.passes.session import PassContext
 from lowbit.quantizers.formats import WeightFormat
@@ -31,6 +35,8 @@ from lowbit.quantizers.formats import WeightFormat
 __all__ = ["CompileReport", "compile_model"]
 
 _log = logging.getLogger("lowbit")
+MODES = ("modules", "program")
+"""How a compiled model runs."""
 
 
 @dataclass
@@ -76,13 +82,20 @@ class _ModelSession:
         return text
 
 
-def compile_model(model: nn.Module, *, max_tokens: int = 512, frozen: bool = False) -> nn.Module:
+def compile_model(
+    model: nn.Module, *, max_tokens: int = 512, frozen: bool = False, mode: str = "modules", **options: Any
+) -> nn.Module:
     """Fuse and build everything a quantized model needs for calls of up to `max_tokens` tokens; returns the model.
 
-    The model is changed in place. With `frozen`, a call that would need another kernel afterwards is an error
-    (LB0409) instead of a compile. `model.lowbit_report` says what was done. Raises RunError LB0503 for a model without
-    quantized layers.
+    mode `modules`: layers are called one by one by the model's own code. mode `program`: one native program runs a
+    whole step of a decoder-only model on the CPU; `options` are those of `program.compile_program`. The model is
+    changed in place. With `frozen`, a call that would need another kernel afterwards is an error (LB0409) instead of
+    a compile. `model.lowbit_report` says what was done. Raises RunError LB0503 for a model without quantized layers,
+    LB0568 for another mode or options that the mode does not have.
     """
+    if mode not in MODES or (options and mode == "modules"):
+        what = f"mode {mode!r}" if mode not in MODES else f"option {min(options)!r} for mode {mode!r}"
+        raise RunError("LB0568", f"lowbit.compile has no {what}", hint=f"use mode={' or '.join(MODES)}")
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     if not layers and not any(isinstance(m, PackedLinear) for m in model.modules()):
         raise RunError(
@@ -93,32 +106,41 @@ def compile_model(model: nn.Module, *, max_tokens: int = 512, frozen: bool = Fal
     device = next(m.device for m in model.modules() if isinstance(m, PackedLinear))
     assert isinstance(device, torch.device)
     session = _ModelSession(model, _activation_dtype(model), device, max_tokens)
+    whole = mode == "program"
+    if whole:
+        from lowbit.compiler.runtime.program import check_program, compile_program  # transformers is imported there
+
+        check_program(model, **options)
     if layers:
-        _run(model, session, default_compute(layers[0].fmt, device), str(device_target(device)))
-    # Layers the graph did not show are built too; those it did are there already.
-    warm([m.key for m in model.modules() if isinstance(m, PackedLinear)], session.dtype, device, max_tokens)
+        _run(model, session, default_compute(layers[0].fmt, device), str(device_target(device)), fuse_only=whole)
+    if whole:
+        compile_program(model, max_tokens=max_tokens, **options)
+    if not whole or frozen:
+        # Layers the graph did not show are built too; those it did are there already.
+        warm([m.key for m in model.modules() if isinstance(m, PackedLinear)], session.dtype, device, max_tokens)
     if frozen:
         freeze()
     model.lowbit_report = session.report  # type: ignore[assignment]
     return model
 
 
-def _run(model: nn.Module, session: _ModelSession, compute: Compute, target: str) -> None:
+def _run(model: nn.Module, session: _ModelSession, compute: Compute, target: str, *, fuse_only: bool = False) -> None:
     try:
         graph = import_model(model)
     except IRError as e:
         _log.warning("modules are not fused: %s", e)
         return
-    passes = [
+    passes: list[ModulePass] = [
         Canonicalize(),
+        QuantizeActs(),
         FuseSiblings(),
+        FusePrologue(),
         FuseEpilogue(residual=False),
         ChooseLayout(target),
         Pack(),
-        LowerKernels(compute),
-        SelectSchedule(session.max_tokens, target),
-        Emit(),
     ]
+    if not fuse_only:
+        passes += [LowerKernels(compute), SelectSchedule(session.max_tokens, target), Emit()]
     run_pipeline(graph, passes, PassContext.create(session))
     session.report.ir = print_module(graph)
 

@@ -11,8 +11,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
-from lowbit.quantizers.weights import kernel_layout, pack_weights, stored, unpack_weights
+from lowbit.codegen.select import kernel_layout
+from lowbit.compiler.runtime.dispatch import device_target
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, with_input_scale
+from lowbit.quantizers.weights import pack_weights, stored, unpack_weights
 
 __all__ = ["QuantGatedMLP", "SiblingLinear", "fuse_gated_mlp", "fuse_siblings"]
 
@@ -20,13 +22,31 @@ __all__ = ["QuantGatedMLP", "SiblingLinear", "fuse_gated_mlp", "fuse_siblings"]
 def _stack(layers: list[QuantLinear], epilogue: tuple[str, ...]) -> PackedLinear:
     """The layers' weights, stacked by rows, on the device of the first."""
     inner = cast(PackedLinear, layers[0].prepare().inner)
-    packed = pack_weights([layer.qtensor() for layer in layers], kernel_layout(layers[0].fmt, inner.device))
-    return PackedLinear(packed, inner.compute, epilogue).to(inner.device)
+    layout = kernel_layout(layers[0].fmt, device_target(inner.device), inner.activation)
+    packed = pack_weights([layer.qtensor() for layer in layers], layout)
+    packed = with_input_scale(packed, inner.activation, layers[0].static_scale)
+    return PackedLinear(packed, inner.compute, epilogue, inner.activation, inner.rotate).to(inner.device)
+
+
+def _share_inputs(layers: list[QuantLinear]) -> bool:
+    """True when the layers do the same to their input: rotate, order and round it, by the same static scales."""
+    first = cast(PackedLinear, layers[0].prepare().inner)
+    others = [cast(PackedLinear, layer.prepare().inner) for layer in layers[1:]]
+    return all(
+        (o.activation, o.rotate, o.compute) == (first.activation, first.rotate, first.compute)
+        and all(_equal(o._buffers.get(name), first._buffers.get(name)) for name in ("columns", "input_scale"))
+        for o in others
+    )
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _stored(packed: PackedLinear, index: int, prefix: str) -> dict[str, torch.Tensor]:
-    q = unpack_weights(packed.packed())[index]
-    return {f"{prefix}{name}": value for name, value in stored(q).items()}
+    q, scale = unpack_weights(packed.packed())[index], packed._buffers.get("input_scale")
+    tensors = stored(q) if scale is None else {**stored(q), "input_scale": scale}
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
 
 
 class _Siblings:
@@ -60,6 +80,11 @@ class SiblingLinear(nn.Module):
             self.packed = shared.packed
         self.in_features, self.out_features = in_features, shared.widths[index]
 
+    @property
+    def shared(self) -> PackedLinear:
+        """The weights of all siblings."""
+        return self._shared.packed
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""
         return self._shared.take(self._index, x)
@@ -77,6 +102,11 @@ class QuantGatedMLP(nn.Module):
         self.gate_up, self._names = _stack([gate, up], ("silu_mul",)), names
         self.add_module(names[2], down)
 
+    @property
+    def reader(self) -> nn.Module:
+        """The layer that reads the product; a child module under the name it has in the model, such as `down_proj`."""
+        return cast(nn.Module, self._modules[self._names[2]])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., K]."""
         return cast(torch.Tensor, getattr(self, self._names[2])(self.gate_up(x)))
@@ -88,11 +118,14 @@ class QuantGatedMLP(nn.Module):
 
 
 def fuse_siblings(model: nn.Module, paths: tuple[str, ...]) -> bool:
-    """Replace the layers at `paths` by siblings of one kernel; False when they are not plain quantized layers."""
+    """Replace the layers at `paths` by siblings of one kernel; False when they are not plain quantized layers, or treat
+    their input differently."""
     layers = [model.get_submodule(p) for p in paths]
     if not all(isinstance(m, QuantLinear) and m.bias is None for m in layers):
         return False
     linears = cast("list[QuantLinear]", layers)
+    if not _share_inputs(linears):
+        return False
     shared = _Siblings(_stack(linears, ()), [m.out_features for m in linears])
     for i, path in enumerate(paths):
         _replace(model, path, SiblingLinear(shared, i, linears[i].in_features))
@@ -113,6 +146,8 @@ def fuse_gated_mlp(model: nn.Module, gate: str, up: str) -> bool:
     downs = [n for n, m in children.items() if isinstance(m, (QuantLinear, nn.Linear))]
     plain = isinstance(g, QuantLinear) and isinstance(u, QuantLinear) and g.bias is None and u.bias is None
     if not plain or len(downs) != 1 or not up.startswith(f"{parent_path}."):
+        return False
+    if not _share_inputs([g, u]):  # type: ignore[list-item]
         return False
     down = children.pop(downs[0])
     if any(list(m.parameters()) for m in children.values()) or getattr(down, "in_features", 0) != g.out_features:  # type: ignore[union-attr]

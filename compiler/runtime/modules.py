@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 import lowbit.compiler.runtime.ops  # noqa: F401  (defines torch.ops.lowbit.linear)
-from lowbit.codegen.spec import Compute, KernelSpec
+from lowbit.codegen.select import kernel_layout
+from lowbit.codegen.spec import Compute, KernelSpec, rounded_products
 from lowbit.compiler.errors import FormatError
+from lowbit.compiler.ir.target import host_target
 from lowbit.compiler.runtime.dispatch import device_target
-from lowbit.quantizers.formats import WeightFormat, exact_integers
+from lowbit.quantizers.formats import VectorFormat, WeightFormat, exact_integers, parse_activation
+from lowbit.quantizers.hadamard import rotate, split_order
 from lowbit.quantizers.qtensor import PackedWeight
 from lowbit.quantizers.weights import (
     QWeight,
     from_stored,
-    kernel_layout,
     pack_weights,
     stored,
     stored_shapes,
     unpack_weights,
 )
 
-__all__ = ["PackedLinear", "QuantLinear", "default_compute"]
+__all__ = ["PackedLinear", "QuantLinear", "check_activation", "default_compute", "with_input_scale"]
 
 
 def default_compute(fmt: WeightFormat, device: torch.device) -> Compute:
@@ -37,26 +41,53 @@ def default_compute(fmt: WeightFormat, device: torch.device) -> Compute:
     return "int16" if vector and exact_integers(fmt) is not None else "float"
 
 
+def check_activation(fmt: WeightFormat, n: int, k: int, activation: str, compute: Compute | None = None) -> None:
+    """Raise FormatError (LB0243) when [n, k] weights in `fmt` cannot be multiplied with activations in `activation`."""
+    if not activation:
+        return
+    if isinstance(fmt, VectorFormat):
+        raise FormatError(
+            "LB0243", f"{fmt} weights are not multiplied with activations in {activation}",
+            hint="leave the activation format out, or choose a format with one code per weight",
+        )  # fmt: skip
+    layout = kernel_layout(fmt, host_target())
+    with torch.device("cpu"):  # transformers builds layers under a meta device, which tables of levels have no use for
+        chosen = compute or rounded_products(fmt, k, layout, parse_activation(activation))
+        problem = KernelSpec((n,), k, str(fmt), str(layout), chosen, activation=activation).rounding_problem
+    if problem:
+        raise FormatError(
+            "LB0243", f"{activation} does not fit {fmt} weights: {problem}",
+            hint="use one group size for both, or one scale per token; compute='float' runs any, more slowly",
+        )  # fmt: skip
+
+
 class PackedLinear(nn.Module):
     """Packed weights of one or more sibling linear layers, and the kernel call that reads them.
 
-    The packed tensors are the only copy in memory and are never cast when the model's dtype changes.
+    The packed tensors are the only copy in memory and are never cast when the model's dtype changes. activation: text
+    of the ActivationFormat that inputs are rounded to, once for all siblings; static scales are the operand
+    `input_scale`. rotate: blocks of this many input columns are rotated first, in the kernel where it can.
     """
 
-    def __init__(self, packed: PackedWeight, compute: Compute, epilogue: tuple[str, ...]) -> None:
+    def __init__(
+        self, packed: PackedWeight, compute: Compute, epilogue: tuple[str, ...], activation: str = "", rotate: int = 0
+    ) -> None:
         super().__init__()
         self._meta = (packed.fmt, packed.layout, packed.segments, packed.k)
         self._names = tuple(packed.tensors)
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self.compute: Compute = compute
+        self.activation, self.rotate = activation, rotate
+        self._rotates_first = bool(rotate) and (packed.layout.container != 8 or split_order(rotate)[0] > 1)
         self._specs: dict[tuple[str, ...], str] = {}
         self.key = self.spec_key(epilogue)
 
     def spec_key(self, epilogue: tuple[str, ...]) -> str:
         """The kernel spec with this weight and `epilogue`, as text (dtypes are filled in by the dispatcher)."""
         fmt, layout, segments, k = self._meta
-        return KernelSpec(segments, k, str(fmt), str(layout), self.compute, epilogue=epilogue).key()
+        spec = KernelSpec(segments, k, str(fmt), str(layout), self.compute, epilogue=epilogue)
+        return replace(spec, activation=self.activation, rotate=0 if self._rotates_first else self.rotate).key()
 
     def packed(self) -> PackedWeight:
         """The weight as a value."""
@@ -76,6 +107,7 @@ class PackedLinear(nn.Module):
         self, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[..., K] -> [..., n_out]."""
+        x = rotate(x, self.rotate) if self._rotates_first else x
         out: torch.Tensor = torch.ops.lowbit.linear(x, self.operands(), bias, residual, self.key)
         return out
 
@@ -93,7 +125,10 @@ class QuantLinear(nn.Module):
 
     Built empty (shapes only), it has the tensors of a checkpoint as buffers, see `quantizers.weights.stored`.
     `prepare` turns them into the kernel's layout, after which that is the only copy; `state_dict` still gives the
-    checkpoint's tensors.
+    checkpoint's tensors. activation: text of the ActivationFormat that inputs are rounded to, none when empty; static
+    formats have their scales, float32 [groups], in `input_scale`. rotate: blocks of this many input columns are rotated
+    first (`quantizers.hadamard.rotate`), as the weights were. compute: how products are formed, see `default_compute`
+    when None.
     """
 
     def __init__(
@@ -104,29 +139,58 @@ class QuantLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        *,
+        activation: str = "",
+        rotate: int = 0,
+        compute: Compute | None = None,
     ) -> None:
         super().__init__()
         fmt.check(out_features, in_features, "QuantLinear")
+        check_activation(fmt, out_features, in_features, activation, compute)
+        self.activation, self.rotate, self._compute = activation, rotate, compute
         self.in_features, self.out_features, self.fmt = in_features, out_features, fmt
         self._stored = stored_shapes(fmt, out_features, in_features)
+        if activation and (rounding := parse_activation(activation)).static:
+            self._stored["input_scale"] = (torch.float32, (rounding.groups(in_features),))
         for name, (kind, shape) in self._stored.items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.inner: PackedLinear | None = None
+        self._prints: dict[str, str] = {}
 
     @classmethod
     def from_qtensor(
-        cls, q: QWeight, bias: torch.Tensor | None = None, *, compute: Compute | None = None
+        cls,
+        q: QWeight,
+        bias: torch.Tensor | None = None,
+        *,
+        compute: Compute | None = None,
+        activation: str = "",
+        input_scale: torch.Tensor | None = None,
+        rotate: int = 0,
     ) -> QuantLinear:
-        """A prepared layer holding `q`."""
+        """A prepared layer holding `q`. Raises FormatError: LB0241 when scales are missing or superfluous, LB0243."""
         n, k = q.shape
-        layer = cls(k, n, q.fmt, bias is not None, device="meta")
+        layer = cls(k, n, q.fmt, bias is not None, "meta", activation=activation, rotate=rotate, compute=compute)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         device = bias.device if bias is not None else torch.device("cpu")
-        layer._adopt(pack_weights([q], kernel_layout(q.fmt, device)), compute)
+        packed = pack_weights([q], kernel_layout(q.fmt, device_target(device), activation))
+        packed = with_input_scale(packed, activation, input_scale)
+        layer._adopt(packed)
         return layer
+
+    @property
+    def static_scale(self) -> torch.Tensor | None:
+        """float32 [groups]: the scales of a static activation format."""
+        return self._buffers.get("input_scale") if self.inner is None else self.inner._buffers.get("input_scale")
+
+    def asks(self) -> dict[str, str | int]:
+        """What the layer does to its input, for the graph: `activation`, `rotate`, and fingerprints of static `scales`
+        and of the `order` of columns; what it does not do is left out."""
+        values: dict[str, str | int] = {"activation": self.activation, "rotate": self.rotate, **self._prints}
+        return {name: value for name, value in values.items() if value}
 
     @property
     def prepared(self) -> bool:
@@ -140,21 +204,28 @@ class QuantLinear(nn.Module):
         tensors = {name: cast(torch.Tensor, self._buffers[name]) for name in self._stored}
         return from_stored(self.fmt, self.out_features, self.in_features, tensors)
 
-    def prepare(self, *, compute: Compute | None = None) -> QuantLinear:
+    def prepare(self) -> QuantLinear:
         """Pack the checkpoint's tensors for this device's kernels and drop them; does nothing the second time."""
         if self.inner is None:
             device = cast(torch.Tensor, self.weight_shape).device
             if device.type == "meta":
                 raise FormatError("LB0224", "the layer has no weights yet", hint="load a state dict first")
             cpu = self.cpu() if device.type != "cpu" else self
-            packed = pack_weights([cpu.qtensor()], kernel_layout(self.fmt, device))
-            self._adopt(packed, compute, device)
+            packed = pack_weights([cpu.qtensor()], kernel_layout(self.fmt, device_target(device), self.activation))
+            packed = with_input_scale(packed, self.activation, self.static_scale)
+            self._adopt(packed, device)
         return self
 
-    def _adopt(self, packed: PackedWeight, compute: Compute | None, device: torch.device | None = None) -> None:
+    def _adopt(self, packed: PackedWeight, device: torch.device | None = None) -> None:
         device = device or next(iter(packed.tensors.values())).device
         epilogue = ("bias",) if self.bias is not None else ()
-        self.inner = PackedLinear(packed, compute or default_compute(self.fmt, device), epilogue).to(device)
+        chosen = self._compute or default_compute(self.fmt, device)
+        if self.activation and not self._compute:
+            chosen = rounded_products(self.fmt, self.in_features, packed.layout, parse_activation(self.activation))
+        self.inner = PackedLinear(packed, chosen, epilogue, self.activation, self.rotate).to(device)
+        names = {"input_scale": "scales"} | ({} if isinstance(self.fmt, VectorFormat) else {"columns": "order"})
+        found = {label: packed.tensors.get(name) for name, label in names.items()}
+        self._prints = {label: _fingerprint(t) for label, t in found.items() if t is not None}
         for name in self._stored:
             self._buffers.pop(name, None)
 
@@ -169,7 +240,8 @@ class QuantLinear(nn.Module):
         """The checkpoint's tensors by name."""
         if self.inner is None:
             return {name: cast(torch.Tensor, self._buffers[name]) for name in self._stored}
-        return stored(self.qtensor())
+        scale = {} if self.static_scale is None else {"input_scale": self.static_scale}
+        return {**stored(self.qtensor()), **scale}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -177,4 +249,24 @@ class QuantLinear(nn.Module):
             destination.update({prefix + name: value for name, value in self.canonical().items()})
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.fmt}, bias={self.bias is not None}"
+        inputs = f", inputs {self.activation}" if self.activation else ""
+        return f"{self.in_features}, {self.out_features}, {self.fmt}{inputs}, bias={self.bias is not None}"
+
+
+def _fingerprint(tensor: torch.Tensor) -> str:
+    """Short text that is the same for equal tensors; computed once, because graphs are made of values on meta."""
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()[:12]
+
+
+def with_input_scale(packed: PackedWeight, activation: str, scale: torch.Tensor | None) -> PackedWeight:
+    """`packed` with the static scales of `activation` as its last operand; raises FormatError (LB0241) unless they are
+    there exactly when the format is static, float32 [groups]."""
+    rounding = parse_activation(activation) if activation else None
+    shape = (rounding.groups(packed.k),) if rounding is not None and rounding.static else None
+    if (None if scale is None else tuple(scale.shape)) != shape:
+        raise FormatError(
+            "LB0241", f"{activation or 'no activation format'} of {packed.k} columns needs scales {shape}"
+        )
+    if scale is None:
+        return packed
+    return replace(packed, tensors={**packed.tensors, "input_scale": scale.detach().float().contiguous()})

@@ -7,7 +7,11 @@ single opaque call. The raw Library API is used because a call costs about 2 us,
 
 from __future__ import annotations
 
+import json
+from functools import cache
+
 import torch
+from torch._C._dynamo import eval_frame
 
 from lowbit.compiler.runtime.dispatch import kernel_for, parse_spec
 from lowbit.quantizers.qtensor import PackedWeight
@@ -46,10 +50,23 @@ def _linear_fake(
     residual: torch.Tensor | None,
     spec: str,
 ) -> torch.Tensor:
-    s = parse_spec(spec)
-    torch._check(x.shape[-1] == s.k, lambda: f"expected {s.k} input features, got {x.shape[-1]}")
-    return x.new_empty((*x.shape[:-1], s.n_out))
+    k, n_out = _shape(spec)
+    torch._check(x.shape[-1] == k, lambda: f"expected {k} input features, got {x.shape[-1]}")
+    return x.new_empty((*x.shape[:-1], n_out))
 
+
+@cache
+def _shape(spec: str) -> tuple[int, int]:
+    """(input features, output features), without the tables that `KernelSpec` makes: under a fake-tensor mode they
+    would be fake."""
+    values = json.loads(spec)
+    first, *rest = values["segments"]
+    return values["k"], first if "silu_mul" in values["epilogue"] else first + sum(rest)
+
+
+# torch.compile traces what Python it meets while compiled code runs; the operator's inside is not for it.
+_SKIP = eval_frame._FrameAction.SKIP
+eval_frame.set_code_exec_strategy(_linear.__code__, eval_frame._FrameExecStrategy(_SKIP, _SKIP))
 
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("linear", _linear, _key)

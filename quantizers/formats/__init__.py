@@ -128,7 +128,7 @@ def scalar_format(text: str) -> Format:
 
 def _scalar(text: str) -> Format:
     head, *rest = text.split(".")
-    granularity, symmetry, scale, tensor = Granularity("ch"), "sym", "f16", False
+    granularity, symmetry, scale, tensor, ordered = Granularity("ch"), "sym", "f16", False, False
     for part in rest:
         if m := re.fullmatch(r"g(\d{1,9})", part):
             granularity = Granularity("g", int(m[1]))
@@ -140,12 +140,14 @@ def _scalar(text: str) -> Format:
             scale = part
         elif part == "t32":
             tensor = True
+        elif part == "perm":
+            ordered = True
         else:
             raise _unknown(text, f"{part!r} is neither a granularity, a symmetry nor a scale type")
     element = _element(head, symmetry != "asym")
     if element is None:
         raise _unknown(text, f"no element is called {head!r}" + (", with zero points" if symmetry == "asym" else ""))
-    return Format(element, granularity, scale, symmetry == "fz", tensor)
+    return Format(element, granularity, scale, symmetry == "fz", tensor, ordered)
 
 
 def _element(name: str, symmetric: bool) -> Element | None:

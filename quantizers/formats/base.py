@@ -27,8 +27,11 @@ SCALE_DTYPES = {
     "f32": torch.float32,
     "e8m0": torch.float8_e8m0fnu,
     "e4m3": torch.float8_e4m3fn,
+    "i8ch": torch.int8,
 }
-"""Types of scales. e8m0 are powers of two (the MX formats), e4m3 usually go with a float32 scale per tensor (NVFP4)."""
+"""Types of scales. e8m0 are powers of two (the MX formats), e4m3 usually go with a float32 scale per tensor (NVFP4).
+i8ch are whole numbers from 1 up, under a float16 scale per row: level * scale is a byte ("QServe: W4A8KV4 Quantization
+and System Co-design for Efficient LLM Serving")."""
 
 WIDE_DTYPES = {name: SCALE_DTYPES[name] for name in ("f16", "bf16", "f32")}
 """Types that codebooks, norms and offsets can have as well."""
@@ -125,6 +128,8 @@ class Format(WeightFormat):
     asymmetric formats (`asym`); or value = element value * scale + offset with an offset of the scale's type (`fz`,
     the "float zero point" of decoupleQ), in which case `offset` is set and the element is symmetric. With `tensor`
     every scale is multiplied by one float32 of the whole matrix, and the product rounded to float32 is the scale.
+    `ordered` formats keep their columns in an order of their own, by which groups and blocks are formed (GPTQ's
+    activation order, the permutations of Atom and COMET), and store it in 16 bits a column.
     """
 
     element: Element
@@ -132,6 +137,7 @@ class Format(WeightFormat):
     scale: str = "f16"
     offset: bool = False
     tensor: bool = False
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         if self.scale not in SCALE_DTYPES:
@@ -146,6 +152,10 @@ class Format(WeightFormat):
             raise FormatError(
                 "LB0216", f"{self.scale} cannot hold offsets", hint="use one of " + ", ".join(WIDE_DTYPES)
             )
+        if self.channel and (self.granularity.kind != "g" or not self.element.integer):
+            raise FormatError(
+                "LB0216", "scales in i8ch are those of groups of integers", hint="write int4.g128.asym.i8ch"
+            )
         if self.tensor and self.scale != "e4m3":
             raise FormatError(
                 "LB0216", f"{self.scale} scales need no second one per tensor", hint="leave t32 out, or use e4m3.t32"
@@ -155,7 +165,13 @@ class Format(WeightFormat):
         symmetry = ".fz" if self.offset else ".sym" if self.element.symmetric else ".asym"
         symmetry = "" if symmetry == ".sym" and self.element.always_symmetric else symmetry
         tail = ("" if self.scale == "f16" else f".{self.scale}") + (".t32" if self.tensor else "")
+        tail += ".perm" if self.ordered else ""
         return f"{self.element.name}.{self.granularity}{symmetry}{tail}"
+
+    @property
+    def channel(self) -> bool:
+        """True when every row has a second scale."""
+        return self.scale == "i8ch"
 
     @property
     def bits(self) -> int:
@@ -174,7 +190,7 @@ class Format(WeightFormat):
     def packed_scale_dtype(self, container: int) -> torch.dtype:
         """Type of scales and offsets in a layout of `container` bits: in bytes scales of one byte stay as they are,
         others are float16 or float32, the narrower one that is exact."""
-        if container == 8 and self.scale_dtype.itemsize == 1:
+        if container == 8 and self.scale_dtype.itemsize == 1 and not self.channel:
             return self.scale_dtype
         narrow = self.scale == "f16" or (self.scale == "e4m3" and not self.tensor)
         return torch.float16 if narrow else torch.float32
@@ -188,6 +204,13 @@ class Format(WeightFormat):
                 where=where,
                 hint=f"use a group of at most {k}, or 'ch' for one scale per output row",
             )
+        if self.ordered and k > 2**16:
+            raise FormatError(
+                "LB0213",
+                f"{self} stores an order of columns in 16 bits, which {k} input columns do not fit",
+                where=where,
+                hint="leave perm out",
+            )
 
     def side_shape(self, n: int, k: int) -> tuple[int, int]:
         """Shape of the scales (and zero points or offsets) of an [n, k] matrix: [n or 1, groups]."""
@@ -197,4 +220,5 @@ class Format(WeightFormat):
         rows, groups = self.side_shape(n, k)
         stored = 8 * self.scale_dtype.itemsize
         side = stored + (self.bits if self.zero else stored if self.offset else 0)
-        return self.bits + (rows * groups * side + (32 if self.tensor else 0)) / (n * k)
+        once = (32 if self.tensor else 0) + (16 * k if self.ordered else 0) + (16 * n if self.channel else 0)
+        return self.bits + (rows * groups * side + once) / (n * k)

@@ -10,6 +10,7 @@ from lowbit.compiler.errors import RunError
 from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error
 from lowbit.quantizers.methods.choose import quantize_weight
 from lowbit.quantizers.methods.decoupleq import DecoupleQ
+from lowbit.quantizers.methods.fmpq import Fmpq
 from lowbit.quantizers.methods.gptq import Gptq
 from lowbit.quantizers.methods.rtn import Rtn
 from lowbit.quantizers.methods.vptq import Vptq
@@ -17,6 +18,7 @@ from lowbit.quantizers.methods.vptq import Vptq
 __all__ = [
     "METHODS",
     "DecoupleQ",
+    "Fmpq",
     "Gptq",
     "Method",
     "Quantized",
@@ -28,7 +30,7 @@ __all__ = [
     "quantize_weight",
 ]
 
-METHODS: dict[str, type[Method]] = {"rtn": Rtn, "gptq": Gptq, "decoupleq": DecoupleQ, "vptq": Vptq}
+METHODS: dict[str, type[Method]] = {"rtn": Rtn, "gptq": Gptq, "fmpq": Fmpq, "decoupleq": DecoupleQ, "vptq": Vptq}
 """Name -> method. Options are the fields of the dataclass."""
 
 

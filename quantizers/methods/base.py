@@ -58,6 +58,10 @@ def scalar_only(fmt: WeightFormat, method: str) -> Format:
         raise RunError(
             "LB0515", f"{method} cannot produce {fmt}", hint="use method vptq, or a format such as int4.g64.sym"
         )
+    if fmt.channel and method != "rtn":
+        raise RunError(
+            "LB0515", f"{method} cannot produce scales in i8ch", hint="use method rtn, or another scale type"
+        )
     return fmt
 
 

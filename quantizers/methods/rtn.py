@@ -11,6 +11,7 @@ from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import Format, WeightFormat
 from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error, scalar_only
 from lowbit.quantizers.methods.grid import search_grid
+from lowbit.quantizers.methods.two_level import round_two_levels
 from lowbit.quantizers.qtensor import QTensor
 
 __all__ = ["Rtn"]
@@ -40,4 +41,6 @@ class Rtn(Method):
 
     def round(self, weight: Tensor, fmt: Format) -> QTensor:
         """The codes alone."""
+        if fmt.channel:
+            return round_two_levels(weight, fmt)
         return search_grid(weight, fmt, clip=self.clip_search, signed=self.signed_scale).encode(weight)

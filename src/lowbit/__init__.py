@@ -18,15 +18,30 @@ from typing import TYPE_CHECKING, Any
 from lowbit import _hook
 
 if TYPE_CHECKING:
-    from lowbit.api import compare, compile, load, perplexity, quantize, save
+    from lowbit.api import bisect, compare, compile, load, locate, perplexity, quantize, save
     from lowbit.compiler.errors import LowbitError
+    from lowbit.compiler.runtime.kvcache import QuantizedCache
 
 __version__ = "0.1.0"
 
-__all__ = ["LowbitError", "__version__", "compare", "compile", "load", "perplexity", "quantize", "save"]
+__all__ = [
+    "LowbitError",
+    "QuantizedCache",
+    "__version__",
+    "bisect",
+    "compare",
+    "compile",
+    "load",
+    "locate",
+    "perplexity",
+    "quantize",
+    "save",
+]
 
-_HOMES = {name: "lowbit.api" for name in ("compare", "compile", "load", "perplexity", "quantize", "save")}
+_VERBS = ("bisect", "compare", "compile", "load", "locate", "perplexity", "quantize", "save")
+_HOMES = {name: "lowbit.api" for name in _VERBS}
 _HOMES["LowbitError"] = "lowbit.compiler.errors"
+_HOMES["QuantizedCache"] = "lowbit.compiler.runtime.kvcache"
 
 _hook.install()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +14,11 @@ from lowbit.compiler.job.evaluate import compare as _compare
 from lowbit.compiler.job.evaluate import perplexity as _perplexity
 from lowbit.quantizers.scheme import Scheme, load_scheme
 
-__all__ = ["compare", "compile", "load", "perplexity", "quantize", "save"]
+__all__ = ["bisect", "compare", "compile", "load", "locate", "perplexity", "quantize", "save"]
+
+if TYPE_CHECKING:
+    from lowbit.compiler.frontend.bisect import Bisection
+    from lowbit.compiler.job.divergence import ModuleDivergence
 
 Calibration = str | Path | Sequence[str] | torch.Tensor | None
 
@@ -72,14 +76,20 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> Path
     return save_quantized(model, Path(folder), tokenizer=tokenizer)
 
 
-def compile(model: nn.Module, *, max_tokens: int = 512, frozen: bool = False) -> nn.Module:
+def compile(
+    model: nn.Module, *, max_tokens: int = 512, frozen: bool = False, mode: str = "modules", **options: Any
+) -> nn.Module:
     """Build every kernel `model` can need for up to `max_tokens` tokens at once, and fuse what can be fused.
 
-    With `frozen`, a kernel that is missing later is an error (LB0409) instead of a compile inside a request.
+    mode `modules` (default): layers are drop-ins that the model's own code calls. mode `program`: on a CPU, one native
+    program runs whole steps of a decoder-only model, and `forward` and `generate` use it for single sequences; options:
+    `context` (positions of a sequence), `head` (a format for a dense output layer, such as `int8.ch.sym`), `cache`
+    (`f16` or `f32` keys and values), `threads`. With `frozen`, a kernel that is missing later is an error (LB0409)
+    instead of a compile inside a request.
     """
     from lowbit.compiler.runtime.compile import compile_model
 
-    return compile_model(model, max_tokens=max_tokens, frozen=frozen)
+    return compile_model(model, max_tokens=max_tokens, frozen=frozen, mode=mode, **options)
 
 
 def perplexity(model: nn.Module, ids: torch.Tensor, windows: int = 16, length: int = 1024) -> float:
@@ -92,3 +102,17 @@ def compare(
 ) -> Divergence:
     """KL(reference || model) per token on token ids [tokens]: mean, 99th percentile, largest, same first choice."""
     return _compare(model, reference, ids, windows, length)
+
+
+def locate(model: nn.Module, reference: nn.Module, ids: torch.Tensor, tolerance: float = 1e-2) -> ModuleDivergence:
+    """Where `model` parts from `reference`: errors module by module, KL of the logits, first divergence."""
+    from lowbit.compiler.job.divergence import locate as _locate
+
+    return _locate(model, reference, ids, tolerance)
+
+
+def bisect(model: nn.Module, inputs: dict[str, Any], tolerance: float = 1e-3) -> Bisection:
+    """The first compiler pass after which `torch.compile(model, backend="lowbit")` gives other outputs."""
+    from lowbit.compiler.frontend.bisect import bisect_passes
+
+    return bisect_passes(model, inputs, tolerance)

@@ -2,12 +2,20 @@
 static void load_tokens(const Args& a, const XT* x, int64_t t0, int64_t t1, float* row) {
   for (int64_t t = t0; t < t1; ++t) {
     gather_row(a, x + t * kK, t, row);
-    for (int64_t c = 0; c < kChunks; ++c) {
-      const int64_t at = c * a.m + t, n = chunk_columns(c);
-      const float* from = row + chunk_start(c);
 #if LB_LIMBS
-      const int64_t part = c * kParts * a.m + t;
-      round_chunk(from, n, a.xq + at * kTokenStride, a.xs + at, a.xi + part, a.xo + part, a.m);
+    round_row(a, row, t);
+#endif
+    for (int64_t c = 0; c < kChunks; ++c) {
+      [[maybe_unused]] const int64_t at = c * a.m + t, n = chunk_columns(c);
+      [[maybe_unused]] const float* from = row + chunk_start(c);
+#if LB_LIMBS
+#if LB_WORDS
+      Digit* to = a.xq + at * kTokenStride;
+      for (int64_t i = 0; i < n; i += 4) {
+        const Digit second = to[i + 1];
+        to[i + 1] = to[i + 2], to[i + 2] = second;
+      }
+#endif
 #elif LB_PAIRS
       float* to = a.xq + at * kTokenStride;
       for (int64_t i = 0; i < n; i += 4) to[i] = from[i], to[i + 1] = from[i + 2], to[i + 2] = from[i + 1], to[i + 3] = from[i + 3];

@@ -93,8 +93,11 @@ LB_INLINE F odds(F low, F high) {
 LB_INLINE F load_f16(const void* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 }
-// Powers of two (0 for the smallest, 2**-127); e4m3 divided by 256, which leaves them float16.
-LB_INLINE F load_e8m0(const uint8_t* p) { return bitcast(shl<23>(load_u8(p))); }
+// Powers of two (the smallest, 2**-127, is a subnormal float: half the next one's bits); e4m3 divided by 256, which leaves them float16.
+LB_INLINE F load_e8m0(const uint8_t* p) {
+  const V power = shl<23>(load_u8(p)), least = set1(0x00400000u);
+  return bitcast({_mm256_max_epu32(power.a, least.a), _mm256_max_epu32(power.b, least.b)});
+}
 LB_INLINE F load_e4m3(const uint8_t* p) {
   const __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
   return half_pairs(_mm256_and_si256(h, _mm256_set1_epi16(short(0xbfff))));
@@ -120,3 +123,21 @@ LB_INLINE __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
 }
 // acc + sum of 4 unsigned codes x 4 signed activations in each 32-bit lane, exact.
 LB_INLINE V dot(V acc, V codes, V x) { return {dot_half(acc.a, codes.a, x.a), dot_half(acc.b, codes.b, x.b)}; }
+// The even or odd bytes as 16-bit numbers; the entry of a table of 32 that the lowest five bits of each choose, and
+// this negated where bit BIT is set; acc + sum of 2 products in each 32-bit lane, exact.
+template <int ODD> LB_INLINE V word(V x) { return vand(ODD ? shr<8>(x) : x, set1(0x00ff00ffu)); }
+template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
+  uint16_t codes[32];
+  int16_t y[32];
+  vstore(codes, x);
+  for (int i = 0; i < 32; ++i) y[i] = int16_t(codes[i] >> BIT & 1 ? -table[codes[i] & 31] : table[codes[i] & 31]);
+  return vload(y);
+}
+LB_INLINE V word_of(V x, const int16_t* table) { return signed_word_of<15>(x, table); }
+LB_INLINE V dot16(V acc, V codes, V x) {
+#if LB_VNNI
+  return {_mm256_dpwssd_avx_epi32(acc.a, codes.a, x.a), _mm256_dpwssd_avx_epi32(acc.b, codes.b, x.b)};
+#else
+  return vadd(acc, madd16(codes, x));
+#endif
+}

@@ -14,7 +14,11 @@ LB_INLINE V bcast4(const void* p) {
   return _mm512_set1_epi32(x);
 }
 template <int N> LB_INLINE V shr(V x) { return _mm512_srli_epi32(x, N); }
-template <int N> LB_INLINE V shl(V x) { return _mm512_slli_epi32(x, N); }
+template <int N> LB_INLINE V shl(V x) {
+  // Whole bytes: a shuffle, which no multiplication waits for.
+  const V up = _mm512_set4_epi32(0x0e0d0c80, 0x0a090880, 0x06050480, 0x02010080);
+  return N == 8 ? _mm512_shuffle_epi8(x, up) : _mm512_slli_epi32(x, N);
+}
 template <int N> LB_INLINE V sra16(V x) { return _mm512_srai_epi16(x, N); }
 LB_INLINE V vand(V x, V y) { return _mm512_and_si512(x, y); }
 LB_INLINE V vor(V x, V y) { return _mm512_or_si512(x, y); }
@@ -60,8 +64,10 @@ LB_INLINE F odds(F low, F high) {
   return _mm512_permutex2var_ps(low, at, high);
 }
 LB_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-// Powers of two (0 for the smallest, 2**-127); e4m3 divided by 256, which leaves them float16.
-LB_INLINE F load_e8m0(const uint8_t* p) { return bitcast(shl<23>(load_u8(p))); }
+// Powers of two (the smallest, 2**-127, is a subnormal float: half the next one's bits); e4m3 divided by 256, which leaves them float16.
+LB_INLINE F load_e8m0(const uint8_t* p) {
+  return bitcast(_mm512_max_epu32(shl<23>(load_u8(p)), set1(0x00400000u)));
+}
 LB_INLINE F load_e4m3(const uint8_t* p) {
   const __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
   return _mm512_cvtph_ps(_mm256_and_si256(h, _mm256_set1_epi16(short(0xbfff))));
@@ -75,6 +81,25 @@ template <int N> LB_INLINE F lut(V x, const float* table) {
   }
   return N == 32 ? _mm512_permutex2var_ps(fload(table), x, fload(table + (N == 32 ? 16 : 0)))
                  : _mm512_i32gather_ps(x, table, 4);
+}
+
+// The even or odd bytes as 16-bit numbers; the entry of a table of 32 that the lowest five bits of each choose, and
+// this negated where bit BIT is set; acc + sum of 2 products in each 32-bit lane, exact.
+template <int ODD> LB_INLINE V word(V x) {
+  return ODD ? _mm512_srli_epi16(x, 8) : vand(x, set1(0x00ff00ffu));
+}
+LB_INLINE V word_of(V x, const int16_t* table) { return _mm512_permutexvar_epi16(x, vload(table)); }
+template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
+  const V y = word_of(x, table);
+  return _mm512_mask_sub_epi16(y, _mm512_test_epi16_mask(x, set1(0x00010001u << BIT)), vzero(), y);
+}
+LB_INLINE V dot16(V acc, V codes, V x) {
+#if LB_VNNI
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
+  return acc;
+#else
+  return vadd(acc, madd16(codes, x));
+#endif
 }
 
 // acc + sum of 4 unsigned codes x 4 signed activations in each 32-bit lane, exact.

@@ -101,8 +101,11 @@ LB_INLINE F load_f16(const void* p) {
   for (int i = 0; i < 16; ++i) x[i] = from_f16(h[i]);
   return x;
 }
-// Powers of two (0 for the smallest, 2**-127); e4m3 divided by 256, which leaves them float16.
-LB_INLINE F load_e8m0(const uint8_t* p) { return bitcast(shl<23>(load_u8(p))); }
+// Powers of two (the smallest, 2**-127, is a subnormal float: half the next one's bits); e4m3 divided by 256, which leaves them float16.
+LB_INLINE F load_e8m0(const uint8_t* p) {
+  const V power = shl<23>(load_u8(p));
+  return bitcast(power | ((power == 0) & 0x00400000));
+}
 LB_INLINE F load_e4m3(const uint8_t* p) {
   const V x = load_u8(p);
   return half(vor(vand(shl<8>(x), set1(0x8000)), vand(shl<7>(x), set1(0x3f80))));
@@ -123,3 +126,15 @@ LB_INLINE V dot(V acc, V codes, V x) {
   const V odd = madd16(V(T(codes) >> 8), V(S(x) >> 8));
   return acc + even + odd;
 }
+// The even or odd bytes as 16-bit numbers; the entry of a table of 32 that the lowest five bits of each choose, and
+// this negated where bit BIT is set; acc + sum of 2 products in each 32-bit lane, exact.
+template <int ODD> LB_INLINE V word(V x) { return vand(ODD ? shr<8>(x) : x, set1(0x00ff00ffu)); }
+template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
+  uint16_t codes[32];
+  int16_t y[32];
+  vstore(codes, x);
+  for (int i = 0; i < 32; ++i) y[i] = int16_t(codes[i] >> BIT & 1 ? -table[codes[i] & 31] : table[codes[i] & 31]);
+  return vload(y);
+}
+LB_INLINE V word_of(V x, const int16_t* table) { return signed_word_of<15>(x, table); }
+LB_INLINE V dot16(V acc, V codes, V x) { return V(U(acc) + U(madd16(codes, x))); }

@@ -1,50 +1,147 @@
 // Activations of one token for scalar formats: gathered into the packed column order, then rounded chunk by chunk.
 
-// Row of the matrix -> float32 in packed column order, zeros in padding.
-LB_INLINE void gather_row(const Args&, const XT* x, int64_t, float* row) {
+// What activations of a group are divided by, and its reciprocal; both 0 for a group that counts as zero.
+struct Step {
+  float step, inverse;
+};
+
+// The step that makes the largest magnitude, times kClip, the largest level. A group that is all below 1e-30 counts as
+// zero (its reciprocal would overflow); one with an infinity or NaN gets the step NaN, and so does its output.
+// Magnitudes are compared as integers: the order is the same and the loop vectorizes.
+[[maybe_unused]] LB_INLINE Step find_step(const float* x, int64_t n, float top) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t b = lb_bits(x[i]) & 0x7fffffff;
+    most = b > most ? b : most;
+  }
+  if (most >= 0x7f800000) return {lb_float(0x7fc00000), 0.0f};
+  const float largest = lb_float(most) * kClip, step = largest / top;
+  return largest > 1e-30f ? Step{step, 1.0f / step} : Step{0.0f, 0.0f};
+}
+
+// The step of group g of activations, whose `n` values are at `x`.
+[[maybe_unused]] LB_INLINE Step step_of(const Args& a, int64_t g, const float* x, int64_t n, float top) {
+#if LB_STATIC
+  const float step = a.input_scale[g];
+  return {step, step > 0.0f ? 1.0f / step : 0.0f};
+#else
+  return find_step(x, n, top);
+#endif
+}
+
+// x in steps, before rounding. What is not finite becomes 0; beyond the levels only clipped and static steps lead.
+[[maybe_unused]] LB_INLINE float in_steps(float x, float inverse, float least, float top) {
+  float v = x * inverse;
+  v = v - v == 0.0f ? v : 0.0f;
+#if LB_SATURATE
+  v = v < least ? least : v > top ? top : v;
+#endif
+  return v;
+}
+
+#if LB_ROTATE
+// Every LB_ROTATE columns times a Hadamard matrix, orthonormal: sums and differences at growing distance.
+LB_INLINE void rotate_row(float* x) {
+  for (int64_t start = 0; start < kK; start += LB_ROTATE) {
+    float* b = x + start;
+    for (int64_t w = 1; w < LB_ROTATE; w *= 2)
+      for (int64_t i = 0; i < LB_ROTATE; i += 2 * w)
+        for (int64_t j = i; j < i + w; ++j) {
+          const float low = b[j], high = b[j + w];
+          b[j] = low + high, b[j + w] = low - high;
+        }
+    for (int64_t i = 0; i < LB_ROTATE; ++i) b[i] *= kRotateUnit;
+  }
+}
+#endif
+
+#if LB_ROUND
+// The nearest level, ties to even: integers (LB_ROUND 1), or floats (2) of kMantissa bits, whose spacing is that of the
+// power of two below the magnitude and no smaller than that of kLeastBits. Adding and taking away 1.5 * 2**23 spacings
+// rounds.
+LB_INLINE float nearest_level(float v) {
+#if LB_ROUND == 1
+  return (v + 12582912.0f) - 12582912.0f;
+#else
+  const uint32_t power = lb_bits(v) & 0x7f800000;
+  const uint32_t spacing = (power > kLeastBits ? power : kLeastBits) - (uint32_t(kMantissa) << 23);
+  const float magic = lb_float(spacing) * 12582912.0f;
+  return (v + magic) - magic;
+#endif
+}
+
+// Activations of the whole row in stored order, rounded to their format and back.
+LB_INLINE void round_floats(const Args& a, float* x) {
+  for (int64_t g = 0; g * kRoundCols < kK; ++g) {
+    float* const from = x + g * kRoundCols;
+    const int64_t n = kK - g * kRoundCols < kRoundCols ? kK - g * kRoundCols : kRoundCols;
+    const float top = top_of(g), least = -top - kBelow;
+    const Step s = step_of(a, g, from, n, top);
+    for (int64_t i = 0; i < n; ++i) from[i] = nearest_level(in_steps(from[i], s.inverse, least, top)) * s.step;
+  }
+}
+#endif
+
+// value(column in stored order) of every column -> packed column order, zeros in padding.
+template <typename T> LB_INLINE void spread(float* row, T value) {
   for (int64_t g = 0; g < kGroups; ++g) {
     const int64_t from = g * kGroup, n = from + kGroup < kK ? kGroup : kK - from;
     float* to = row + g * kGroupCols;
     const int64_t end = g + 1 < kGroups ? kGroupCols : kBlocks * 32 - g * kGroupCols;
-    for (int64_t i = 0; i < n; ++i) to[i] = from_x(x[from + i]);
+    for (int64_t i = 0; i < n; ++i) to[i] = value(from + i);
     for (int64_t i = n; i < end; ++i) to[i] = 0.0f;
   }
 }
 
+// Row of the matrix -> float32 in packed column order, zeros in padding: rotated, put in order, and, for products of
+// floats, rounded. What comes before packing has room behind the row.
+LB_INLINE void gather_row([[maybe_unused]] const Args& a, const XT* x, int64_t, float* row) {
+  [[maybe_unused]] float* const whole = row + kBlocks * 32;
+#if LB_ROTATE
+  for (int64_t i = 0; i < kK; ++i) whole[i] = from_x(x[i]);
+  rotate_row(whole);
+  const auto value = [&](int64_t i) { return whole[stored_column(a, i)]; };
+#else
+  const auto value = [&](int64_t i) { return from_x(x[stored_column(a, i)]); };
+#endif
+#if LB_ROUND
+  float* const ordered = whole + (LB_ROTATE ? kK : 0);
+  for (int64_t i = 0; i < kK; ++i) ordered[i] = value(i);
+  round_floats(a, ordered);
+  spread(row, [&](int64_t i) { return ordered[i]; });
+#else
+  spread(row, value);
+#endif
+}
+
 #if LB_LIMBS
-// The largest magnitude becomes 127 (one digit) or 127 * 256 + 127 (two). A chunk that is all below 1e-30 counts as
-// zero (its reciprocal would overflow); one with an infinity or NaN gets the scale NaN, and so does its output.
-// Magnitudes are compared as integers: the order is the same and the loop vectorizes.
+#if LB_WORDS
+typedef int16_t Digit;
+#else
+typedef int8_t Digit;
+#endif
 // Sums are taken for each of the chunk's kParts scale groups, `stride` apart. kLevelUnit, a power of two, is what the
 // weight's integers count.
-LB_INLINE void round_chunk(const float* row, int64_t n, int8_t* digits, float* scale, int32_t* init,
+LB_INLINE void round_chunk(const float* row, int64_t n, Step s, float top, Digit* digits, float* scale, int32_t* init,
                            float* total, int64_t stride) {
-  constexpr float top = LB_LIMBS == 1 ? 127.0f : 32639.0f;
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t b = lb_bits(row[i]) & 0x7fffffff;
-    most = b > most ? b : most;
-  }
-  const bool finite = most < 0x7f800000;
-  const float largest = lb_float(most);
-  const float inverse = finite && largest > 1e-30f ? top / largest : 0.0f;
-  const float step = !finite ? lb_float(0x7fc00000) : inverse == 0.0f ? 0.0f : largest / top;
-  *scale = step * kLevelUnit;
+  *scale = s.step * kLevelUnit;
   for (int64_t p = 0; p < kParts; ++p) {
     int32_t sum = 0;
     for (int64_t i = p * n / kParts; i < (p + 1) * n / kParts; ++i) {
-      const float x = finite ? row[i] : 0.0f;
       // Adding 1.5 * 2**23 rounds to nearest even and leaves the integer in the low bits.
-      const int32_t q = int32_t(lb_bits(x * inverse + 12582912.0f) - 0x4b400000u);
+      const float v = in_steps(row[i], s.inverse, -top - kBelow, top);
+      const int32_t q = int32_t(lb_bits(v + 12582912.0f) - 0x4b400000u);
       sum += q;
-#if LB_LIMBS == 1
+#if LB_WORDS
+      digits[i] = int16_t(q);  // sorted in load_tokens
+#elif LB_LIMBS == 1
       digits[i] = int8_t(q);
 #else
       digits[i] = int8_t((q + 128) >> 8);
       digits[i + kChunkCols] = int8_t(q);
 #endif
     }
-    total[p * stride] = float(sum) * step;
+    total[p * stride] = float(sum) * s.step;
 #if LB_ZERO
     // -sum as the pair (-low, -high) with sum = 128 * high + low; see zero_pair.
     const int32_t high = (sum + 64) >> 7, low = sum - high * 128;
@@ -52,6 +149,22 @@ LB_INLINE void round_chunk(const float* row, int64_t n, int8_t* digits, float* s
 #else
     init[p * stride] = -kBias * sum;
 #endif
+  }
+}
+
+// The largest level is top_of(group); where activations have no format of their own every chunk is a group, and it is
+// 127 (one digit) or 127 * 256 + 127 (two).
+LB_INLINE void round_row(const Args& a, const float* row, int64_t t) {
+  for (int64_t c = 0; c < kChunks;) {
+    const int64_t g = c / kSpanChunks, end = c + kSpanChunks < kChunks ? c + kSpanChunks : kChunks;
+    const int64_t columns = chunk_start(end - 1) + chunk_columns(end - 1) - chunk_start(c);
+    const float top = top_of(g);
+    const Step s = step_of(a, g, row + chunk_start(c), columns, top);
+    for (; c < end; ++c) {
+      const int64_t at = c * a.m + t, part = c * kParts * a.m + t;
+      round_chunk(row + chunk_start(c), chunk_columns(c), s, top, a.xq + at * kTokenStride, a.xs + at, a.xi + part,
+                  a.xo + part, a.m);
+    }
   }
 }
 #endif

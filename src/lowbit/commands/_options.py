@@ -7,11 +7,14 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "ActivationOption",
     "FinetuneOption",
     "FormatOption",
+    "KVOption",
     "LengthOption",
     "MethodOption",
     "ModelArgument",
+    "RewriteOption",
     "SamplesOption",
     "SchemeOption",
     "Sequential",
@@ -29,7 +32,20 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a
 SchemeOption = Annotated[str, typer.Option("--scheme", "-s", help="A preset (`quantize schemes`) or a .toml file.")]
 FormatOption = Annotated[str | None, typer.Option("--format", "-f", help="Weight format, such as int4.g64.sym.")]
 MethodOption = Annotated[
-    str | None, typer.Option("--method", "-m", help="How values are chosen: rtn, gptq, decoupleq or vptq.")
+    str | None, typer.Option("--method", "-m", help="How values are chosen: rtn, gptq, fmpq, decoupleq or vptq.")
+]
+ActivationOption = Annotated[
+    str | None,
+    typer.Option("--activation", "-a", help="What layers' inputs are rounded to, such as int8.token; none: nothing."),
+]
+KVOption = Annotated[
+    str | None, typer.Option("--kv", help="Format of the key-value cache, such as kv4.kc64.vt.w64; none: as it is.")
+]
+RewriteOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rewrite", "-r", help="smooth, rotate or permute, before quantizing; repeatable; none: no rewrites."
+    ),
 ]
 SamplesOption = Annotated[int, typer.Option("--samples", "-n", min=1, help="Calibration sequences.")]
 LengthOption = Annotated[int, typer.Option("--length", "-l", min=2, help="Tokens per calibration sequence.")]

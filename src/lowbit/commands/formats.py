@@ -104,8 +104,23 @@ def schemes(json_output: JsonFlag = False) -> None:
         print_json({"schemes": rows, "default": "w4a16"})
         return
     print_table(
-        ("scheme", "weights", "bits/weight", "method", "kept as they are"),
-        [(r["name"], r["weight"], f"{r['bits_per_weight']:.3f}", r["method"], ", ".join(r["ignore"])) for r in rows],
+        ("scheme", "weights", "bits/weight", "inputs", "cache", "method", "rewrites", "kept as they are"),
+        [
+            (
+                r["name"],
+                r["weight"],
+                f"{r['bits_per_weight']:.3f}",
+                r.get("activation", ""),
+                r.get("kv", ""),
+                r["method"],
+                ", ".join(r.get("rewrites", ())),
+                ", ".join(r["ignore"]),
+            )
+            for r in rows
+        ],
     )
     typer.echo("")
-    typer.echo("The default is w4a16. A scheme can also be a .toml file; --format and --method replace parts of one.")
+    typer.echo(
+        "The default is w4a16. A scheme can also be a .toml file; --format, --activation, --kv, --rewrite and --method "
+        "replace parts of one."
+    )

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.commands._options import (
+    ActivationOption,
     FinetuneOption,
     FormatOption,
+    KVOption,
     LengthOption,
     MethodOption,
     ModelArgument,
+    RewriteOption,
     SamplesOption,
     SchemeOption,
     Sequential,
@@ -31,6 +34,9 @@ def plan(
     scheme: SchemeOption = "w4a16",
     format: FormatOption = None,
     method: MethodOption = None,
+    activation: ActivationOption = None,
+    kv: KVOption = None,
+    rewrite: RewriteOption = None,
     samples: SamplesOption = 128,
     length: LengthOption = 512,
     sequential: Sequential = True,
@@ -47,7 +53,10 @@ def plan(
     from lowbit.quantizers.scheme import load_scheme
 
     with quiet_stdout(json_output):
-        chosen = load_scheme(scheme, format=format, method=method, tune=tune, finetune=finetune)
+        chosen = load_scheme(
+            scheme, format=format, method=method, tune=tune, finetune=finetune,
+            activation=activation, kv=kv, rewrites=rewrite,
+        )  # fmt: skip
         make_method(chosen.method, chosen.options)  # refuses unknown methods and options
         found = make_plan(
             open_model(model), chosen, name=model, samples=samples, length=length, sequential=sequential, out=out
@@ -63,10 +72,17 @@ def plan(
 def _show(found: Plan, layers: bool) -> None:
     if layers:
         rows = [
-            (x.path, f"{x.n} x {x.k}", x.format or "kept", f"{x.bits_per_weight:.2f}" if x.format else "", x.problem)
+            (
+                x.path,
+                f"{x.n} x {x.k}",
+                x.format or "kept",
+                f"{x.bits_per_weight:.2f}" if x.format else "",
+                x.activation,
+                x.problem,
+            )
             for x in found.layers
         ]
-        print_table(("layer", "shape", "format", "bits/weight", "problem"), rows)
+        print_table(("layer", "shape", "format", "bits/weight", "inputs", "problem"), rows)
         typer.echo("")
     s, (low, likely, high) = found.sizes, found.seconds
     quantized = sum(1 for x in found.layers if x.format)
@@ -74,6 +90,7 @@ def _show(found: Plan, layers: bool) -> None:
         [
             ("model", found.model),
             ("scheme", f"{found.scheme['name']}: {found.scheme['weight']} by {found.scheme['method']}"),
+            *[(what, f"{found.activations[what]}") for what in found.activations],
             ("layers", f"{quantized} of {len(found.layers)} linear layers are quantized"),
             ("size", f"{size(s.source_bytes)} -> {size(s.output_bytes)}"),
             (

@@ -8,11 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.commands._options import (
+    ActivationOption,
     FinetuneOption,
     FormatOption,
+    KVOption,
     LengthOption,
     MethodOption,
     ModelArgument,
+    RewriteOption,
     SamplesOption,
     SchemeOption,
     Sequential,
@@ -30,6 +33,9 @@ def run(
     scheme: SchemeOption = "w4a16",
     format: FormatOption = None,
     method: MethodOption = None,
+    activation: ActivationOption = None,
+    kv: KVOption = None,
+    rewrite: RewriteOption = None,
     calib: Annotated[
         str, typer.Option("--calib", "-c", metavar="FILE|DATASET", help="Calibration text; pydoc: Python's own manual.")
     ] = "pydoc",
@@ -61,7 +67,16 @@ def run(
         result = run_job(
             model,
             out,
-            load_scheme(scheme, format=format, method=method, tune=tune, finetune=finetune),
+            load_scheme(
+                scheme,
+                format=format,
+                method=method,
+                tune=tune,
+                finetune=finetune,
+                activation=activation,
+                kv=kv,
+                rewrites=rewrite,
+            ),
             calib,
             samples=samples,
             length=length,
@@ -86,7 +101,19 @@ def _show(out: Path, report: dict[str, Any]) -> None:
             ("written to", out),
             ("size", size(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()))),
             ("bits per weight", f"{inner:.3f} quantized, {everything:.3f} over everything"),
+            *_activation_fields(report),
             ("report", out / "report.html"),
             ("try it", f"quantize eval {out} --text FILE"),
         ]
     )
+
+
+def _activation_fields(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What inputs and the cache are rounded to, where they are."""
+    fields: list[tuple[str, str]] = []
+    if found := report.get("activations"):
+        share = f", {found['share_of_8_bits']:.0%} at 8 bits" if 0 < found["share_of_8_bits"] < 1 else ""
+        fields.append(("activations", f"{found['format']}, {found['bits_per_value']:.2f} bits a value{share}"))
+    if found := report.get("kv"):
+        fields.append(("key-value cache", found["format"]))
+    return fields

@@ -38,7 +38,10 @@ CASES = [
     ("e3m2.g64", "int8", 17, 160, 16),
     ("e3m4.g96", "int16", 17, 300, 3),
     ("int4.g8.asym", "int16", 17, 100, 3),
+    ("int4.g16.asym", "int16", 17, 100, 16),
     ("int3.g4.fz", "int8", 17, 60, 16),
+    ("int3.g4.fz", "int16", 17, 60, 16),
+    ("mxfp4", "int16", 40, 160, 64),
     ("int1.g32.fz", "int16", 17, 100, 1),
     ("e4m3.ch", "float", 33, 160, 3),
     ("e5m2.g64", "float", 17, 100, 16),
@@ -72,6 +75,8 @@ def test_every_instruction_set_this_machine_runs(arch: str) -> None:
     # Vectors that the machine lacks are slow to compile: one small tile.
     small = Schedule(1, 16).with_extra(buffered=1) if arch == "generic" else None
     jobs = [Job(spec_of(fmt, compute, (17,), 100), arch, m, small) for fmt, compute, m in ELSEWHERE]
+    words = (small or Schedule(2, 16).with_extra(buffered=int(arch == "avx2"))).with_extra(words=1)
+    jobs += [Job(spec_of(fmt, "int16", (17,), 100), arch, 3, words) for fmt in ("e3m2.g64", "nvfp4")]
     for job, run in zip(jobs, build(jobs), strict=True):
         check(run, job.spec)
 
@@ -99,6 +104,7 @@ def test_largest_codes_and_activations_sum_exactly() -> None:
     arches = [a for a in CPU_ISAS if isa_runs_here(a) and a != "generic"]
     specs = [spec_of(fmt, "int16", (16,), 256) for fmt in ("e3m2.ch.f32", "e2m3.ch.f32", "e3m4.ch.f32")]
     jobs = [Job(spec, arch, 1) for spec in specs for arch in arches]
+    jobs += [Job(spec, HOST, 16, Schedule(1, 16).with_extra(buffered=1, words=1)) for spec in specs]
     for job, run in zip(jobs, build(jobs), strict=True):
         spec, weight = job.spec, tensors_of(job.spec)[0]
         levels = spec.fmt.element.levels()
@@ -169,11 +175,39 @@ def test_tables_are_looked_up_by_halves(text: str) -> None:
 
 
 def test_schedules_count_every_digit() -> None:
-    """A direct kernel of two weight digits keeps four sums for two activation digits, and fewer rows or tokens."""
-    for text, sums in (("int6.ch", 2), ("e3m2.ch", 4)):
+    """A direct kernel of two weight digits keeps four sums for two activation digits, and fewer rows or tokens, or one
+    of words where there are several tokens."""
+    for text, arch, tokens, sums in (
+        ("int6.ch", "avx512vnni", 8, 2),
+        ("e3m2.ch", "avx512vnni", 1, 4),
+        ("e3m2.ch", "avx512vnni", 8, 1),
+        ("e3m2.ch", "avx2", 8, 4),
+        ("nvfp4", "avx512", 8, 1),
+    ):
         spec = spec_of(text, "int16", (4096,), 256)
-        for schedule in schedules(spec, "avx512vnni", 8):
+        for schedule in schedules(spec, arch, tokens):
             plan = Plan(spec, schedule)
             assert len(plan.terms) == sums
+            assert plan.words == (sums == 1)
             assert plan.buffered or plan.np * plan.tile_m * sums <= 16
-    assert Plan(spec, Schedule()).terms == ((14, 0, 0), (8, 0, 1), (6, 1, 0), (0, 1, 1))
+    assert Plan(spec_of("e3m2.ch", "int16", (16,), 64), Schedule()).terms == (
+        (14, 0, 0),
+        (8, 0, 1),
+        (6, 1, 0),
+        (0, 1, 1),
+    )
+
+
+@needs_compiler
+def test_the_smallest_power_of_two_is_a_scale() -> None:
+    """Other programs write e8m0 scales of 2**-127, a subnormal float32; large activations show whether it is read."""
+    specs = [spec_of(fmt, compute, (17,), 64) for fmt, compute in (("mxfp4", "int16"), ("mxfp8_e4m3", "float"))]
+    jobs = [Job(spec, HOST, m) for spec in specs for m in (1, 16)]
+    for job, run in zip(jobs, build(jobs), strict=True):
+        weight = tensors_of(job.spec)[0]
+        weight.scale.fill_(2.0**-127)
+        weight.scale[3:] = 2.0**-126
+        x = torch.randn(job.m, 64, generator=torch.Generator().manual_seed(0)) * 2.0**120
+        want = expected(job.spec, x, [weight])
+        assert float(want[:, :3].abs().min()) > 0
+        assert error(launch(run, job.spec, x, [weight]), want) < LIMIT

@@ -153,7 +153,7 @@ def rounded_activations(case: Case, x: torch.Tensor) -> torch.Tensor:
     padded[:, where] = x.float()
     chunks = padded.view(case.m, -1, chunk)
     largest = chunks.abs().amax(dim=2, keepdim=True)
-    q = torch.floor(chunks * torch.where(largest > 0, 127 / largest, 0.0) + 0.5).clamp(-127, 127)
+    q = torch.round(chunks * torch.where(largest > 0, 1 / (largest / 127), 0.0))
     return (q * (largest / 127)).view(case.m, cols)[:, where]
 
 

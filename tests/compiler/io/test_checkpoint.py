@@ -196,7 +196,7 @@ def edit(out: Path, file: str, change: Callable[[dict[str, Any]], object]) -> No
 
 
 CONFIG_EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "future schema": lambda c: c["quantization_config"].update(schema=2),
+    "future schema": lambda c: c["quantization_config"].update(schema=3),
     "no schema": lambda c: c["quantization_config"].pop("schema"),
     "schema is text": lambda c: c["quantization_config"].update(schema="1"),
     "no modules": lambda c: c["quantization_config"].pop("modules"),

@@ -49,6 +49,43 @@ def test_round_trips(bits: int) -> None:
     assert torch.equal(unpack_plain(pack_plain(odd, bits), bits, 3, 5), odd)
 
 
+def lane_words(buffer: torch.Tensor, bits: int, shape: tuple[int, int]) -> list[torch.Tensor]:
+    """uint32 words of each plane as a warp loads them: [slices, words of a lane, 32 lanes]."""
+    planes, start, n_codes = [], 0, shape[0] * shape[1]
+    for width in {5: (1, 4), 6: (2, 4), 7: (1, 2, 4)}[bits]:
+        stop = start + n_codes * width // 8
+        planes.append((buffer[start:stop].view(torch.int32).long() & 0xFFFFFFFF).reshape(-1, width, 32))
+        start = stop
+    return planes
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_the_kernels_loop_finds_operands_of_matrix_instructions(bits: int) -> None:
+    """FP6-LLM's loop, for every width: each turn takes the top of every byte of every plane, so that shifts by 8 and
+    by the plane's width suffice; what it finds must be the A operands of mma.m16n8k16 of four 16-row blocks."""
+    shape, mask = (128, 64), {1: 0x80808080, 2: 0xC0C0C0C0, 4: 0xF0F0F0F0}
+    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    planes = lane_words(pack_tcfpx(codes, bits), bits, shape)
+    lane = torch.arange(32)
+    for turn in range(8):
+        word, above = torch.zeros(planes[0].shape[0], 32, dtype=torch.int64), 0
+        for words in planes:
+            width = words.shape[1]
+            at, shift = divmod(turn * width, 8)
+            word |= ((words[:, at] << shift) & mask[width]) >> above
+            above += width
+        for which in range(4):
+            # Registers of two halves: the upper byte of each half holds weights 1 and 2, the lower one 3 and 4.
+            place = 16 * (which % 2) + 8 * (which < 2)
+            found = (word >> (place + 8 - bits)) & (2**bits - 1)
+            pair = 2 * (turn % 2) + which // 2  # a0a1, a2a3, a4a5, a6a7 of the PTX manual's fragment
+            row = turn // 2 * 16 + lane // 4 + 8 * (pair % 2)
+            col = lane % 4 * 2 + which % 2 + 8 * (pair // 2)
+            for piece in range(planes[0].shape[0]):
+                r, c = piece // (shape[1] // 16) * 64 + row, piece % (shape[1] // 16) * 16 + col
+                assert torch.equal(found[piece], codes[r, c].long()), (turn, which, piece)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     for shape, bits in (((64, 65), 6), ((63, 64), 6), ((64, 64), 4)):
         with pytest.raises(FormatError, match="LB0229"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.layout import LAYOUTS, Layout, plane_bits
 
-CODES = ["panel16", "words"]  # layouts of scalar codes; those of indices are tested with vector formats
+CODES = ["panel16", "words", "fragments"]  # layouts of scalar codes; those of indices are tested with vector formats
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -48,9 +48,10 @@ def test_unpack_inverts_pack(name: str, bits: int, tiles: int, blocks: int, seed
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_address_agrees_with_pack(name: str, bits: int) -> None:
     layout = LAYOUTS[name]
-    codes = torch.randint(0, 2**bits, (32, 64)).to(torch.uint8)
+    rows, cols = 2 * max(16, layout.row_tile), 128
+    codes = torch.randint(0, 2**bits, (rows, cols)).to(torch.uint8)
     words = layout.pack_plane(codes, bits).to(torch.int64) & (2**layout.container - 1)
-    index, shift = layout.address(bits, 32, 64)
+    index, shift = layout.address(bits, rows, cols)
     assert torch.equal(((words[index] >> shift) & (2**bits - 1)).to(torch.uint8), codes)
 
 
@@ -61,6 +62,31 @@ def test_panel16_puts_four_consecutive_columns_of_sixteen_rows_in_a_vector() -> 
     assert plane[3 * 4 : 3 * 4 + 4].tolist() == [1 << 4, 2 << 4, 3 << 4, 4 << 4]
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_fragments_are_operands_of_the_matrix_instructions(bits: int) -> None:
+    """Every code of a tile: a lane's `bits` words hold exactly what PTX says the lane holds of operand A of m16n8k16,
+    the two columns of a register 16 bits apart, those of its other half of columns 8 bits apart."""
+    index, shift = LAYOUTS["fragments"].address(bits, 128, 128)
+    for row in range(128):
+        for col in range(128):
+            lane = row % 8 * 4 + col % 8 // 2
+            unit = (row // 64 * 2 + col // 64) * 4 + row % 64 // 16  # 16 rows x 64 columns
+            part = col % 64 // 16 * 2 + row % 16 // 8  # step of 16 columns, half of the rows
+            per = 8 // bits
+            assert index[row, col] == (unit * 32 + lane) * bits + part // per
+            assert shift[row, col] == col % 2 * 16 + col % 16 // 8 * 8 + part % per * bits
+
+
+def test_side_values_of_a_lane_are_neighbours() -> None:
+    rows = LAYOUTS["fragments"].side_order.reshape(8, 8)
+    assert rows[3].tolist() == [3, 11, 19, 27, 35, 43, 51, 59]
+
+
+def test_positions_that_do_not_fill_a_container_are_refused() -> None:
+    with pytest.raises(FormatError, match="LB0205"):
+        Layout.parse("n=p k=b.c3.e2 mem=p.b.c pack=e/32 block=6").pack_plane(torch.zeros(1, 6, dtype=torch.uint8), 8)
+
+
 def test_unpadded_codes_are_refused() -> None:
     with pytest.raises(FormatError, match="LB0206"):
         LAYOUTS["panel16"].pack(torch.zeros(15, 32, dtype=torch.uint8), 4)
@@ -68,5 +94,5 @@ def test_unpadded_codes_are_refused() -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_side_values_round_trip(name: str) -> None:
-    side = torch.rand(48, 5)
+    side = torch.rand(3 * max(16, LAYOUTS[name].row_tile), 5)
     assert torch.equal(LAYOUTS[name].unpack_side(LAYOUTS[name].pack_side(side)), side)

@@ -59,12 +59,13 @@ def test_plain_rounding_is_what_nvfp4_specifies() -> None:
     weight = weights(32, 64, 1)
     got = PLAIN.quantize(weight, parse_format("nvfp4"), None).qtensor
     groups = weight.reshape(32, 4, 16)
-    whole = weight.abs().max() / (6 * 448)
+    assert isinstance(got, QTensor)
+    assert got.tensor_scale is not None
+    whole = got.tensor_scale[0]
+    assert torch.allclose(whole, weight.abs().max() / (6 * 448), rtol=3e-7), "off by what a reciprocal rounds"
     scale = (groups.abs().amax(-1) / 6 / whole).clamp(2.0**-9, 448).numpy().astype(ml_dtypes.float8_e4m3fn)
     full = torch.from_numpy(scale.astype(np.float32)) * whole
     codes = (groups / full[..., None]).clamp(-6, 6).numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    assert isinstance(got, QTensor)
-    assert got.tensor_scale is not None
     assert torch.equal(got.scale.float(), torch.from_numpy(scale.astype(np.float32)))
     same = got.dequantize() == (torch.from_numpy(codes) * full[..., None]).reshape(32, 64)
     assert int((~same).sum()) <= 2, "a product with the inverse may fall on the other side of a tie"

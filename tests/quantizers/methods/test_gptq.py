@@ -252,7 +252,7 @@ def test_bad_weights_are_refused(method: Rtn | Gptq) -> None:
 
 def test_options_are_checked() -> None:
     assert make_method("gptq", {"damping": 1, "sweeps": 0}) == Gptq(damping=1, sweeps=0)
-    assert set(METHODS) == {"rtn", "gptq", "decoupleq", "vptq"}
+    assert set(METHODS) == {"rtn", "gptq", "decoupleq", "vptq", "fmpq"}
     for name, options, code in [
         ("magic", {}, "LB0501"),
         ("gptq", {"dampening": 0.1}, "LB0502"),

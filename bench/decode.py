@@ -1,0 +1,211 @@
+"""Tokens a second of a small language model, one sequence: transformers, torch.compile, lowbit and llama.cpp in turns.
+
+    python bench/decode.py MODEL.gguf --json bench/results/decode.json
+    python bench/decode.py MODEL --arms program,modules,llama.cpp --threads 1 --llama-python PATH/TO/python
+
+Arms take turns, so that what else the machine does meets all of them alike. A figure is the median of rounds; `cpu` is
+tokens per second of processor time, which other processes disturb less (one thread only). llama.cpp runs in a process
+of its own, through llama-cpp-python, and is left out with a message where that cannot be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lowbit
+from lowbit.compiler.job.models import find_model
+from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.scheme import Scheme
+
+ARMS = ("hf-fp32", "hf-bf16", "inductor", "modules", "backend", "program", "program-head8", "llama.cpp")
+DEFAULT = "hf-fp32,hf-bf16,modules,program,program-head8,llama.cpp"
+
+LLAMA = """
+import json, os, sys, time, tempfile
+path, kind, threads, prompt, tokens = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
+import llama_cpp
+if kind:
+    out = os.path.join(tempfile.gettempdir(), f"lowbit-bench-{kind}.gguf")
+    if not os.path.exists(out):
+        p = llama_cpp.llama_model_quantize_default_params()
+        p.ftype, p.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+        llama_cpp.llama_model_quantize(path.encode(), out.encode(), p)
+    path = out
+m = llama_cpp.Llama(path, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+ids = [(7 * i) % 1000 + 100 for i in range(prompt)]
+m.eval(ids)
+start, cpu = time.perf_counter(), time.process_time()
+token = ids[-1]
+for _ in range(tokens):
+    m.eval([token])
+wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+m.reset()
+begin = time.perf_counter()
+m.eval([(7 * i) % 1000 + 100 for i in range(512)])
+prefill = time.perf_counter() - begin
+print(json.dumps({"decode": tokens / wall, "cpu": tokens / cpu, "prefill": 512 / prefill}))
+"""
+
+Arm = Callable[[torch.Tensor, int], None]
+"""arm(prompt [T], tokens): runs a prompt, then so many single tokens."""
+
+
+def main() -> int:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    names = args.arms.split(",")
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    arms = _build(args, [n for n in names if n != "llama.cpp"])
+    for _ in range(args.rounds):
+        for name in names:
+            found = _llama(args) if name == "llama.cpp" else _measure(arms[name], args)
+            if found:
+                runs[name].append(found)
+    results = {n: {k: round(statistics.median(r[k] for r in rs), 1) for k in rs[0]} for n, rs in runs.items() if rs}
+    parts = _profile(arms[f"_{'program-head8' if 'program-head8' in names else 'program'}"]) if arms else {}
+    print(f"{'arm':16} {'decode tok/s':>14} {'per cpu second':>15} {'prefill 512':>12}")
+    for name, r in results.items():
+        print(f"{name:16} {r['decode']:14.1f} {r['cpu']:15.1f} {r['prefill']:12.1f}")
+    for part, ms in parts.items():
+        print(f"  {part:16} {ms:8.3f} ms")
+    if args.json:
+        record = {
+            "machine": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg(),
+            "torch": torch.__version__, "lowbit": lowbit.__version__, "threads": args.threads, "format": args.format,
+            "prompt": args.prompt, "tokens": args.tokens, "rounds": args.rounds, "results": results, "parts_ms": parts,
+        }  # fmt: skip
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        old = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps({**old, f"threads={args.threads}": record}, indent=1) + "\n")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    p.add_argument("model", help="a GGUF file, folder or hub id")
+    p.add_argument("--arms", default=DEFAULT, help=f"from {', '.join(ARMS)}")
+    p.add_argument("--format", default="int4.g64.sym", help="weights of the lowbit arms, rounded to nearest")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--prompt", type=int, default=16)
+    p.add_argument("--tokens", type=int, default=128)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--llama-python", default=sys.executable, help="a Python that can import llama_cpp")
+    p.add_argument("--llama-kind", default="Q4_0", help="requantize the file so for llama.cpp; empty: as it is")
+    p.add_argument("--json", type=Path)
+    return p.parse_args()
+
+
+def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """Every arm, warmed up."""
+    dense = find_model(args.model).load()
+    arms: dict[str, Any] = {}
+    quantized = None
+    if set(names) - {"hf-fp32", "hf-bf16", "inductor"}:
+        scheme = Scheme("bench", parse_format(args.format), "rtn", {"clip_search": False})
+        quantized = lowbit.quantize(copy.deepcopy(dense), scheme)
+    for name in names:
+        print(f"building {name}", file=sys.stderr, flush=True)
+        if name.startswith("program"):
+            head = "int8.ch.sym" if name.endswith("head8") else None
+            model = lowbit.compile(copy.deepcopy(quantized), max_tokens=512, mode="program", context=1024, head=head)
+            arms[name], arms[f"_{name}"] = _program_arm(model.lowbit_program), model.lowbit_program  # type: ignore[union-attr]
+            continue
+        model = copy.deepcopy(quantized if name in ("modules", "backend") else dense)
+        assert model is not None
+        if name == "hf-bf16":
+            model = model.to(torch.bfloat16)
+        if name == "modules":
+            model = lowbit.compile(model, max_tokens=512)
+        runs: Any = model
+        if name in ("inductor", "backend"):
+            runs = torch.compile(model, dynamic=True, backend="lowbit" if name == "backend" else "inductor")
+        arms[name] = _torch_arm(model, runs)
+    for name in names:
+        arms[name](torch.arange(100, 100 + args.prompt), 4)
+        arms[name](torch.arange(100, 612), 0)
+    return arms
+
+
+def _torch_arm(model: nn.Module, runs: Any) -> Arm:
+    from transformers import DynamicCache
+
+    def arm(prompt: torch.Tensor, tokens: int) -> None:
+        cache, step = DynamicCache(config=model.config), prompt[None]
+        with torch.no_grad():
+            for _ in range(tokens + 1):
+                logits = runs(step, past_key_values=cache, logits_to_keep=1).logits
+                step = logits[:, -1:].argmax(-1)
+
+    return arm
+
+
+def _program_arm(program: Any) -> Arm:
+    def arm(prompt: torch.Tensor, tokens: int) -> None:
+        cache, step = program.new_cache(prompt.numel() + tokens), prompt
+        for _ in range(tokens + 1):
+            step = program.run(step, cache)[-1:].argmax(-1)
+
+    return arm
+
+
+def _measure(arm: Arm, args: argparse.Namespace) -> dict[str, float]:
+    """Decoding is a run with tokens less one without."""
+    prompt = torch.arange(100, 100 + args.prompt)
+    walls, cpus = [], []
+    for tokens in (0, args.tokens):
+        wall, cpu = time.perf_counter(), time.process_time()
+        arm(prompt, tokens)
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    start = time.perf_counter()
+    arm(torch.arange(100, 612), 0)
+    prefill = 512 / (time.perf_counter() - start)
+    return {
+        "decode": args.tokens / (walls[1] - walls[0]),
+        "cpu": args.tokens / (cpus[1] - cpus[0]),
+        "prefill": prefill,
+    }
+
+
+def _llama(args: argparse.Namespace) -> dict[str, float] | None:
+    if not args.model.endswith(".gguf"):
+        print("llama.cpp is left out: it needs a GGUF file", file=sys.stderr)
+        return None
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(LLAMA)
+        script.flush()
+        command = [args.llama_python, script.name, args.model, args.llama_kind]
+        command += [str(n) for n in (args.threads, args.prompt, args.tokens)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"llama.cpp is left out: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _profile(program: Any) -> dict[str, float]:
+    """Milliseconds by part of one token: the tenth percentile of each part over 100 steps."""
+    cache = program.new_cache(256)
+    program.run(torch.arange(100, 116), cache)
+    steps = [program.profile(torch.tensor([100]), cache) for _ in range(100)]
+    return {part: round(1e3 * sorted(s[part] for s in steps)[10], 3) for part in steps[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

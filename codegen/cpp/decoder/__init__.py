@@ -1,0 +1,1 @@
+"""A whole decoder-only transformer as one C++ program around the generated linear kernels."""

@@ -1,0 +1,43 @@
+// What a program is given: weights and buffers. The Python side builds the same structures with ctypes.
+#include <math.h>
+#include <time.h>
+
+typedef int (*Run)(const void* x, int64_t m, const void* const* weight, const float* bias, const void* residual,
+                   void* out, void* scratch, int64_t scratch_bytes, int threads);
+
+// The generated kernels of one shape: run[i] serves up to tokens[i] tokens, the last one any number.
+struct Kernel {
+  int64_t classes, tokens[16];
+  Run run[16];
+};
+// y = x @ w.T: by `kernel` on packed operands `weight`, or, where that is null, from `dense` rows of float16 (`half`)
+// or float32.
+struct Linear {
+  const Kernel* kernel;
+  const void* const* weight;
+  const float* bias;
+  const void* dense;
+  int64_t n, k, half;
+};
+// q holds q, k and v where k.n is 0. gate holds silu(gate) * up where gate.n is kInner and up.n is 0, and both where
+// gate.n is 2 * kInner. window: positions a token sees, 0 for all. rope: which table of rotary positions.
+struct Layer {
+  const float *input_norm, *inner_norm, *query_norm, *key_norm;
+  Linear q, k, v, o, gate, up, down;
+  int64_t window, rope;
+};
+struct Model {
+  const Layer* layers;
+  const void* embedding;
+  const float* norm;
+  const float* rope[2];  // [position][cosines, sines]
+  Linear head;
+};
+// context: positions of the cache, a multiple of 16. tokens, threads: the most of one step.
+struct State {
+  void *keys, *values;
+  int64_t context, tokens, threads;
+  float *hidden, *normed, *qkv, *mixed, *inner, *scores;
+  void* scratch;
+  int64_t scratch_bytes;
+};

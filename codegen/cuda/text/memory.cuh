@@ -1,0 +1,157 @@
+// From memory to the ring of stages of the warps that share one: weights, side values, activations.
+
+struct Args {
+  const uint16_t* x;
+  const uint32_t* plane[3];
+  const unsigned char* scale;
+  const unsigned char* zero;
+  const unsigned char* offset;
+  const float* tensor_scale;
+  const float* bias;
+  const void* residual;
+  void* out;
+  float* part;
+  int* count;
+  int tokens;
+};
+
+// Which row tile of the packed matrix is the r-th of a set. What lies beyond the last is read, but not used.
+LB_DEV int tile_of(int set, int r) {
+  const int tile = T::GATED ? set + r * T::TILE_SETS : set * T::ROW_TILES + r;
+  return tile < T::TILES ? tile : T::TILES - 1;
+}
+
+// Where parts of a stage begin.
+LB_DEV constexpr int plane_at(int p) {
+  int at = 0;
+  for (int i = 0; i < p; ++i) at += T::ROW_TILES * T::UNIT_BLOCKS * 512 * T::plane_bits(i);
+  return at;
+}
+constexpr int SIDE_VALUES = T::IN_LOOP ? T::ROW_TILES * T::FLUSHES * 64 : 0;
+constexpr int SCALE_AT = plane_at(T::PLANES);
+constexpr int ZERO_AT = SCALE_AT + SIDE_VALUES * T::SIDE_BYTES;
+constexpr int OFFSET_AT = ZERO_AT + (T::ZERO ? SIDE_VALUES : 0);
+constexpr int WEIGHT_BYTES = OFFSET_AT + (T::OFFSET ? SIDE_VALUES * T::SIDE_BYTES : 0);
+constexpr int X_AT = (WEIGHT_BYTES + T::ALIGN - 1) / T::ALIGN * T::ALIGN;
+constexpr int X_STRIDE = T::UNIT_BLOCKS * 128;
+constexpr int STAGE = X_AT + T::TILE_M * X_STRIDE;
+static_assert(STAGE % (T::WGMMA ? 1024 : 16) == 0, "stages are aligned");
+
+// The group whose scale holds for the j-th part of unit u of a row.
+LB_DEV int group_of(int u, int j) {
+  const int group = (u * T::UNIT_BLOCKS * 64 + j * T::FLUSH) / T::GROUP;
+  return group < T::GROUPS ? group : T::GROUPS - 1;
+}
+
+// 16-byte pieces of a row of x in shared memory change places, so that eight rows' pieces lie in different banks.
+LB_DEV int swizzle(int row, int piece) { return piece ^ (row & 7); }
+
+struct Ring {
+  unsigned char* stage;  // of the warps that share it
+  uint64_t* barrier;
+  uint64_t policy;
+  int me, group;  // thread of those warps; which of the groups of warps
+
+  // Ask for the weights of unit u of a set: planes, then side values.
+  LB_DEV void request_weights(const Args& a, int slot, int set, int u) const {
+    unsigned char* to = stage + slot * STAGE;
+    if constexpr (T::BULK) {
+      if (me == 0) {
+        barrier_expect(barrier + slot, WEIGHT_BYTES);
+        weights<true>(a, to, slot, set, u);
+      }
+    } else {
+      weights<false>(a, to, slot, set, u);
+    }
+  }
+
+  template <bool WHOLE> LB_DEV void run(void* to, const void* from, int bytes, int slot) const {
+    if constexpr (WHOLE) {
+      copy_bulk(to, from, bytes, barrier + slot, policy);
+    } else {
+#pragma unroll
+      for (int start = 0; start < bytes; start += T::ROW_WARPS * 512) {
+        const int i = start + me * 16;
+        if (start + T::ROW_WARPS * 512 <= bytes || i < bytes) copy_stream((char*)to + i, (const char*)from + i, policy);
+      }
+    }
+  }
+
+  template <bool WHOLE> LB_DEV void weights(const Args& a, unsigned char* to, int slot, int set, int u) const {
+#pragma unroll
+    for (int r = 0; r < T::ROW_TILES; ++r) {
+      const size_t tile = tile_of(set, r);
+#pragma unroll
+      for (int p = 0; p < T::PLANES; ++p) {
+        constexpr int BLOCK = 512;  // bytes of a block and bit
+        const int bytes = BLOCK * T::plane_bits(p);
+        const char* from = (const char*)a.plane[p] + tile * (T::K_BLOCKS * bytes);
+        unsigned char* at = to + plane_at(p) + r * T::UNIT_BLOCKS * bytes;
+        if constexpr (T::K_BLOCKS % T::UNIT_BLOCKS == 0) {
+          run<WHOLE>(at, from + u * T::UNIT_BLOCKS * bytes, T::UNIT_BLOCKS * bytes, slot);
+        } else {
+#pragma unroll
+          for (int b = 0; b < T::UNIT_BLOCKS; ++b) {  // beyond the row the last block again: x is zero there
+            const int block = u * T::UNIT_BLOCKS + b;
+            run<WHOLE>(at + b * bytes, from + (block < T::K_BLOCKS ? block : T::K_BLOCKS - 1) * bytes, bytes, slot);
+          }
+        }
+      }
+      if constexpr (T::IN_LOOP) {
+#pragma unroll
+        for (int j = 0; j < T::FLUSHES; ++j) {
+          const size_t from = (tile * T::GROUPS + group_of(u, j)) * 64;
+          const int at = (r * T::FLUSHES + j) * 64;
+          run<WHOLE>(to + SCALE_AT + at * T::SIDE_BYTES, a.scale + from * T::SIDE_BYTES, 64 * T::SIDE_BYTES, slot);
+          if constexpr (T::ZERO) run<WHOLE>(to + ZERO_AT + at, a.zero + from, 64, slot);
+          if constexpr (T::OFFSET)
+            run<WHOLE>(to + OFFSET_AT + at * T::SIDE_BYTES, a.offset + from * T::SIDE_BYTES, 64 * T::SIDE_BYTES, slot);
+        }
+      }
+    }
+  }
+
+  // Ask for the activations that meet unit u: rows from `first` on, zeros where the matrix has ended.
+  LB_DEV void request_x(const Args& a, int slot, int u, int first) const {
+    unsigned char* to = stage + slot * STAGE + X_AT;
+    constexpr int PIECES = T::UNIT_BLOCKS * 8, ALL = T::TILE_M * PIECES, STEP = T::ROW_WARPS * 32;
+#pragma unroll
+    for (int start = 0; start < ALL; start += STEP) {
+      const int i = start + me, row = i / PIECES, piece = i % PIECES;
+      if (start + STEP > ALL && i >= ALL) break;
+      unsigned char* at = to + row * X_STRIDE + swizzle(row, piece) * 16;
+      const int token = first + row, col = (u * PIECES + piece) * 8;
+      if constexpr (T::PLAIN_COLUMNS) {
+        int bytes = (T::K - col) * 2;
+        bytes = token < a.tokens ? (bytes < 0 ? 0 : bytes > 16 ? 16 : bytes) : 0;
+        copy_padded(at, bytes ? a.x + (size_t)token * T::K + col : a.x, bytes);
+      } else {
+        gather(a, at, token, col);
+      }
+    }
+  }
+
+  // Eight columns one by one: rows of x are not aligned, or groups are padded.
+  LB_DEV void gather(const Args& a, unsigned char* at, int token, int col) const {
+    uint32_t pair[4];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int group = (col + i) / T::GROUP, inside = (col + i) % T::GROUP, from = group * T::SOURCE_GROUP + inside;
+      const bool there = token < a.tokens && inside < T::SOURCE_GROUP && from < T::K;
+      const uint32_t value = there ? a.x[(size_t)token * T::K + from] : 0;
+      pair[i / 2] = i % 2 ? pair[i / 2] | value << 16 : value;
+    }
+    *(uint4*)at = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+  }
+
+  // What was asked for `AHEAD` requests ago is there, for all who share the stage, and all have read the last one.
+  LB_DEV void wait(int slot, uint32_t parity) const {
+    copies_wait<T::AHEAD - 1>();
+    if constexpr (T::WGMMA) copies_to_matrix_units();
+    if constexpr (T::BULK) barrier_wait(barrier + slot, parity);
+    if constexpr (T::ROW_WARPS == 1)
+      warp_sync();
+    else
+      group_sync(group, T::ROW_WARPS * 32);
+  }
+};

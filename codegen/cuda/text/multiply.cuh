@@ -1,0 +1,129 @@
+// One unit: decode a warp's weights into operands, multiply, scale the sums of every group.
+//
+// A weight is (d * FACTOR + addend(h) - zero) * scale + offset, where d is what the register holds. FACTOR waits until
+// the end. The rest meets sums: that of d * x, and, for what is added to d, that of x, which comes from a matrix
+// instruction too. Where many tokens share a weight (EXACT), addend and zero are added to d instead.
+
+constexpr int TT = T::TOKEN_TILES;
+constexpr int PARTS = T::ROW_TILES * 4 / T::ROW_WARPS;  // of 16 rows, that a warp multiplies
+constexpr int RUN = PARTS < 4 ? PARTS : 4;              // of them in one tile
+using Sums = float[PARTS][TT][4];
+
+template <int WORDS> LB_DEV void load_words(uint32_t (&w)[WORDS], const unsigned char* from) {
+  if constexpr (WORDS >= 4) {
+#pragma unroll
+    for (int i = 0; i < WORDS / 4; ++i) {
+      const uint4 v = ((const uint4*)from)[i];
+      w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+    }
+  } else if constexpr (WORDS == 2) {
+    const uint2 v = *(const uint2*)from;
+    w[0] = v.x, w[1] = v.y;
+  } else {
+    w[0] = *(const uint32_t*)from;
+  }
+}
+
+// A lane's words of 16 rows x 64 columns.
+struct Words {
+  uint32_t w0[T::plane_bits(0)], w1[T::plane_bits(1)], w2[T::plane_bits(2)];
+
+  // part: of all the stage's parts of 16 rows.
+  LB_DEV void load(const unsigned char* stage, int part, int b, int lane) {
+    const int at = ((part / 4 * T::UNIT_BLOCKS + b) * 4 + part % 4) * 32 + lane;
+    load_words(w0, stage + plane_at(0) + at * T::plane_bits(0) * 4);
+    if constexpr (T::PLANES > 1) load_words(w1, stage + plane_at(1) + at * T::plane_bits(1) * 4);
+    if constexpr (T::PLANES > 2) load_words(w2, stage + plane_at(2) + at * T::plane_bits(2) * 4);
+  }
+};
+
+// What a warp needs of the side values of one group: two values (h = 0, 1) for each of its parts.
+struct Sides {
+  float scale[2 * PARTS], zero[T::ZERO ? 2 * PARTS : 1], offset[T::OFFSET ? 2 * PARTS : 1];
+
+  LB_DEV void load(const unsigned char* stage, int first_part, int j, int lane) {
+#pragma unroll
+    for (int i = 0; i < PARTS; i += RUN) {
+      const int tile = (first_part + i) / 4, w = (first_part + i) % 4, at = (tile * T::FLUSHES + j) * 64;
+      sides_of<2 * RUN>(scale + 2 * i, stage + SCALE_AT + at * T::SIDE_BYTES, lane / 4, w);
+      if constexpr (T::ZERO) zeros_of<2 * RUN>(zero + 2 * i, stage + ZERO_AT + at, lane / 4, w);
+      if constexpr (T::OFFSET) sides_of<2 * RUN>(offset + 2 * i, stage + OFFSET_AT + at * T::SIDE_BYTES, lane / 4, w);
+    }
+  }
+
+  // What is added to d.
+  LB_DEV float addend(int part, int h) const {
+    return T::addend(h) - (T::ZERO ? zero[2 * part + h] * T::UNFACTOR : 0.0f);
+  }
+};
+
+// Scale the sums of a group and add them to those of the rows; x_sum holds the activations' sums.
+LB_DEV void flush(Sums& y, Sums& sum, float (&x_sum)[TT][4], const Sides& sides) {
+#pragma unroll
+  for (int m = 0; m < PARTS; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int t = 0; t < TT; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float v = sum[m][t][2 * h + i];
+          if constexpr (T::SUMS_X && !T::EXACT) v = fma32(sides.addend(m, h), x_sum[t][i], v);
+          float& out = y[m][t][2 * h + i];
+          out = T::IN_LOOP ? fma32(sides.scale[2 * m + h], v, out) : out + v;
+          if constexpr (T::OFFSET) out = fma32(sides.offset[2 * m + h] * T::UNFACTOR, x_sum[t][i], out);
+          sum[m][t][2 * h + i] = 0.0f;
+        }
+  if constexpr (T::SUMS_X)
+#pragma unroll
+    for (int t = 0; t < TT; ++t) x_sum[t][0] = x_sum[t][1] = x_sum[t][2] = x_sum[t][3] = 0.0f;
+}
+
+// The activations of 32 columns as right operands of two steps.
+LB_DEV void load_x(uint32_t (&x)[TT][4], const unsigned char* stage, const unsigned char* zeros, int pair, int lane) {
+#pragma unroll
+  for (int t = 0; t < TT; ++t) {
+    const int row = t * 8 + lane % 8;
+    const unsigned char* at = stage + X_AT + row * X_STRIDE + swizzle(row, pair * 4 + lane / 8) * 16;
+    ldmatrix(x[t], T::TILE_M < 8 && row >= T::TILE_M ? zeros : at);
+  }
+}
+
+LB_DEV void multiply_unit(Sums& y, const unsigned char* stage, const unsigned char* zeros, const uint16_t* table,
+                          int first_part, int lane) {
+  const uint32_t ones[4] = {T::ONES, T::ONES, T::ONES, T::ONES};
+  Sums sum = {};
+  float x_sum[TT][4] = {};
+  Sides sides;
+#pragma unroll
+  for (int b = 0; b < T::UNIT_BLOCKS; ++b) {
+    Words words[PARTS];
+#pragma unroll
+    for (int m = 0; m < PARTS; ++m) words[m].load(stage, first_part + m, b, lane);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      constexpr int PER = T::FLUSH / 16;
+      const int s = b * 4 + step;
+      uint32_t x[TT][4];
+      if (T::EXACT && T::IN_LOOP && s % PER == 0) sides.load(stage, first_part, s / PER, lane);
+      load_x(x, stage, zeros, s / 2, lane);
+#pragma unroll
+      for (int m = 0; m < PARTS; ++m) {
+        uint32_t all[4][4];
+        decode(all, words[m].w0, words[m].w1, words[m].w2, table);
+        if constexpr (T::EXACT && (T::ZERO || T::addend(0) != 0.0f || T::addend(1) != 0.0f))
+#pragma unroll
+          for (int i = 0; i < 4; ++i) all[step][i] = fma16(all[step][i], T::ONES, pair16(sides.addend(m, i % 2)));
+#pragma unroll
+        for (int t = 0; t < TT; ++t) mma(T::DIRECT ? y[m][t] : sum[m][t], all[step], x[t] + step % 2 * 2);
+      }
+      if constexpr (T::SUMS_X)
+#pragma unroll
+        for (int t = 0; t < TT; ++t) mma(x_sum[t], ones, x[t] + step % 2 * 2);
+      if (!T::DIRECT && s % PER == PER - 1) {
+        if (T::IN_LOOP && !T::EXACT) sides.load(stage, first_part, s / PER, lane);
+        flush(y, sum, x_sum, sides);
+      }
+    }
+  }
+}

@@ -1,0 +1,157 @@
+// The machine: what PTX has no C++ for. `host.cuh` has the same names for running kernels on a CPU.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+LB_DEV uint32_t band(uint32_t a, uint32_t mask) { return a & mask; }
+
+// (a & mask) | b in one instruction, also where mask and b are constants.
+LB_DEV uint32_t band_or(uint32_t a, uint32_t mask, uint32_t b) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
+  return d;
+}
+
+template <uint32_t SELECTOR> LB_DEV uint32_t prmt(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(SELECTOR));
+  return d;
+}
+
+LB_DEV uint32_t fma16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  if constexpr (T::BF16)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+template <int BY> LB_DEV uint32_t lookup(const uint16_t* table, uint32_t four) {
+  return table[four >> 8 * BY & 255] | (uint32_t)table[four >> 8 * BY + 16 & 255] << 16;
+}
+
+// c += a (16 rows x 16 columns) * b (16 columns x 8 tokens)
+LB_DEV void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
+#define LB_MMA(type)                                                                                       \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
+      "{%0,%1,%2,%3};"                                                                                     \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (T::BF16)
+    LB_MMA("bf16");
+  else
+    LB_MMA("f16");
+#undef LB_MMA
+}
+
+LB_DEV uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// Four 8x8 matrices of 16-bit numbers; lane i gives the address of row i % 8 of matrix i / 8.
+LB_DEV void ldmatrix(uint32_t* d, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+LB_DEV uint64_t stream_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 16 bytes of a stream that nobody reads again.
+LB_DEV void copy_stream(void* to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "l"(policy)
+               : "memory");
+}
+
+// `bytes` (0 to 16) bytes, then zeros up to 16.
+LB_DEV void copy_padded(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+LB_DEV void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> LB_DEV void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+
+#if __CUDA_ARCH__ >= 900
+LB_DEV void barrier_init(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+LB_DEV void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+LB_DEV void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+LB_DEV void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+LB_DEV void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\n"
+      "done:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+#else  // never called: kernels with bulk copies are for sm_90 on
+LB_DEV void barrier_init(uint64_t*) {}
+LB_DEV void barriers_ready() {}
+LB_DEV void barrier_expect(uint64_t*, uint32_t) {}
+LB_DEV void copy_bulk(void*, const void*, uint32_t, uint64_t*, uint64_t) {}
+LB_DEV void barrier_wait(uint64_t*, uint32_t) {}
+#endif
+
+LB_DEV void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+LB_DEV void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until then the sums belong to the matrix units.
+template <int N> LB_DEV void warpgroup_wait(float (&sums)[N][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < N * 4; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
+}
+// What ordinary copies brought into shared memory is seen by wgmma after the next barrier.
+LB_DEV void copies_to_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Programmatic dependent launch: what came before in the stream is finished from here on.
+LB_DEV void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+LB_DEV void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+LB_DEV void warp_sync() { __syncwarp(); }
+LB_DEV void group_sync(int group, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
+}
+LB_DEV void block_sync() { __syncthreads(); }
+LB_DEV void fence() { __threadfence(); }
+LB_DEV int arrive(int* counter) { return atomicAdd(counter, 1); }
+LB_DEV float load_fresh(const float* p) { return __ldcg(p); }
+LB_DEV unsigned char* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+}
+
+LB_DEV float half_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+LB_DEV float bfloat_float(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
+LB_DEV uint16_t float_half(float v) { return __half_as_ushort(__float2half_rn(v)); }
+LB_DEV uint16_t float_bfloat(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+// Two equal halves.
+LB_DEV uint32_t pair16(float v) {
+  const uint32_t one = T::BF16 ? float_bfloat(v) : float_half(v);
+  return one | one << 16;
+}
+LB_DEV float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+LB_DEV float exponential(float v) { return __expf(v); }
+LB_DEV float fma32(float a, float b, float c) { return __fmaf_rn(a, b, c); }

@@ -1,0 +1,227 @@
+"""`DecoderProgram`: builds a model's program and runs steps of it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.codegen import load_backend
+from lowbit.codegen.cpp.decoder.emit import emit_program
+from lowbit.codegen.cpp.decoder.spec import PARTS, DecoderSpec
+from lowbit.codegen.cpp.launch import load_openmp
+from lowbit.compiler.errors import KernelError, RunError
+from lowbit.compiler.ir.target import host_target
+from lowbit.compiler.runtime.cache import KernelCache
+from lowbit.compiler.runtime.program.cache import ProgramCache
+from lowbit.compiler.runtime.program.kernels import KernelTable, step_sizes
+from lowbit.compiler.runtime.program.parts import DecoderParts, LayerParts, LinearPart
+from lowbit.compiler.runtime.program.structures import CLayer, CLinear, CModel, CState
+
+__all__ = ["DecoderProgram"]
+
+
+class DecoderProgram:
+    """One sequence at a time, a step per call: embeddings to logits without coming back to Python.
+
+    max_tokens: tokens of one step; longer prompts are cut. context: positions a cache can have. threads: the most a
+    step uses (`torch.get_num_threads` when it is called). Calls from several Python threads wait for each other.
+    """
+
+    def __init__(self, parts: DecoderParts, *, max_tokens: int, context: int, threads: int | None = None) -> None:
+        self.spec, self.parts = parts.spec, parts
+        self.max_tokens, self.context = max_tokens, context
+        self.threads = threads or max(1, torch.get_num_threads())
+        self._lock = threading.Lock()
+        self._keep: list[Any] = []
+        self._tables: dict[str, KernelTable] = {}
+        self._step = _load(self.spec)
+        self._model = self._build_model(parts)
+        self._state = self._build_state()
+        self._times = (ctypes.c_double * len(PARTS))()
+
+    @property
+    def kernels(self) -> list[str]:
+        """The linear kernels, one line each."""
+        built = [(t, b) for t in self._tables.values() for b, _ in t.built]
+        return [f"{b.spec.format} {b.spec.segments}x{b.spec.k} {'+'.join(b.spec.epilogue)}" for _, b in built]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecoderProgram:
+        """A copied model shares the program: its weights never change."""
+        return self
+
+    def new_cache(self, positions: int = 256) -> ProgramCache:
+        """An empty cache with room for `positions`; it grows as needed."""
+        return ProgramCache(self.spec, positions, self.context)
+
+    def run(self, tokens: torch.Tensor, cache: ProgramCache, keep: int = 1) -> torch.Tensor:
+        """float32 logits [keep, vocabulary] of the last `keep` of `tokens` [T], which extend `cache`.
+
+        Raises RunError LB0562 when they do not fit the cache, LB0564 for tokens outside the vocabulary.
+        """
+        ids = tokens.to(torch.int64).contiguous()
+        total = ids.numel()
+        logits = torch.empty(keep, self.spec.vocab)
+        with self._lock:
+            cache.reserve(cache.length + total)
+            for start in range(0, total, self.max_tokens):
+                count = min(self.max_tokens, total - start)
+                first = max(start, total - keep)  # of the tokens whose logits are wanted
+                self._call(ids, start, count, cache, max(0, start + count - first), logits, first - (total - keep))
+        return logits
+
+    def _call(
+        self,
+        ids: torch.Tensor,
+        start: int,
+        count: int,
+        cache: ProgramCache,
+        keep: int,
+        logits: torch.Tensor,
+        row: int,
+        times: Any = None,
+    ) -> None:
+        state = self._state
+        state.keys, state.values, state.context = cache.keys.data_ptr(), cache.values.data_ptr(), cache.capacity
+        self._fit_scores(cache.capacity)
+        status = self._step(
+            ctypes.byref(self._model),
+            ctypes.byref(state),
+            ids.data_ptr() + 8 * start,
+            count,
+            cache.length,
+            keep,
+            logits.data_ptr() + 4 * self.spec.vocab * row,
+            None,
+            times,
+            min(self.threads, torch.get_num_threads()),
+        )
+        if status:
+            raise RunError(
+                "LB0564", f"the program refused the step (status {status})", hint="check that ids fit the vocabulary"
+            )
+        cache.length += count
+
+    def profile(self, tokens: torch.Tensor, cache: ProgramCache) -> dict[str, float]:
+        """Seconds by part of one step of `tokens` (at most `max_tokens`), which extend `cache`."""
+        ids, logits = tokens.to(torch.int64).contiguous(), torch.empty(1, self.spec.vocab)
+        times = (ctypes.c_double * len(PARTS))()
+        with self._lock:
+            cache.reserve(cache.length + ids.numel())
+            self._call(ids, 0, ids.numel(), cache, 1, logits, 0, times)
+        return dict(zip(PARTS, times, strict=True))
+
+    def generate(
+        self, tokens: torch.Tensor, new_tokens: int, stop: Iterable[int] = (), cache: ProgramCache | None = None
+    ) -> torch.Tensor:
+        """Greedy text: `tokens` [T] and up to `new_tokens` more, ending with the first of `stop`."""
+        cache = cache or self.new_cache(tokens.numel() + new_tokens)
+        ends, out, step = set(stop), tokens.tolist(), tokens
+        for _ in range(new_tokens):
+            best = int(self.run(step, cache).argmax())
+            out.append(best)
+            if best in ends:
+                break
+            step = torch.tensor([best])
+        return torch.tensor(out)
+
+    def _build_model(self, parts: DecoderParts) -> Any:
+        sizes = step_sizes(self.max_tokens)
+        for linear in [*(x for layer in parts.layers for x in layer.linears.values()), parts.head]:
+            if linear.packed is not None:
+                key = linear.packed.spec_key(linear.epilogue)
+                self._tables.setdefault(key, KernelTable(key, sizes))
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            list(pool.map(lambda table: table.built, self._tables.values()))
+        layers = (CLayer * self.spec.layers)(*[self._layer(layer) for layer in parts.layers])
+        model = CModel(
+            layers=ctypes.addressof(layers),
+            embedding=self._address(parts.embedding),
+            norm=self._address(parts.norm),
+            head=self._linear(parts.head),
+        )
+        model.rope[0] = model.rope[1] = self._address(parts.rope)
+        self._keep.append(layers)
+        return model
+
+    def _layer(self, layer: LayerParts) -> Any:
+        norms = {name: self._address(tensor) for name, tensor in layer.norms.items()}
+        linears = {name: self._linear(part) for name, part in layer.linears.items()}
+        return CLayer(window=layer.window, rope=0, **norms, **linears)
+
+    def _linear(self, part: LinearPart) -> Any:
+        bias = 0 if part.bias is None else self._address(part.bias.float())
+        if part.packed is None:
+            dense = _compact(part.dense)
+            return CLinear(dense=self._address(dense), half=dense.dtype == torch.float16, bias=bias, n=part.n, k=part.k)
+        operands = [self._address(t) for t in part.packed.operands()]
+        pointers = (ctypes.c_void_p * len(operands))(*operands)
+        table = self._tables[part.packed.spec_key(part.epilogue)].structure
+        self._keep += [pointers, table]
+        return CLinear(kernel=ctypes.addressof(table), weight=ctypes.addressof(pointers), bias=bias, n=part.n, k=part.k)
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        """Where `tensor` is, which is kept for as long as the program."""
+        tensor = tensor.detach().contiguous()
+        self._keep.append(tensor)
+        return tensor.data_ptr()
+
+    def _build_state(self) -> Any:
+        s, m = self.spec, self.max_tokens
+        floats = {
+            "hidden": m * s.hidden,
+            "normed": m * s.hidden,
+            "qkv": m * (s.q_width + 2 * s.kv_width),
+            "mixed": m * s.q_width,
+            "inner": 3 * m * s.inner,
+        }
+        room = max((t.scratch(m, self.threads) for t in self._tables.values()), default=0)
+        state = CState(tokens=m, threads=self.threads, scratch_bytes=room)
+        for name, size in floats.items():
+            setattr(state, name, self._address(torch.zeros(size)))
+        state.scratch = self._address(torch.zeros(room, dtype=torch.uint8))
+        self._scores = torch.empty(0)
+        return state
+
+    def _fit_scores(self, positions: int) -> None:
+        """Room for four rows of scores per thread."""
+        if self._scores.numel() < 4 * positions * self.threads:
+            self._scores = torch.empty(4 * positions * self.threads)
+            self._state.scores = self._scores.data_ptr()
+
+
+def _compact(weight: torch.Tensor | None) -> torch.Tensor:
+    """A dense matrix as float16 where that holds every number, else as float32."""
+    assert weight is not None
+    if weight.dtype == torch.float32:
+        return weight
+    half = weight.to(torch.float16)
+    return half if torch.equal(half.to(weight.dtype), weight) else weight.float()
+
+
+def _load(spec: DecoderSpec) -> Any:
+    """The compiled program's entry point, from the kernel cache or freshly built."""
+    target, backend, store = host_target(), load_backend("cpp"), KernelCache()
+    if why := backend.available(target):
+        raise RunError("LB0561", f"no program can be built: {why}", hint="use mode='modules'")
+    source = emit_program(spec, target.arch)
+    parts = ("decoder", source.text, " ".join(source.flags), str(target), backend.toolchain())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
+    found = store.lookup(key)
+    evidence = {"program": "decoder", "target": str(target), "toolchain": backend.toolchain(), "error": 0.0}
+    artifact: Path = found[0] if found else store.store(key, ".so", evidence, lambda out: backend.compile(source, out))
+    load_openmp()
+    try:
+        step = ctypes.CDLL(str(artifact)).lb_step
+    except (OSError, AttributeError) as e:
+        raise KernelError("LB0414", f"cannot load the program: {e}") from e
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    step.argtypes = [pointer, pointer, pointer, number, number, number, pointer, pointer, pointer, ctypes.c_int]
+    step.restype = ctypes.c_int
+    return step

@@ -1,0 +1,161 @@
+"""`lowbit.compile(model, mode="program")`: the program takes the place of the model's own forward."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.codegen.cpp.decoder.spec import CacheType
+from lowbit.codegen.select import say_once
+from lowbit.compiler.errors import RunError
+from lowbit.compiler.runtime.modules import QuantLinear
+from lowbit.compiler.runtime.program.cache import ProgramCache
+from lowbit.compiler.runtime.program.engine import DecoderProgram
+from lowbit.compiler.runtime.program.parts import read_decoder
+from lowbit.compiler.runtime.program.verify import verify_program
+from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.methods import make_method
+
+__all__ = ["check_program", "compile_program", "why_modules"]
+
+_log = logging.getLogger("lowbit")
+_IGNORED = {"return_dict", "output_attentions", "output_hidden_states", "cache_position", "use_cache"}
+
+
+def compile_program(
+    model: nn.Module,
+    *,
+    max_tokens: int = 512,
+    context: int | None = None,
+    head: str | None = None,
+    cache: CacheType = "f16",
+    threads: int | None = None,
+) -> nn.Module:
+    """Build the program of a fused model, compare it with the model, and let `forward` and `generate` use it.
+
+    context: positions a sequence may have; the model's own limit, at most 4096, when None. head: a format for a dense
+    output layer (`int8.ch.sym`), which for small models is most of what a token reads. `model.lowbit_program` is the
+    program. Raises RunError LB0565 when program and model disagree; `check_program` refuses the rest beforehand.
+    """
+    if head is not None:
+        _quantize_head(model, head)
+    limit = int(getattr(getattr(model, "config", None), "max_position_embeddings", 4096) or 4096)
+    parts = read_decoder(model, context or min(limit, 4096), cache)
+    program = DecoderProgram(parts, max_tokens=max_tokens, context=parts.rope.shape[0], threads=threads)
+    error = verify_program(program, model)
+    _log.info("program verified: logits differ by %.1e", error)
+    install(model, program)
+    return model
+
+
+def check_program(model: nn.Module, **options: Any) -> None:
+    """Refuse what has no program, without changing the model: RunError LB0560 for a part it does not know, LB0566 in
+    training mode, LB0568 for an option there is not; KernelError LB0430 for sizes or a cache type."""
+    known = ("context", "head", "cache", "threads")
+    if unknown := sorted(set(options) - set(known)):
+        raise RunError("LB0568", f"mode 'program' has no option {unknown[0]!r}", hint=f"use {', '.join(known)}")
+    if model.training:
+        raise RunError("LB0566", "the model is in training mode", hint="call model.eval() first")
+    read_decoder(model, 16, options.get("cache", "f16"))
+
+
+def _quantize_head(model: nn.Module, text: str) -> None:
+    """A dense output layer becomes a quantized one, by rounding to nearest; the embedding table stays as it is."""
+    dense = getattr(model, "lm_head", None)
+    if type(dense) is not nn.Linear:
+        if isinstance(dense, QuantLinear) and str(dense.fmt) == str(parse_format(text)):
+            return
+        raise RunError("LB0567", "there is no dense output layer to quantize", where="lm_head", hint="leave `head` out")
+    fmt = parse_format(text)
+    weight = dense.weight.detach().float()
+    fmt.check(weight.shape[0], weight.shape[1], "lm_head")
+    # Eight bits gain nothing from a search for ranges, and the matrix is large.
+    quantized = make_method("rtn", {"clip_search": False}).quantize(weight, fmt, None).qtensor
+    bias = None if dense.bias is None else dense.bias.detach()
+    model.lm_head = QuantLinear.from_qtensor(quantized, bias).eval()
+
+
+def install(model: nn.Module, program: DecoderProgram) -> None:
+    """Put `program` behind the model's `forward`, and its cache behind `generate`."""
+    original, prepare = model.forward, getattr(model, "_prepare_cache_for_generation", None)
+    model.lowbit_program = program  # type: ignore[assignment]
+    model.forward = functools.wraps(original)(functools.partial(_forward, model, program, original))
+    if prepare is not None:
+        model._prepare_cache_for_generation = functools.partial(_prepare, program, prepare)  # type: ignore[assignment]
+
+
+def _prepare(
+    program: DecoderProgram, original: Callable[..., Any], config: Any, kwargs: dict[str, Any], mode: Any, batch: int,
+    length: int,
+) -> Any:  # fmt: skip
+    """Give `generate` the program's cache where it would make a growing one for a single sequence."""
+    rows = batch * max(int(config.num_beams or 1), int(config.num_return_sequences or 1))
+    plain = config.cache_implementation in (None, "dynamic") and config.use_cache is not False
+    if rows == 1 and plain and kwargs.get("past_key_values") is None and length <= program.context:
+        kwargs["past_key_values"] = program.new_cache(length + 1)
+        return None
+    return original(config, kwargs, mode, batch, length)
+
+
+def why_modules(program: DecoderProgram, model: nn.Module, call: dict[str, Any]) -> str | None:
+    """Why a call cannot go to the program, or None."""
+    ids, past, mask = call.get("input_ids"), call.get("past_key_values"), call.get("attention_mask")
+    if ids is None or call.get("inputs_embeds") is not None:
+        return "it gives embeddings instead of token ids"
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 1:
+        return f"it has {tuple(ids.shape)} tokens, not one sequence"
+    if past is not None and not isinstance(past, ProgramCache):
+        return f"its cache is a {type(past).__name__}"
+    start = 0 if past is None else past.length
+    if past is None and start + ids.shape[1] > program.context:
+        return f"it has more than {program.context} positions"
+    if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
+        return "its attention mask hides tokens"
+    if (at := call.get("position_ids")) is not None and not _counting(at, start, ids.shape[1]):
+        return "its positions do not count up"
+    if call.get("output_attentions") or call.get("output_hidden_states"):
+        return "it asks for inner activations"
+    if model.training or call.get("labels") is not None:
+        return "it trains"
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        return "gradients are enabled (use torch.no_grad())"
+    keep = call.get("logits_to_keep", 0)
+    if not isinstance(keep, int):
+        return "it selects logits by a tensor"
+    extra = {k for k, v in call.items() if v is not None} - _IGNORED - _KNOWN
+    return f"of its argument {min(extra)}" if extra else None
+
+
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+_KNOWN = {*_POSITIONAL, "inputs_embeds", "labels", "logits_to_keep"}
+
+
+def _counting(at: torch.Tensor, start: int, count: int) -> bool:
+    return at.numel() == count and bool((at.flatten() == torch.arange(start, start + count)).all())
+
+
+def _forward(model: nn.Module, program: DecoderProgram, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The model's forward: one step of the program, or the modules where the call needs them."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    call = {
+        **dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args, strict=False)),
+        **kwargs,
+    }
+    past = call.get("past_key_values")
+    if why := why_modules(program, model, call):
+        if isinstance(past, ProgramCache):
+            raise RunError("LB0563", f"the program's cache cannot serve this call: {why}", hint="give no cache")
+        say_once(f"a call runs module by module, not as a program: {why}")
+        return original(*args, **kwargs)
+    ids = call["input_ids"][0]
+    keeps_cache = past is not None or bool(call.get("use_cache", getattr(model.config, "use_cache", True)))
+    held = past if past is not None else program.new_cache(ids.numel() + (64 if keeps_cache else 0))
+    keep = min(int(call.get("logits_to_keep") or 0) or ids.numel(), ids.numel())
+    logits = program.run(ids, held, keep)[None]
+    return CausalLMOutputWithPast(logits=logits, past_key_values=held if keeps_cache else None)

@@ -1,0 +1,38 @@
+"""The C structures of `codegen/cpp/decoder/text/model.h`, as ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+__all__ = ["CKernel", "CLayer", "CLinear", "CModel", "CState"]
+
+_P, _I = ctypes.c_void_p, ctypes.c_int64
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def _structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
+
+
+CKernel: Any = _structure("CKernel", ("classes", _I), ("tokens", _I * 16), ("run", _P * 16))
+CLinear: Any = _structure(
+    "CLinear", ("kernel", _P), ("weight", _P), ("bias", _P), ("dense", _P), ("n", _I), ("k", _I), ("half", _I)
+)
+CLayer: Any = _structure(
+    "CLayer",
+    *((norm, _P) for norm in ("input_norm", "inner_norm", "query_norm", "key_norm")),
+    *((name, CLinear) for name in LINEARS),
+    ("window", _I),
+    ("rope", _I),
+)
+CModel: Any = _structure("CModel", ("layers", _P), ("embedding", _P), ("norm", _P), ("rope", _P * 2), ("head", CLinear))
+CState: Any = _structure(
+    "CState",
+    ("keys", _P),
+    ("values", _P),
+    *((count, _I) for count in ("context", "tokens", "threads")),
+    *((buffer, _P) for buffer in ("hidden", "normed", "qkv", "mixed", "inner", "scores")),
+    ("scratch", _P),
+    ("scratch_bytes", _I),
+)

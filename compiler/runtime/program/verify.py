@@ -1,0 +1,76 @@
+"""Comparing a program with the model it was made from: the walk that read the model is not trusted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.codegen.reference.backend import run_reference
+from lowbit.compiler.errors import RunError
+from lowbit.compiler.runtime.dispatch import parse_spec
+from lowbit.compiler.runtime.modules import PackedLinear
+from lowbit.compiler.runtime.program.engine import DecoderProgram
+
+__all__ = ["reference_layers", "verify_program"]
+
+TOLERANCE = {"float": 2e-3, "int16": 1e-2, "int8": 0.3}
+"""Largest allowed root-mean-square difference of logits, relative to their spread, by how products are formed."""
+
+
+@contextlib.contextmanager
+def reference_layers(model: nn.Module) -> Iterator[None]:
+    """Quantized layers run on the reference (decoded weights, float32) instead of their kernels."""
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    for layer in layers:
+        layer.forward = _reference(layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _reference(layer: PackedLinear) -> Any:
+    spec = parse_spec(layer.key)
+
+    def forward(
+        x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, spec.k)
+        rest = None if residual is None else residual.reshape(-1, spec.n_out)
+        return run_reference(spec, flat, layer.packed(), bias, rest).to(x.dtype).view(*x.shape[:-1], spec.n_out)
+
+    return forward
+
+
+def verify_program(program: DecoderProgram, model: nn.Module, prompt: int = 6, steps: int = 2) -> float:
+    """Run a prompt and single tokens through both; returns the relative difference of the logits.
+
+    Raises RunError (LB0565) when it is not rounding: the model does something the program does not.
+    """
+    total = min(prompt + steps, program.context)
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, program.spec.vocab, (total,), generator=rng)
+    with torch.no_grad(), reference_layers(model):
+        want = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    cache = program.new_cache(total)
+    got = [program.run(ids[:prompt], cache, keep=min(prompt, total))]
+    got += [program.run(ids[i : i + 1], cache) for i in range(prompt, total)]
+    spread = (want - want.mean(-1, keepdim=True)).square().mean().sqrt().clamp(min=1e-12)
+    error = float((torch.cat(got) - want).square().mean().sqrt() / spread)
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    limit = max((TOLERANCE[m.compute] for m in packed), default=TOLERANCE["float"])
+    low = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    limit += {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(low, 0.0)
+    if not error <= limit:
+        raise RunError(
+            "LB0565",
+            f"the program disagrees with the model: relative difference of logits {error:.2g} > {limit:.2g}",
+            where=type(model).__name__,
+            hint="use mode='modules', and report the model's architecture",
+        )
+    return error

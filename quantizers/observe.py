@@ -1,0 +1,100 @@
+"""What the inputs of linear layers look like, channel by channel: the ground for smoothing and permuting.
+
+Kept per site (one tensor, several readers): the largest magnitude and the mean square of every channel over all
+calibration tokens, and a few hundred of the tokens themselves, evenly spaced, on which choices can be tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.compiler.errors import RunError
+
+__all__ = ["SAMPLE_ROWS", "SiteObserver", "SiteStats"]
+
+SAMPLE_ROWS = 256
+"""Tokens that are kept of every site."""
+
+
+@dataclass(frozen=True, eq=False)
+class SiteStats:
+    """absmax [K]: largest magnitude of every channel. moment [K]: mean square. rows [r, K]: some tokens. tokens: seen.
+
+    All float32.
+    """
+
+    absmax: Tensor
+    moment: Tensor
+    rows: Tensor
+    tokens: int
+
+    def gathered(self, order: Tensor) -> SiteStats:
+        """The same with channels in another order."""
+        return replace(self, absmax=self.absmax[order], moment=self.moment[order], rows=self.rows[:, order])
+
+
+@dataclass
+class _Running:
+    absmax: Tensor
+    squares: Tensor
+    rows: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+
+    def add(self, x: Tensor, stride: int) -> None:
+        torch.maximum(self.absmax, x.abs().amax(0), out=self.absmax)
+        self.squares += x.double().square().sum(0)
+        first = -self.tokens % stride
+        self.rows.append(x[first::stride].clone())
+        self.tokens += x.shape[0]
+
+    def stats(self) -> SiteStats:
+        moment = (self.squares / max(self.tokens, 1)).float()
+        return SiteStats(self.absmax, moment, torch.cat(self.rows), self.tokens)
+
+
+class SiteObserver:
+    """A context manager around forward passes: `with observer: block(x)`.
+
+    modules: one reader of every site, by the site's name. tokens: how many will come, which spaces the sample. Raises
+    RunError (LB0510) when an input is not finite.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], tokens: int) -> None:
+        self._modules, self._stride = modules, max(1, tokens // SAMPLE_ROWS)
+        self._running: dict[str, _Running] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> SiteObserver:
+        for name, module in self._modules.items():
+            hook = lambda _module, args, name=name: self._saw(name, args[0])  # noqa: E731
+            self._handles.append(module.register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _saw(self, name: str, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not bool(rows.isfinite().all()):
+            raise RunError(
+                "LB0510",
+                "activations are not finite during calibration",
+                where=name,
+                hint="check the model in float32 on the same text",
+            )
+        if name not in self._running:
+            k = rows.shape[-1]
+            self._running[name] = _Running(torch.zeros(k), torch.zeros(k, dtype=torch.float64))
+        self._running[name].add(rows, self._stride)
+
+    def stats(self) -> dict[str, SiteStats]:
+        """What was seen, by site; sites no token reached are missing."""
+        return {name: running.stats() for name, running in self._running.items()}

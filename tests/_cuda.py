@@ -1,0 +1,59 @@
+"""Shared by tests of the CUDA backend: one layer, its kernel's source run on the CPU, and the reference's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.codegen.cuda.emulate import Emulation
+from lowbit.codegen.cuda.launch import core_spec
+from lowbit.codegen.cuda.plan import Plan
+from lowbit.codegen.reference.backend import run_reference
+from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.qtensor import PackedWeight
+from lowbit.quantizers.weights import pack_weights, random_weight
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+FRAGMENTS = LAYOUTS["fragments"]
+
+
+def spec_of(
+    fmt: str, segments: tuple[int, ...], k: int, x: str = "bf16", out: str = "f32", epilogue: tuple[str, ...] = ()
+) -> KernelSpec:
+    return KernelSpec(segments, k, str(parse_format(fmt)), str(FRAGMENTS), "float", x, out, epilogue)
+
+
+@dataclass
+class Layer:
+    """A spec with random weights and whatever its epilogue wants."""
+
+    spec: KernelSpec
+    weight: PackedWeight
+    rng: torch.Generator
+    bias: torch.Tensor | None
+
+    @staticmethod
+    def make(spec: KernelSpec, seed: int = 0) -> Layer:
+        rng = torch.Generator().manual_seed(seed)
+        weight = pack_weights([random_weight(spec.weight_format, n, spec.k, rng) for n in spec.segments], FRAGMENTS)
+        bias = torch.randn(sum(spec.segments), generator=rng) if "bias" in spec.epilogue else None
+        return Layer(spec, weight, rng, bias)
+
+    def inputs(self, m: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = torch.randn(m, self.spec.k, generator=self.rng).to(DTYPES[self.spec.x_dtype])
+        residual = torch.randn(m, self.spec.n_out, generator=self.rng).to(DTYPES[self.spec.out_dtype])
+        return x, residual if "residual" in self.spec.epilogue else None
+
+    def error(self, schedule: Schedule, m: int, blocks: int = 3, order: Sequence[int] | None = None) -> float:
+        """||emulated - reference|| / ||reference||; NaN when an element was not written."""
+        x, residual = self.inputs(m)
+        out = torch.full((m, self.spec.n_out), float("nan"), dtype=DTYPES[self.spec.out_dtype])
+        emulation = Emulation(Plan(core_spec(self.spec), schedule))
+        emulation.launch(x, self.weight, self.bias, residual, out, blocks, order)
+        want = run_reference(self.spec, x, self.weight, self.bias, residual).float()
+        return float((out.float() - want).norm() / want.norm())

@@ -1,0 +1,158 @@
+"""The kernels' own source, compiled for the CPU and run lane by lane, against the reference."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from _cuda import FRAGMENTS, Layer, spec_of
+
+from lowbit.codegen.cpp.toolchain import find_compiler
+from lowbit.codegen.cuda.emulate import Emulation
+from lowbit.codegen.cuda.launch import core_spec, finish_in_torch, split_float
+from lowbit.codegen.cuda.plan import Plan
+from lowbit.codegen.cuda.space import illegal
+from lowbit.codegen.reference.backend import run_reference
+from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.errors import KernelError
+from lowbit.compiler.ir.target import Target
+from lowbit.quantizers.formats import scalar_format
+from lowbit.quantizers.qtensor import QTensor, pack
+from lowbit.quantizers.weights import pack_weights, random_weight
+
+pytestmark = [
+    pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler"),
+    pytest.mark.real_kernels,
+]
+
+# Emulated sums are rounded to float32 once a matrix instruction. float16 operands put 4-bit integers on top of 1024,
+# whose rounding errors are what the larger bound allows.
+LIMIT = {"bf16": 4e-6, "f16": 4e-5}
+ONE = Schedule(1, 64, 128, 4, 4)
+SOME = Schedule(8, 64, 64, 2, 3).with_extra(bulk=1)
+SHARED = Schedule(32, 128, 64, 8, 3).with_extra(row_warps=4, exact=1, bulk=1)
+WIDE = Schedule(64, 256, 64, 8, 3).with_extra(row_warps=8, exact=1)
+WARPGROUPS = Schedule(64, 128, 64, 8, 4).with_extra(row_warps=8, exact=1, wgmma=1, bulk=1)
+GATED = ("bias", "silu_mul", "residual")
+
+CASES: dict[str, tuple[KernelSpec, Schedule, int]] = {
+    "one token": (spec_of("int4.g128.sym", (200,), 576, "f16"), ONE, 1),
+    "padded groups, odd columns": (spec_of("int3.g48.asym", (70, 30), 501, epilogue=("bias", "residual")), SOME, 5),
+    "gate and up": (
+        spec_of("int4.g64.asym", (136, 136), 576, epilogue=GATED),
+        Schedule(8, 128, 64, 4, 3).with_extra(bulk=1),
+        11,
+    ),
+    "two-level scales": (spec_of("nvfp4", (70, 30), 520, "f16"), Schedule(4, 64, 128, 4, 3), 3),
+    "shared activations, offsets": (spec_of("int2.g64.fz", (150,), 576), SHARED, 40),
+    "many tokens": (spec_of("int4.g64.asym", (200, 100), 320, "bf16", "bf16", ("bias",)), WIDE, 70),
+    "warpgroups": (spec_of("int4.g64.asym", (200, 100), 581, epilogue=("bias", "residual")), WARPGROUPS, 70),
+    "sums for whole rows": (spec_of("e3m2.ch", (100,), 320, "f16"), SOME, 9),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_agree_with_the_reference(name: str) -> None:
+    spec, schedule, m = CASES[name]
+    limit = LIMIT[spec.x_dtype] + (4e-3 if spec.out_dtype == "bf16" else 0)
+    assert Layer.make(spec).error(schedule, m) <= limit
+
+
+def test_any_number_and_order_of_thread_blocks() -> None:
+    """Whoever comes last finishes a tile, and gets the same bits: parts are added in their own order."""
+    layer = Layer.make(spec_of("int4.g64.sym", (200,), 900))
+    emulation = Emulation(Plan(layer.spec, Schedule(2, 64, 64, 2, 3)))
+    x, _ = layer.inputs(3)
+    want = run_reference(layer.spec, x, layer.weight)
+    for blocks in (1, 5, 13, 60):
+        found = []
+        for seed in range(3):
+            order = list(range(min(blocks, emulation.plan.units) * 2))
+            random.Random(seed).shuffle(order)
+            out = torch.full_like(want, float("nan"))
+            emulation.launch(x, layer.weight, None, None, out, blocks, order)
+            found.append(out)
+        assert float((found[0] - want).norm() / want.norm()) <= LIMIT["bf16"]
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e8m0"])
+def test_every_scale_of_a_byte(kind: str) -> None:
+    """A row for every byte that is a number; one weight of 1 and one activation of 1 give the scale itself."""
+    fmt = scalar_format(f"int4.ch.sym.{kind}")
+    codes = torch.full((256, 64), 8, dtype=torch.uint8)
+    codes[:, 5] = 9
+    scale = torch.arange(256, dtype=torch.uint8).view(fmt.scale_dtype)[:, None]
+    scale = torch.where(scale.float().isfinite(), scale.float(), torch.ones(())).to(fmt.scale_dtype)
+    spec = spec_of(str(fmt), (256,), 64)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    x[0, 5] = 1.0
+    out = torch.empty(1, 256)
+    Emulation(Plan(spec, ONE)).launch(x, pack([QTensor(fmt, codes, scale)], FRAGMENTS), None, None, out)
+    assert torch.equal(out[0], scale.float()[:, 0])
+
+
+def test_float32_activations_are_three_of_bfloat16() -> None:
+    layer = Layer.make(spec_of("int4.g64.sym", (136, 136), 320, "f32", "f32", GATED))
+    x, residual = layer.inputs(3)
+    limbs = split_float(x)
+    assert torch.equal(limbs.view(3, 3, 320).double().sum(0), x.double())
+    plan = Plan(core_spec(layer.spec), Schedule(16, 64, 64, 2, 3))
+    y = torch.empty(9, 272)
+    Emulation(plan).launch(limbs, layer.weight, None, None, y)
+    out = torch.empty(3, 136)
+    finish_in_torch(layer.spec, y, layer.bias, residual, out)
+    want = run_reference(layer.spec, x, layer.weight, layer.bias, residual)
+    assert float((out - want).norm() / want.norm()) <= LIMIT["bf16"]
+
+
+def test_a_copy_out_of_bounds_is_an_error() -> None:
+    spec = spec_of("int4.g64.sym", (64,), 128)
+    short = pack_weights([random_weight(spec.weight_format, 64, 64, torch.Generator())], FRAGMENTS)
+    with pytest.raises(KernelError, match=r"LB0461.*outside its tensor"):
+        Emulation(Plan(spec, ONE)).launch(torch.zeros(1, 128).bfloat16(), short, None, None, torch.empty(1, 64))
+
+
+FORMATS = [f"int{b}.{g}.{s}" for b in range(1, 9) for g, s in (("ch", "sym"), ("g32", "asym"), ("g96", "sym"))]
+FORMATS += ["int2.g64.fz", "int4.ch.fz", "int8.g128.fz", "e2m1.g32.e8m0", "nvfp4", "e3m2.ch", "e2m3.g64", "e4m3.g128",
+            "e5m2.ch", "e2m2.g48.f32", "int4.t.asym", "int5.g16.asym", "e3m1.g16", "int4.g100.asym", "int3.g20.sym",
+            "int6.g128.asym.f32"]  # fmt: skip
+
+
+def draw(seed: int) -> tuple[KernelSpec, Schedule, int, int]:
+    """A kernel that may exist, and tokens and thread blocks to run it with."""
+    r = random.Random(seed)
+    while True:
+        fmt, k = r.choice(FORMATS), r.choice((64, 100, 128, 192, 257, 320, 448, 581))
+        gated, dtype = r.random() < 0.25, r.choice(("bf16", "f16"))
+        n = r.randrange(1, 200)
+        segments = (n, n) if gated else (n, *[r.randrange(1, 100) for _ in range(r.randrange(3))])
+        steps = tuple(s for s in ("bias", "silu_mul", "residual") if (gated if s == "silu_mul" else r.random() < 0.3))
+        if scalar_format(fmt).granularity.group > k:
+            continue
+        row_warps = r.choice((1, 1, 2, 4, 8))
+        schedule = Schedule(
+            r.choice((1, 2, 4, 8, 16, 32, 64)), r.choice((64, 128, 256)), r.choice((64, 128)),
+            row_warps * r.choice((1, 2, 4)), r.choice((2, 3, 4)),
+        ).with_extra(row_warps=row_warps, exact=r.randrange(2), bulk=r.randrange(2), resident=1)  # fmt: skip
+        if r.random() < 0.15:
+            n = r.choice((64, 128))
+            schedule = replace(
+                WARPGROUPS, tile_m=r.choice((8, 64, 128)), tile_n=n, warps=n // 16, stages=r.choice((3, 4))
+            )
+            schedule = schedule.with_extra(row_warps=n // 16, resident=1)
+        spec = spec_of(fmt, segments, k, dtype, "f32", steps)
+        if illegal(Plan(spec, schedule), Target.parse("sm_90")) is None:
+            return spec, schedule, r.randrange(1, 2 * schedule.tile_m + 2), r.randrange(1, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(320))
+def test_odd_shapes(seed: int) -> None:
+    spec, schedule, m, blocks = draw(seed)
+    # Row scales of cancelling rows, and integers above 1024 in float16, leave a larger relative error in short sums.
+    assert Layer.make(spec, seed).error(schedule, m, blocks) <= 5 * LIMIT[spec.x_dtype]

@@ -1,0 +1,87 @@
+"""Kernels compile for GPUs that are not here: no spills, tensor cores, few instructions; compared with the baseline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lowbit.codegen.cuda.offline import CudaReport, inspect, loop_of
+from lowbit.codegen.cuda.toolchain import compile_cubin, find_nvcc, find_tool, nvcc_version
+from lowbit.compiler.errors import KernelError
+
+BENCH = Path(__file__).resolve().parents[3] / "bench"
+pytestmark = pytest.mark.skipif(find_nvcc() is None or find_tool("cuobjdump") is None, reason="no nvcc or cuobjdump")
+
+QUICK = ("sm_90 int4.g128.sym bf16 m1", "sm_80 int4.g128.sym f16 m1", "sm_90 int4.g128.sym bf16 m128")
+ARITHMETIC = {"sm_80 int4.g128.sym f16 m1": 1.25}
+"""Integer and float instructions for each weight, everything in the main loop included."""
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import offline  # type: ignore[import-not-found]
+
+    return offline  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubins")
+
+
+def check(offline: ModuleType, name: str, folder: Path) -> None:
+    job = offline.jobs()[name]
+    (report,) = inspect([job], folder)
+    assert report.spills == 0
+    assert report.stack == 0
+    assert set(report.matrix) == {"HGMMA" if job[1].get("wgmma", 0) else "HMMA"}
+    assert report.count("LDGSTS.E.BYPASS.128") > 0
+    assert report.count("LDL", "STL") == 0
+    assert report.decode <= ARITHMETIC.get(name, report.decode)
+    baseline = json.loads((BENCH / "results" / "offline.json").read_text())
+    if baseline["toolchain"] == nvcc_version():
+        assert offline.regressions(baseline["kernels"][name], report.summary()) == []
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_kernels_compile_as_meant(name: str, offline: ModuleType, folder: Path) -> None:
+    check(offline, name, folder)
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_as_meant(offline: ModuleType, folder: Path) -> None:
+    for name in offline.jobs():
+        check(offline, name, folder)
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    report = CudaReport("sm_90", 100, 0, 0, 1000, 9000, {"HMMA.16816": 4, "LDS.128": 2}, {"LOP3.LUT": 8}, 8)
+    return {**report.summary(), **changes}
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [{"spills": 4}, {"registers": 130}, {"matrix": {}}, {"arithmetic_per_weight": 1.2}, {"wide_shared_loads": 0}],
+    ids=str,
+)
+def test_a_regression_is_noticed(worse: dict[str, Any], offline: ModuleType) -> None:
+    assert offline.regressions(summary(), summary()) == []
+    assert offline.regressions(summary(), summary(**worse))
+
+
+def test_the_main_loop_is_the_one_that_multiplies() -> None:
+    lines = [(0, "MOV", ""), (16, "LOP3.LUT", ""), (32, "HMMA.16816", ""), (48, "BRA", " 0x10"), (64, "IADD3", ""),
+             (80, "BRA", " 0x40"), (96, "BRA", " 0x0")]  # fmt: skip
+    assert [name for _, name, _ in loop_of(lines)] == ["LOP3.LUT", "HMMA.16816", "BRA"]
+    assert loop_of(lines[:1]) == []
+
+
+def test_compiler_errors_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "bad.cu").write_text("__global__ void f() { this is no code }")
+    with pytest.raises(KernelError, match=r"(?s)LB0464.*error"):
+        compile_cubin(tmp_path / "bad.cu", ("-cubin",), tmp_path / "bad.cubin")

@@ -1,0 +1,160 @@
+"""A decoder as one native program: numbers as the model's own, text as the model's own, refusals that name the part."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from _models import SIZES, dequantized, swap_linears, tiny_llama
+from torch import nn
+
+import lowbit
+from lowbit.codegen.cpp.toolchain import find_compiler
+from lowbit.compiler.errors import KernelError, RunError
+from lowbit.compiler.runtime.modules import QuantLinear
+from lowbit.compiler.runtime.program.cache import ProgramCache
+from lowbit.compiler.runtime.program.engine import DecoderProgram
+from lowbit.compiler.runtime.program.parts import read_decoder
+from lowbit.compiler.runtime.program.verify import verify_program
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+
+
+def _ids(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 80, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def _tiny(name: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, "head_dim": 16, **changes})
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def _loud(model: Any) -> Any:
+    """Weights so large that attention and every bias matter."""
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3) if p.dim() > 1 else nn.init.uniform_(p, -0.2, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, nn.Module]:
+    """(a quantized Llama compiled to a program, the same model with dense oracle weights)."""
+    model = swap_linears(tiny_llama(), "int4.g32.sym")
+    oracle = dequantized(copy.deepcopy(model))
+    return lowbit.compile(model, max_tokens=4, mode="program", context=64), oracle
+
+
+@torch.no_grad()
+def test_logits_are_the_models(pair: tuple[Any, Any]) -> None:
+    model, oracle = pair
+    ids = _ids(23)[None]  # longer than a step, so the prompt is cut
+    got, want = model(ids).logits[0], oracle(ids).logits[0]
+    divergence = torch.nn.functional.kl_div(
+        got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="none"
+    )
+    assert divergence.sum(-1).abs().max() < 1e-6
+    one = model(ids, logits_to_keep=2).logits[0]
+    assert one.shape[0] == 2
+    assert torch.allclose(one, got[-2:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_generate_gives_the_models_text(pair: tuple[Any, Any]) -> None:
+    model, oracle = pair
+    for seed in range(3):
+        prompt = _ids(3 + 4 * seed, seed)
+        want = oracle.generate(prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None)
+        got = model.generate(prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None)
+        assert got.tolist() == want.tolist()
+        assert model.lowbit_program.generate(prompt, 20).tolist() == want[0].tolist()
+
+
+@torch.no_grad()
+def test_cache_grows_crops_and_ends(pair: tuple[Any, Any]) -> None:
+    model, _ = pair
+    program: DecoderProgram = model.lowbit_program
+    ids = _ids(40)
+    small, large = ProgramCache(program.spec, 1, 64), ProgramCache(program.spec, 64, 64)
+    assert small.capacity < large.capacity
+    want = program.run(ids, large, keep=40)
+    got = torch.cat([program.run(part, small, keep=part.numel()) for part in ids.split(7)])
+    assert torch.allclose(got, want, atol=1e-5)
+    small.crop(-10)
+    assert torch.allclose(program.run(ids[30:], small), want[-1:], atol=1e-5)
+    with pytest.raises(RunError, match="LB0562"):
+        program.run(_ids(30), small)
+    with pytest.raises(RunError, match="LB0564"):
+        program.run(torch.tensor([80]), program.new_cache())
+
+
+@torch.no_grad()
+def test_calls_it_does_not_do_run_module_by_module(
+    pair: tuple[Any, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, oracle = pair
+    monkeypatch.setenv("LOWBIT_BACKENDS", "reference")  # modules build kernels of their own: not here
+    batch = torch.stack([_ids(5), _ids(5, 1)])
+    assert torch.allclose(model(batch).logits, oracle(batch).logits, atol=1e-3)
+    assert "not one sequence" in caplog.text
+    with pytest.raises(RunError, match=r"LB0563.*embeddings"):
+        model(inputs_embeds=torch.zeros(1, 2, 64), past_key_values=model.lowbit_program.new_cache())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Mistral", {"sliding_window": 6}),
+        ("Qwen2", {}),
+        ("Qwen3", {"attention_bias": True}),
+        ("Gemma", {"hidden_activation": "gelu_pytorch_tanh"}),
+    ],
+)
+def test_architectures(name: str, changes: dict[str, Any]) -> None:
+    """Dense weights: what differs between families is between the linear layers."""
+    model = _loud(_tiny(name, **changes))
+    program = DecoderProgram(read_decoder(model, 48, "f32"), max_tokens=8, context=48)
+    assert verify_program(program, model, prompt=20, steps=3) < 1e-4
+
+
+@pytest.mark.slow
+def test_float16_caches_and_bfloat16_models_stay_close() -> None:
+    model = _tiny("Mistral", sliding_window=6).to(torch.bfloat16)
+    program = DecoderProgram(read_decoder(model, 48, "f16"), max_tokens=8, context=48)
+    assert verify_program(program, model) < 3e-2
+
+
+def test_a_program_that_disagrees_is_refused() -> None:
+    model = _loud(_tiny("Mistral", sliding_window=6))
+    parts = read_decoder(model, 48, "f32")
+    parts.rope[:, 1].neg_()  # as if positions turned the other way
+    with pytest.raises(RunError, match="LB0565"):
+        verify_program(DecoderProgram(parts, max_tokens=8, context=48), model)
+
+
+def test_refusals_name_the_part() -> None:
+    with pytest.raises(RunError, match=r"LB0560.*softcapping"):
+        read_decoder(_tiny("Gemma2"), 32)
+    plain = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    with pytest.raises(RunError, match=r"LB0560.*model.layers.0.*feedforward"):
+        read_decoder(_tiny("Gemma2", **plain), 32)
+    with pytest.raises(RunError, match="LB0560"):
+        read_decoder(nn.Linear(4, 4), 32)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(RunError, match=r"LB0560.*dynamic"):
+        read_decoder(tiny_llama(rope_parameters=rope), 32)
+    with pytest.raises(KernelError, match="LB0430"):
+        read_decoder(tiny_llama(), 32, "kv4")  # type: ignore[arg-type]
+    quantized = swap_linears(tiny_llama(), "int4.g32.sym")
+    with pytest.raises(RunError, match="LB0566"):
+        lowbit.compile(quantized.train(), mode="program")
+    with pytest.raises(RunError, match=r"LB0568.*'speed'"):
+        lowbit.compile(quantized.eval(), mode="speed")
+    with pytest.raises(RunError, match=r"LB0568.*'speed'"):
+        lowbit.compile(quantized, mode="program", speed=1)
+    with pytest.raises(RunError, match=r"LB0568.*'context'"):
+        lowbit.compile(quantized, context=3)
+    assert isinstance(quantized.model.layers[0].self_attn.q_proj, QuantLinear)  # nothing was changed
