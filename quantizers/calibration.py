@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ __all__ = [
     "LayerStats",
     "calibration_text",
     "calibration_tokens",
+    "hook_inputs",
 ]
 
 
@@ -106,6 +108,21 @@ class HessianAccumulator:
         return LayerStats((mean + mean.T) / 2, self.tokens)
 
 
+def hook_inputs(modules: Mapping[str, nn.Module], saw: Callable[[str, Tensor], Tensor | None]) -> ExitStack:
+    """Call `saw(name, x)` with the first argument of every call of a module, which becomes what `saw` returns unless
+    that is None. The hooks go when the result is closed."""
+    hooks = ExitStack()
+
+    def before(name: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = saw(name, args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    for name, module in modules.items():
+        hook = lambda _module, args, name=name: before(name, args)  # noqa: E731
+        hooks.callback(module.register_forward_pre_hook(hook).remove)
+    return hooks
+
+
 @dataclass
 class InputGroups:
     """Finds which linear layers read the same tensor, and accumulates one Hessian per such tensor.
@@ -129,18 +146,14 @@ class InputGroups:
     def __post_init__(self) -> None:
         self._index = {name: i for i, group in enumerate(self.order) for name in group}
         self._live: list[tuple[Tensor, int]] = []
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> InputGroups:
-        for name, module in self.linears.items():
-            hook = lambda _module, args, name=name: self._saw(name, args[0])  # noqa: E731
-            self._handles.append(module.register_forward_pre_hook(hook))
+        self._hooks = hook_inputs(self.linears, self._saw)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
         self._live.clear()
 
     def start(self) -> None:

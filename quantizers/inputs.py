@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.quantizers.calibration import hook_inputs
 from lowbit.quantizers.formats import ActivationFormat
 from lowbit.quantizers.hadamard import rotate
 from lowbit.quantizers.observe import SiteStats
@@ -65,18 +65,13 @@ def input_hooks(
         last[:] = [*last[-3:], (x, what, result)]
         return result
 
-    handles: list[Any] = []
-    for path, module in modules.items():
-        what = inputs.get(path)
-        if what is not None and (what.rotation or (rounding and what.format is not None)):
-            hook = lambda _module, args, what=what: (changed(args[0], what), *args[1:])  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
-    try:
+    chosen = {
+        path: module
+        for path, module in modules.items()
+        if (what := inputs.get(path)) is not None and (what.rotation or (rounding and what.format is not None))
+    }
+    with hook_inputs(chosen, lambda path, x: changed(x, inputs[path])):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        last.clear()
 
 
 def static_scales(stats: SiteStats, fmt: ActivationFormat) -> Tensor:

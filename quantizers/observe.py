@@ -7,14 +7,15 @@ calibration tokens, and a few hundred of the tokens themselves, evenly spaced, o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.compiler.errors import RunError
+from lowbit.quantizers.calibration import hook_inputs
 
 __all__ = ["SAMPLE_ROWS", "SiteObserver", "SiteStats"]
 
@@ -68,18 +69,14 @@ class SiteObserver:
     def __init__(self, modules: Mapping[str, nn.Module], tokens: int) -> None:
         self._modules, self._stride = modules, max(1, tokens // SAMPLE_ROWS)
         self._running: dict[str, _Running] = {}
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> SiteObserver:
-        for name, module in self._modules.items():
-            hook = lambda _module, args, name=name: self._saw(name, args[0])  # noqa: E731
-            self._handles.append(module.register_forward_pre_hook(hook))
+        self._hooks = hook_inputs(self._modules, self._saw)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def _saw(self, name: str, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1]).float()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from _cuda import DTYPES, FRAGMENTS, spec_of
+from _cuda import FRAGMENTS, spec_of
+from _gpu import TOLERANCE, Problem
 
 from lowbit.codegen.backend import Launcher
 from lowbit.codegen.cuda.backend import CudaBackend
@@ -22,12 +22,10 @@ from lowbit.compiler.ir.target import Target
 from lowbit.compiler.runtime.dispatch import kernel_for
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.formats import scalar_format
-from lowbit.quantizers.qtensor import PackedWeight
-from lowbit.quantizers.weights import pack_weights, random_weight
+from lowbit.quantizers.weights import random_weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(find_nvcc() is None, reason="nvcc was not found")]
 
-TOLERANCE = {"f32": 2e-5, "bf16": 6e-3, "f16": 1e-3}
 SCHEDULES = {
     "one": Schedule(1, 64, 128, 4, 4),
     "few": Schedule(8, 64, 64, 4, 3),
@@ -62,58 +60,14 @@ def load(tmp_path: Path) -> Load:
     return build
 
 
-@dataclass
-class Problem:
-    """One layer on the GPU with everything an epilogue may want."""
-
-    spec: KernelSpec
-    weight: PackedWeight
-    dense: torch.Tensor
-    bias: torch.Tensor | None
-
-    @staticmethod
-    def make(fmt: str, segments: tuple[int, ...], k: int, x: str = "bf16", epilogue: tuple[str, ...] = ()) -> Problem:
-        spec = spec_of(fmt, segments, k, x, x, epilogue)
-        rng = torch.Generator().manual_seed(7)
-        parts = [random_weight(spec.weight_format, n, k, rng) for n in segments]
-        p = pack_weights(parts, FRAGMENTS)
-        weight = replace(p, tensors={name: t.cuda() for name, t in p.tensors.items()})
-        dense = torch.cat([q.dequantize() for q in parts]).double().cuda()
-        bias = torch.randn(sum(segments), generator=rng).cuda() if "bias" in epilogue else None
-        return Problem(spec, weight, dense, bias)
-
-    def tokens(self, m: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dtype = DTYPES[self.spec.x_dtype]
-        x = torch.randn(m, self.spec.k, device="cuda").to(dtype)
-        residual = torch.randn(m, self.spec.n_out, device="cuda").to(dtype)
-        return x, residual if "residual" in self.spec.epilogue else None
-
-    def out(self, m: int) -> torch.Tensor:
-        return torch.full((m, self.spec.n_out), float("nan"), dtype=DTYPES[self.spec.out_dtype], device="cuda")
-
-    def check(self, x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor) -> None:
-        want = x.double() @ self.dense.T
-        if self.bias is not None:
-            want = want + self.bias
-        if "silu_mul" in self.spec.epilogue:
-            gate, up = want.chunk(2, dim=1)
-            want = torch.nn.functional.silu(gate) * up
-        if residual is not None:
-            want = want + residual
-        error = float((out.double() - want).norm() / want.norm())
-        assert error <= TOLERANCE[self.spec.x_dtype], f"relative error {error:.2e}"
-
-    def run(self, launch: Launcher, m: int) -> None:
-        x, residual = self.tokens(m)
-        out = self.out(m)
-        launch(x, self.weight, self.bias, residual, out)
-        self.check(x, residual, out)
+def problem_of(fmt: str, segments: tuple[int, ...], k: int, x: str = "bf16", epilogue: tuple[str, ...] = ()) -> Problem:
+    return Problem.of(spec_of(fmt, segments, k, x, x, epilogue))
 
 
 @pytest.mark.parametrize("shape", SCHEDULES)
 @pytest.mark.parametrize("fmt", ["int4.g128.sym", "int3.g64.asym", "int8.ch.sym", "int1.g48.sym", "e3m2.ch", "nvfp4"])
 def test_formats(fmt: str, shape: str, load: Load) -> None:
-    problem = Problem.make(fmt, (200,), 576)
+    problem = problem_of(fmt, (200,), 576)
     launch = load(problem.spec, SCHEDULES[shape])
     for m in (1, 3, 17, 100):
         problem.run(launch, m)
@@ -125,29 +79,29 @@ WIDTHS = [(bits, s) for s in ("sym", "asym", "fz") for bits in range(1, 9) if s 
 @pytest.mark.parametrize(("bits", "symmetry"), WIDTHS)
 def test_every_width(bits: int, symmetry: str, load: Load) -> None:
     for x in ("bf16", "f16"):
-        problem = Problem.make(f"int{bits}.g32.{symmetry}", (136,), 320, x)
+        problem = problem_of(f"int{bits}.g32.{symmetry}", (136,), 320, x)
         problem.run(load(problem.spec, SCHEDULES["few"]), 5)
 
 
 @pytest.mark.parametrize("x", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("shape", SCHEDULES)
 def test_dtypes(x: str, shape: str, load: Load) -> None:
-    problem = Problem.make("int4.g64.asym", (200,), 576, x)
+    problem = problem_of("int4.g64.asym", (200,), 576, x)
     problem.run(load(problem.spec, SCHEDULES[shape]), 9)
 
 
 @pytest.mark.parametrize("shape", ["two tiles", "shared", "shared bulk", "warpgroups"])
 def test_epilogues(shape: str, load: Load) -> None:
-    gated = Problem.make("int4.g64.asym", (136, 136), 576, epilogue=("bias", "silu_mul", "residual"))
+    gated = problem_of("int4.g64.asym", (136, 136), 576, epilogue=("bias", "silu_mul", "residual"))
     gated.run(load(gated.spec, SCHEDULES[shape]), 5)
-    chain = Problem.make("int4.g64.asym", (136, 70), 581, epilogue=("bias", "residual"))
+    chain = problem_of("int4.g64.asym", (136, 70), 581, epilogue=("bias", "residual"))
     chain.run(load(chain.spec, SCHEDULES[shape]), 5)
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 64, 300, 1024])
 @pytest.mark.parametrize("fmt", ["int4.g128.sym", "int2.g64.asym", "e2m1.g32.e8m0", "int8.ch.sym"])
 def test_predicted_best_schedules(fmt: str, m: int, load: Load) -> None:
-    problem = Problem.make(fmt, (4096,), 2048)
+    problem = problem_of(fmt, (4096,), 2048)
     for schedule in list(CudaBackend().schedules(problem.spec, here(), m))[:3]:
         problem.run(load(problem.spec, schedule), m)
 
@@ -155,14 +109,14 @@ def test_predicted_best_schedules(fmt: str, m: int, load: Load) -> None:
 @pytest.mark.parametrize("fmt", ["int4.ch.sym", "int8.ch.asym"])
 def test_long_sums_of_float16_stay_accurate(fmt: str, load: Load) -> None:
     """Integers ride on top of 1024: what tensor cores round away must not add up along many columns."""
-    problem = Problem.make(fmt, (256,), 16384, "f16")
+    problem = problem_of(fmt, (256,), 16384, "f16")
     problem.run(load(problem.spec, SCHEDULES["one"]), 1)
 
 
 @pytest.mark.parametrize("shape", ["one", "bulk", "many", "warpgroups"])
 def test_cuda_graph(shape: str, load: Load) -> None:
     """Captured once, replayed on new inputs, with eager calls between replays."""
-    problem = Problem.make("int4.g64.asym", (1000,), 2048)
+    problem = problem_of("int4.g64.asym", (1000,), 2048)
     launch = load(problem.spec, SCHEDULES[shape])
     x, out = problem.tokens(4)[0], problem.out(4)
     graph = torch.cuda.CUDAGraph()
@@ -180,7 +134,7 @@ def test_cuda_graph(shape: str, load: Load) -> None:
 @pytest.mark.parametrize("early", [0, 1])
 def test_current_stream(early: int, load: Load) -> None:
     """The launch waits for work queued before it on the current stream, also where it may start early."""
-    problem = Problem.make("int4.g64.asym", (200,), 576)
+    problem = problem_of("int4.g64.asym", (200,), 576)
     launch = load(problem.spec, SCHEDULES["few"].with_extra(early=early))
     x, out = problem.tokens(4)[0], problem.out(4)
     side = torch.cuda.Stream()
@@ -197,7 +151,7 @@ def test_current_stream(early: int, load: Load) -> None:
 
 
 def test_two_streams_do_not_share_workspace(load: Load) -> None:
-    problem = Problem.make("int4.g64.asym", (2048,), 2048)
+    problem = problem_of("int4.g64.asym", (2048,), 2048)
     launch = load(problem.spec, SCHEDULES["sixteen"])
     streams = [torch.cuda.Stream() for _ in range(2)]
     inputs = [problem.tokens(16)[0] for _ in range(16)]
@@ -212,7 +166,7 @@ def test_two_streams_do_not_share_workspace(load: Load) -> None:
 
 
 def test_split_sums_are_deterministic(load: Load) -> None:
-    problem = Problem.make("int4.g64.asym", (200,), 8192)
+    problem = problem_of("int4.g64.asym", (200,), 8192)
     launch = load(problem.spec, SCHEDULES["few"])
     x, first, again = problem.tokens(16)[0], problem.out(16), problem.out(16)
     launch(x, problem.weight, None, None, first)
@@ -222,7 +176,7 @@ def test_split_sums_are_deterministic(load: Load) -> None:
 
 
 def test_unaligned_activations(load: Load) -> None:
-    problem = Problem.make("int4.g64.asym", (200,), 576)
+    problem = problem_of("int4.g64.asym", (200,), 576)
     launch = load(problem.spec, SCHEDULES["few"])
     flat = torch.randn(3 * 576 + 1, device="cuda").bfloat16()
     x, out = flat[1:].view(3, 576), problem.out(3)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from _gpu import TOLERANCE, Problem
 
 from lowbit.codegen.backend import Launcher
 from lowbit.codegen.schedule import Schedule
@@ -18,14 +18,10 @@ from lowbit.compiler.ir.target import Target
 from lowbit.compiler.runtime.dispatch import kernel_for
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.formats import parse_format, scalar_format
-from lowbit.quantizers.qtensor import PackedWeight, QTensor
-from lowbit.quantizers.weights import pack_weights, random_weight
+from lowbit.quantizers.qtensor import QTensor
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-TOLERANCE = {"f32": 2e-5, "bf16": 6e-3, "f16": 1e-3}
-INT8_TOLERANCE = 2e-2  # activations are rounded to 8 bits
 GEMV = Schedule(1, 32, 128, 4, 2).with_extra(gemv=1, scale_after=1)
 GEMV_SPLIT = Schedule(4, 32, 128, 4, 2, split_k=2).with_extra(gemv=1)
 DOT = Schedule(16, 64, 64, 4, 3)
@@ -53,61 +49,16 @@ def load(tmp_path: Path) -> Load:
     return build
 
 
-@dataclass
-class Problem:
-    """One layer on the GPU with everything an epilogue may want."""
-
-    spec: KernelSpec
-    weight: PackedWeight
-    dense: torch.Tensor
-    bias: torch.Tensor | None
-
-    @staticmethod
-    def make(
-        fmt: str,
-        segments: tuple[int, ...],
-        k: int,
-        x: str = "bf16",
-        epilogue: tuple[str, ...] = (),
-        compute: str = "float",
-    ) -> Problem:
-        layout = LAYOUTS[TritonBackend().layout_of(parse_format(fmt))]
-        spec = KernelSpec(segments, k, fmt, str(layout), compute, x, x, epilogue)  # type: ignore[arg-type]
-        rng = torch.Generator().manual_seed(7)
-        parts = [random_weight(spec.weight_format, n, k, rng) for n in segments]
-        p = pack_weights(parts, layout)
-        weight = replace(p, tensors={name: t.cuda() for name, t in p.tensors.items()})
-        dense = torch.cat([q.dequantize() for q in parts]).double().cuda()
-        bias = torch.randn(sum(segments), generator=rng).cuda() if "bias" in epilogue else None
-        return Problem(spec, weight, dense, bias)
-
-    def tokens(self, m: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dtype = DTYPES[self.spec.x_dtype]
-        x = torch.randn(m, self.spec.k, device="cuda").to(dtype)
-        residual = torch.randn(m, self.spec.n_out, device="cuda").to(dtype)
-        return x, residual if "residual" in self.spec.epilogue else None
-
-    def out(self, m: int) -> torch.Tensor:
-        return torch.full((m, self.spec.n_out), float("nan"), dtype=DTYPES[self.spec.out_dtype], device="cuda")
-
-    def check(self, x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor) -> None:
-        want = x.double() @ self.dense.T
-        if self.bias is not None:
-            want = want + self.bias
-        if "silu_mul" in self.spec.epilogue:
-            gate, up = want.chunk(2, dim=1)
-            want = torch.nn.functional.silu(gate) * up
-        if residual is not None:
-            want = want + residual
-        error = float((out.double() - want).norm() / want.norm())
-        limit = TOLERANCE[self.spec.x_dtype] if self.spec.compute == "float" else INT8_TOLERANCE
-        assert error <= limit, f"relative error {error:.2e}"
-
-    def run(self, launch: Launcher, m: int) -> None:
-        x, residual = self.tokens(m)
-        out = self.out(m)
-        launch(x, self.weight, self.bias, residual, out)
-        self.check(x, residual, out)
+def problem_of(
+    fmt: str,
+    segments: tuple[int, ...],
+    k: int,
+    x: str = "bf16",
+    epilogue: tuple[str, ...] = (),
+    compute: str = "float",
+) -> Problem:
+    layout = LAYOUTS[TritonBackend().layout_of(parse_format(fmt))]
+    return Problem.of(KernelSpec(segments, k, fmt, str(layout), compute, x, x, epilogue))  # type: ignore[arg-type]
 
 
 def tokens_for(schedule: Schedule) -> tuple[int, ...]:
@@ -117,7 +68,7 @@ def tokens_for(schedule: Schedule) -> tuple[int, ...]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("fmt", ["int4.g128.sym", "int3.g64.asym", "int8.ch.sym", "int1.g48.sym", "int7.t.asym"])
 def test_formats(fmt: str, shape: str, load: Load) -> None:
-    problem = Problem.make(fmt, (200,), 576)
+    problem = problem_of(fmt, (200,), 576)
     launch = load(problem.spec, SHAPES[shape])
     for m in tokens_for(SHAPES[shape]):
         problem.run(launch, m)
@@ -128,7 +79,7 @@ WIDTHS = [(bits, s) for s in ("sym", "asym", "fz") for bits in range(1, 9) if s 
 
 @pytest.mark.parametrize(("bits", "symmetry"), WIDTHS)
 def test_every_width(bits: int, symmetry: str, load: Load) -> None:
-    problem = Problem.make(f"int{bits}.g32.{symmetry}", (136,), 320)
+    problem = problem_of(f"int{bits}.g32.{symmetry}", (136,), 320)
     problem.run(load(problem.spec, DOT), 5)
     problem.run(load(problem.spec, GEMV), 1)
 
@@ -136,21 +87,21 @@ def test_every_width(bits: int, symmetry: str, load: Load) -> None:
 @pytest.mark.parametrize("x", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("shape", ["gemv", "dot", "split", "wide", "wide-swap"])
 def test_dtypes(x: str, shape: str, load: Load) -> None:
-    problem = Problem.make("int4.g64.asym", (200,), 576, x)
+    problem = problem_of("int4.g64.asym", (200,), 576, x)
     problem.run(load(problem.spec, SHAPES[shape]), 9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_epilogues(shape: str, load: Load) -> None:
-    gated = Problem.make("int4.g64.asym", (136, 136), 576, epilogue=("bias", "silu_mul", "residual"))
+    gated = problem_of("int4.g64.asym", (136, 136), 576, epilogue=("bias", "silu_mul", "residual"))
     gated.run(load(gated.spec, SHAPES[shape]), 5)
-    chain = Problem.make("int4.g64.asym", (136, 70), 576, epilogue=("bias", "residual"))
+    chain = problem_of("int4.g64.asym", (136, 70), 576, epilogue=("bias", "residual"))
     chain.run(load(chain.spec, SHAPES[shape]), 5)
 
 
 @pytest.mark.parametrize("fmt", ["int4.g128.sym", "int8.ch.asym", "int2.g64.asym", "int4.g96.sym", "int2.g64.fz"])
 def test_int8_products(fmt: str, load: Load) -> None:
-    problem = Problem.make(fmt, (200,), 576, compute="int8")
+    problem = problem_of(fmt, (200,), 576, compute="int8")
     for schedule in (DOT, WIDE, DOT.with_extra(swap=1), Schedule(16, 64, 64, 4, 3, split_k=2)):
         problem.run(load(problem.spec, schedule), 33)
 
@@ -177,7 +128,7 @@ VECTOR_FORMATS = [
 @pytest.mark.parametrize("shape", VECTOR_SHAPES)
 @pytest.mark.parametrize("fmt", VECTOR_FORMATS)
 def test_vector_formats(fmt: str, shape: str, load: Load) -> None:
-    problem = Problem.make(fmt, (203,), 581)
+    problem = problem_of(fmt, (203,), 581)
     launch = load(problem.spec, VECTOR_SHAPES[shape])
     for m in tokens_for(VECTOR_SHAPES[shape]):
         problem.run(launch, m)
@@ -185,15 +136,15 @@ def test_vector_formats(fmt: str, shape: str, load: Load) -> None:
 
 @pytest.mark.parametrize("shape", ["gemv-split", "split", "wide"])
 def test_vector_segments_and_epilogues(shape: str, load: Load) -> None:
-    gated = Problem.make("vq.d8.k256.r256", (133, 133), 576, epilogue=("bias", "silu_mul", "residual"))
+    gated = problem_of("vq.d8.k256.r256", (133, 133), 576, epilogue=("bias", "silu_mul", "residual"))
     gated.run(load(gated.spec, VECTOR_SHAPES[shape]), 5)
-    chain = Problem.make("vq.d4.k256.rn", (133, 70, 31), 576, "f16", epilogue=("bias", "residual"))
+    chain = problem_of("vq.d4.k256.rn", (133, 70, 31), 576, "f16", epilogue=("bias", "residual"))
     chain.run(load(chain.spec, VECTOR_SHAPES[shape]), 5)
 
 
 def test_prepared_activations_in_a_cuda_graph(load: Load) -> None:
     """Two kernels and a workspace in one capture, replayed on new inputs."""
-    problem = Problem.make("vq.d8.k256.c2.o1pv4k256.cn", (200,), 584)
+    problem = problem_of("vq.d8.k256.c2.o1pv4k256.cn", (200,), 584)
     launch = load(problem.spec, VECTOR_SHAPES["split"])
     x, out = problem.tokens(9)[0], problem.out(9)
     graph = torch.cuda.CUDAGraph()
@@ -209,7 +160,7 @@ def test_prepared_activations_in_a_cuda_graph(load: Load) -> None:
 @pytest.mark.parametrize("m", [1, 16, 64, 300])
 @pytest.mark.parametrize("fmt", ["int4.g128.sym", "int3.g64.asym", "int2.g64.fz", "vq.d4.k256", "vq.d8.k256.r256"])
 def test_predicted_best_schedules(fmt: str, m: int, load: Load) -> None:
-    problem = Problem.make(fmt, (1024,), 2048)
+    problem = problem_of(fmt, (1024,), 2048)
     major, minor = torch.cuda.get_device_capability()
     target = Target("cuda", f"sm_{major}{minor}")
     for schedule in list(TritonBackend().schedules(problem.spec, target, m))[:2]:
@@ -218,14 +169,14 @@ def test_predicted_best_schedules(fmt: str, m: int, load: Load) -> None:
 
 def test_many_tokens_cross_band_edges(load: Load) -> None:
     """More than 8 token tiles, so that several bands of programs exist and the last one is partial."""
-    problem = Problem.make("int4.g128.sym", (200,), 256)
+    problem = problem_of("int4.g128.sym", (200,), 256)
     problem.run(load(problem.spec, DOT), 16 * 19 + 5)
 
 
 @pytest.mark.parametrize("schedule", [DOT, SPLIT, GEMV_SPLIT], ids=["dot", "split", "gemv-split"])
 def test_cuda_graph(schedule: Schedule, load: Load) -> None:
     """Captured once, replayed on new inputs, with eager calls between replays."""
-    problem = Problem.make("int4.g64.asym", (200,), 576)
+    problem = problem_of("int4.g64.asym", (200,), 576)
     launch = load(problem.spec, schedule)
     x, out = problem.tokens(4)[0], problem.out(4)
     graph = torch.cuda.CUDAGraph()
@@ -250,7 +201,7 @@ def side_stream() -> Iterator[torch.cuda.Stream]:
 @pytest.mark.parametrize("compute", ["float", "int8"])
 def test_current_stream(compute: str, load: Load, side_stream: torch.cuda.Stream) -> None:
     """The launch waits for work queued before it on the current stream, and for nothing else to be right."""
-    problem = Problem.make("int4.g64.asym", (200,), 576, compute=compute)
+    problem = problem_of("int4.g64.asym", (200,), 576, compute=compute)
     launch = load(problem.spec, SPLIT)
     x, fresh, out = problem.tokens(4)[0], problem.tokens(4)[0], problem.out(4)
     side_stream.wait_stream(torch.cuda.current_stream())
@@ -263,7 +214,7 @@ def test_current_stream(compute: str, load: Load, side_stream: torch.cuda.Stream
 
 
 def test_two_streams_do_not_share_counters(load: Load) -> None:
-    problem = Problem.make("int4.g64.asym", (2048,), 2048)
+    problem = problem_of("int4.g64.asym", (2048,), 2048)
     launch = load(problem.spec, SPLIT)
     streams = [torch.cuda.Stream() for _ in range(2)]
     inputs = [problem.tokens(16)[0] for _ in range(16)]
@@ -278,7 +229,7 @@ def test_two_streams_do_not_share_counters(load: Load) -> None:
 
 
 def test_split_k_is_deterministic(load: Load) -> None:
-    problem = Problem.make("int4.g64.asym", (200,), 2048)
+    problem = problem_of("int4.g64.asym", (200,), 2048)
     launch = load(problem.spec, SPLIT)
     x, first, again = problem.tokens(16)[0], problem.out(16), problem.out(16)
     launch(x, problem.weight, None, None, first)
@@ -288,7 +239,7 @@ def test_split_k_is_deterministic(load: Load) -> None:
 
 
 def test_unaligned_activations(load: Load) -> None:
-    problem = Problem.make("int4.g64.asym", (200,), 576)
+    problem = problem_of("int4.g64.asym", (200,), 576)
     launch = load(problem.spec, DOT)
     flat = torch.randn(3 * 576 + 1, device="cuda").bfloat16()
     x, out = flat[1:].view(3, 576), problem.out(3)
@@ -298,7 +249,7 @@ def test_unaligned_activations(load: Load) -> None:
 
 def test_module_dispatches_by_tokens() -> None:
     """A quantized layer on the GPU runs this backend for every token count, with another schedule where it helps."""
-    problem = Problem.make("int4.g64.asym", (512,), 576)
+    problem = problem_of("int4.g64.asym", (512,), 576)
     rng = torch.Generator().manual_seed(1)
     fmt = scalar_format("int4.g64.asym")
     codes = torch.randint(0, 16, (512, 576), generator=rng).to(torch.uint8)
