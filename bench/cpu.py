@@ -1,4 +1,4 @@
-"""CPU kernels side by side with torch and llama.cpp, interleaved in one process, cold weights.
+"""CPU kernels side by side with torch, llama.cpp and onnxruntime, interleaved in one process, cold weights.
 
 Every kernel of one shape is visited in turn, and every visit uses the next of several copies of its weights, so that
 weights come from memory as they do in a model. One thread is timed with the thread's CPU clock, several with the wall
@@ -12,7 +12,9 @@ slowly than one thread's CPU clock says it can: other processes held the cores, 
 
 With `--activations`, kernels whose activations are rounded to these formats are added, and torch's own int8 product
 `torch._int_mm` beside them, its rounding of x to int8 included, as they include theirs. llama.cpp's kernels take part
-where its libraries are found (see `ggml_peer.py`); otherwise a line says so.
+where its libraries are found (see `ggml_peer.py`), onnxruntime's where it can be imported (`ort_peer.py`); otherwise a
+line says so. `vs_torch`, `vs_llamacpp` and `vs_onnxruntime` compare with the fastest kernel of each whose codes have as
+many bits as ours or more.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import platform
 import statistics
@@ -32,8 +35,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ort_peer
 import torch
-from ggml_peer import TYPES, Ggml, find_libraries
+from ggml_peer import BITS, TYPES, Ggml, find_libraries
 
 from lowbit.codegen.cpp.assemble import ISA_FLAGS
 from lowbit.codegen.cpp.backend import CppBackend
@@ -43,11 +47,13 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import host_target
 from lowbit.compiler.runtime.build import sample_weight
-from lowbit.quantizers.formats import exact_integers, parse_format
+from lowbit.quantizers.formats import VectorFormat, exact_integers, parse_format
 from lowbit.quantizers.qtensor import PackedWeight
 
 BACKEND = CppBackend()
 COLD_BYTES = 128 << 20
+_PEERS = {"torch": "vs_torch", "ggml": "vs_llamacpp", "ort": "vs_onnxruntime"}
+_TORCH_BITS = {"bf16": 16, "f32": 32, "int8": 8, "int4pack.g128": 4}
 Call = Callable[[], object]
 
 _READ = """
@@ -97,8 +103,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", metavar="M", help="instead of the usual")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--ggml", nargs="*", choices=sorted(TYPES), help="llama.cpp's types; none: leave it out")
+    parser.add_argument(
+        "--ort", nargs="*", type=int, choices=ort_peer.BITS, help="onnxruntime's bits; none: leave it out"
+    )
     options = parser.parse_args()
     ggml, kinds = open_ggml(options.ggml)
+    ort = Ort.open(options.ort)
     shapes = [(4096, 4096)] if options.quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
     shapes = [(n, k) for n, k in options.shape] if options.shape else shapes
     formats = ["int4.g128.asym", "int4.g128.sym", "int8.ch.sym", "int2.g64.asym", "int3.g128.asym", "int2.g64.fz"]
@@ -112,23 +122,45 @@ def main() -> None:
         for m in tokens:
             if m == 512 and (n, k) != (4096, 4096) and not options.activations:
                 continue
-            rows += measure(formats, options.activations, n, k, m, bandwidth, options.quick, ggml, kinds)
+            rows += measure(formats, options.activations, n, k, m, bandwidth, options.quick, ggml, kinds, ort)
             if options.json:  # after every shape: a run on a busy machine is long
-                save(options.json, rows, bandwidth, ggml)
+                save(options.json, rows, bandwidth, ggml, ort)
 
 
-def save(path: Path, rows: list[dict[str, Any]], bandwidth: dict[int, float], ggml: Ggml | None) -> None:
+def save(
+    path: Path, rows: list[dict[str, Any]], bandwidth: dict[int, float], ggml: Ggml | None, ort: Ort | None
+) -> None:
     """Write the rows so far, and where they were measured."""
     versions = {"torch": torch.__version__, "python": platform.python_version(), "compiler": BACKEND.toolchain()}
     result = {
         "machine": machine(bandwidth),
-        "versions": versions | ({"ggml": ggml.version} if ggml else {}),
+        "versions": versions
+        | ({"ggml": ggml.version} if ggml else {})
+        | ({"onnxruntime": ort.module.__version__} if ort else {}),
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "kernels": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Ort:
+    """onnxruntime, if it is there and wanted, and the bits to measure."""
+
+    module: Any
+    bits: tuple[int, ...]
+
+    @staticmethod
+    def open(bits: list[int] | None) -> Ort | None:
+        module = None if bits == [] else ort_peer.find_onnxruntime()
+        if module is None and bits:
+            sys.exit("--ort needs onnxruntime and onnx, or LOWBIT_ORT naming the folder of an environment's packages")
+        if module is None:
+            print("onnxruntime is left out" + ("" if bits == [] else ": it or onnx is not here, LOWBIT_ORT is not set"))
+            return None
+        return Ort(module, tuple(bits or ort_peer.BITS))
 
 
 def open_ggml(kinds: list[str] | None) -> tuple[Ggml | None, list[str]]:
@@ -152,6 +184,7 @@ def measure(
     quick: bool,
     ggml: Ggml | None,
     kinds: list[str],
+    ort: Ort | None,
 ) -> list[dict[str, Any]]:
     """Rows of one shape and token count at every thread count, printed as they come."""
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -159,6 +192,7 @@ def measure(
     kernels += [ours(fmt, "int8", n, k, m, x, a) for a in activations for fmt in formats]
     kernels += torch_kernels(n, k, m, x) + ([torch_int8(n, k, m, x)] if activations else [])
     kernels += ggml_kernels(ggml, kinds, n, x) if ggml else []
+    kernels += ort_kernels(ort, n, x) if ort else []
     reps = (5 if quick or n * k > 2**25 else 9) if m >= 64 else (20 if quick else 40)
     rows = []
     alone = bandwidth.get(1, 0.0)
@@ -199,6 +233,8 @@ def row(timed: Timed, us: list[float], where: dict[str, Any], roof: float, peers
     if "torch int8" in peers:
         found["vs_torch_int8"] = round(peers["torch int8"] / typical, 2)
     theirs = {name.removeprefix("ggml "): us for name, us in peers.items() if name.startswith("ggml ")}
+    if "schedule" in found:
+        found |= against(peers, bits_of(found["format"]), typical)
     shape = f"M={where['M']:<4d} {where['N']}x{where['K']} {where['threads']}t"
     ratios = "  ".join(f"x{v:<5.2f} {peer.removeprefix('vs_torch_')}" for peer, v in found.items() if "vs_" in peer)
     kind = found.get("activation") or found["compute"]
@@ -208,6 +244,27 @@ def row(timed: Timed, us: list[float], where: dict[str, Any], roof: float, peers
         flush=True,
     )
     return found | ({"vs_ggml": {name: round(us / typical, 2) for name, us in theirs.items()}} if theirs else {})
+
+
+def bits_of(fmt: str) -> float:
+    """Bits of a weight of one of our formats, without its share of scales and codebooks."""
+    found = parse_format(fmt)
+    if isinstance(found, VectorFormat):
+        return (math.log2(found.centroids) + (math.log2(found.residual) if found.residual else 0)) / found.dim
+    return found.bits
+
+
+def against(peers: dict[str, float], bits: float, typical: float) -> dict[str, float]:
+    """Time of each library's fastest kernel with codes of at least `bits` bits over ours."""
+    best: dict[str, float] = {}
+    for name, us in peers.items():
+        library, _, kind = name.partition(" ")
+        if (column := _PEERS.get(library)) is None:
+            continue
+        width = int(kind[3]) if library == "ort" else {**BITS, **_TORCH_BITS}.get(kind.split()[0], 0)
+        if width >= bits:
+            best[column] = max(best.get(column, 0.0), 1 / us)
+    return {column: round(1 / rate / typical, 2) for column, rate in best.items()}
 
 
 def low(us: list[float]) -> float:
@@ -300,6 +357,38 @@ def ggml_kernels(ggml: Ggml, kinds: list[str], n: int, x: torch.Tensor) -> list[
                 call = rotate(lambda _, run: run(), ggml_x, [(run,) for run in products])
                 found.append(Timed({"format": f"ggml {kind}{suffix}", "compute": "q8"}, call, size))
     return found
+
+
+def ort_kernels(ort: Ort, n: int, x: torch.Tensor) -> list[Timed]:
+    """onnxruntime's: groups of 128, scales float32, activations rounded inside to 8 bits in blocks. Its threads belong
+    to a session, so every number of threads has sessions of its own, made when they are first called."""
+    found, ort_x = [], x.float().contiguous()
+    for bits in ort.bits:
+        size = n * ort_x.shape[1] * bits // 8 + n * ort_x.shape[1] // ort_peer.GROUP * 4
+        copies = max(2, COLD_BYTES // size + 1)
+        try:
+            made = {1: ort_peer.products(ort.module, bits, n, ort_x, copies, 1)}
+        except RuntimeError as e:
+            print(e)
+            continue
+        found.append(
+            Timed({"format": f"ort int{bits}.g128", "compute": "q8"}, sessions(made, ort, bits, n, ort_x), size)
+        )
+    return found
+
+
+def sessions(made: dict[int, list[Call]], ort: Ort, bits: int, n: int, x: torch.Tensor) -> Call:
+    """A call that uses the next of the sessions for as many threads as torch has now."""
+    turn = [0]
+
+    def call() -> None:
+        threads = torch.get_num_threads()
+        if threads not in made:
+            made[threads] = ort_peer.products(ort.module, bits, n, x, len(made[1]), threads)
+        turn[0] += 1
+        made[threads][turn[0] % len(made[threads])]()
+
+    return call
 
 
 def rotate(function: Callable[..., object], x: torch.Tensor, copies: list[tuple[Any, ...]]) -> Call:

@@ -3,6 +3,10 @@
     python bench/decode.py MODEL.gguf --json bench/results/decode.json
     python bench/decode.py MODEL --arms program,modules,llama.cpp --threads 1 --llama-python PATH/TO/python
 
+Arms: `hf-fp32` and `hf-bf16`, transformers as it is; `inductor-bf16`, torch.compile, StaticCache, static shapes;
+`modules`, lowbit.compile; `backend`, torch.compile(backend="lowbit") likewise; `program`, the native program, and
+`program-head8` with an output layer of 8 bits; `llama.cpp`.
+
 Arms take turns, so that what else the machine does meets all of them alike. A figure is the median of rounds; `cpu` is
 tokens per second of processor time, which other processes disturb less (one thread only). llama.cpp runs in a process
 of its own, through llama-cpp-python, and is left out with a message where that cannot be imported.
@@ -32,8 +36,9 @@ from lowbit.compiler.job.models import find_model
 from lowbit.quantizers.formats import parse_format
 from lowbit.quantizers.scheme import Scheme
 
-ARMS = ("hf-fp32", "hf-bf16", "inductor", "modules", "backend", "program", "program-head8", "llama.cpp")
-DEFAULT = "hf-fp32,hf-bf16,modules,program,program-head8,llama.cpp"
+ARMS = ("hf-fp32", "hf-bf16", "inductor-bf16", "modules", "backend", "program", "program-head8", "llama.cpp")
+DEFAULT = "hf-bf16,inductor-bf16,modules,backend,program,program-head8,llama.cpp"
+PREFILL = 512
 
 LLAMA = """
 import json, os, sys, time, tempfile
@@ -77,7 +82,8 @@ def main() -> int:
             if found:
                 runs[name].append(found)
     results = {n: {k: round(statistics.median(r[k] for r in rs), 1) for k in rs[0]} for n, rs in runs.items() if rs}
-    parts = _profile(arms[f"_{'program-head8' if 'program-head8' in names else 'program'}"]) if arms else {}
+    programs = [arms[f"_{name}"] for name in ("program-head8", "program") if f"_{name}" in arms]
+    parts = _profile(programs[0]) if programs else {}
     print(f"{'arm':16} {'decode tok/s':>14} {'per cpu second':>15} {'prefill 512':>12}")
     for name, r in results.items():
         print(f"{name:16} {r['decode']:14.1f} {r['cpu']:15.1f} {r['prefill']:12.1f}")
@@ -102,7 +108,7 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--format", default="int4.g64.sym", help="weights of the lowbit arms, rounded to nearest")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--prompt", type=int, default=16)
-    p.add_argument("--tokens", type=int, default=128)
+    p.add_argument("--tokens", type=int, default=128, help="decoded; at most 239 behind a prompt of 16")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--llama-python", default=sys.executable, help="a Python that can import llama_cpp")
     p.add_argument("--llama-kind", default="Q4_0", help="requantize the file so for llama.cpp; empty: as it is")
@@ -115,7 +121,7 @@ def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     dense = find_model(args.model).load()
     arms: dict[str, Any] = {}
     quantized = None
-    if set(names) - {"hf-fp32", "hf-bf16", "inductor"}:
+    if set(names) - {"hf-fp32", "hf-bf16", "inductor-bf16"}:
         scheme = Scheme("bench", parse_format(args.format), "rtn", {"clip_search": False})
         quantized = lowbit.quantize(copy.deepcopy(dense), scheme)
     for name in names:
@@ -127,29 +133,48 @@ def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
             continue
         model = copy.deepcopy(quantized if name in ("modules", "backend") else dense)
         assert model is not None
-        if name == "hf-bf16":
+        if name.endswith("bf16"):
             model = model.to(torch.bfloat16)
         if name == "modules":
             model = lowbit.compile(model, max_tokens=512)
-        runs: Any = model
-        if name in ("inductor", "backend"):
-            runs = torch.compile(model, dynamic=True, backend="lowbit" if name == "backend" else "inductor")
-        arms[name] = _torch_arm(model, runs)
+        if name in ("inductor-bf16", "backend"):
+            compiler = "lowbit" if name == "backend" else "inductor"
+            arms[name] = _static_arm(model, torch.compile(model, dynamic=False, backend=compiler))
+        else:
+            arms[name] = _growing_arm(model)
     for name in names:
         arms[name](torch.arange(100, 100 + args.prompt), 4)
-        arms[name](torch.arange(100, 612), 0)
+        arms[name](torch.arange(100, 100 + PREFILL), 0)
     return arms
 
 
-def _torch_arm(model: nn.Module, runs: Any) -> Arm:
+def _steps(runs: Any, cache: Any, prompt: torch.Tensor, tokens: int) -> None:
+    step = prompt[None]
+    with torch.no_grad():
+        for _ in range(tokens + 1):
+            logits = runs(step, past_key_values=cache, logits_to_keep=1).logits
+            step = logits[:, -1:].argmax(-1)
+
+
+def _growing_arm(model: nn.Module) -> Arm:
     from transformers import DynamicCache
 
+    return lambda prompt, tokens: _steps(model, DynamicCache(config=model.config), prompt, tokens)
+
+
+def _static_arm(model: nn.Module, runs: Any) -> Arm:
+    """One cache for decoding, one for the long prompt, allocated (and graphs compiled) in the warm-up."""
+    from transformers import StaticCache
+
+    caches: dict[bool, Any] = {}
+
     def arm(prompt: torch.Tensor, tokens: int) -> None:
-        cache, step = DynamicCache(config=model.config), prompt[None]
-        with torch.no_grad():
-            for _ in range(tokens + 1):
-                logits = runs(step, past_key_values=cache, logits_to_keep=1).logits
-                step = logits[:, -1:].argmax(-1)
+        long = prompt.numel() == PREFILL
+        if long not in caches:
+            caches[long] = StaticCache(config=model.config, max_cache_len=PREFILL if long else 256)
+            _steps(model, caches[long], prompt[:1], 0)  # allocates, outside the compiled graph
+        caches[long].reset()
+        _steps(runs, caches[long], prompt, tokens)
 
     return arm
 
@@ -173,8 +198,8 @@ def _measure(arm: Arm, args: argparse.Namespace) -> dict[str, float]:
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     start = time.perf_counter()
-    arm(torch.arange(100, 612), 0)
-    prefill = 512 / (time.perf_counter() - start)
+    arm(torch.arange(100, 100 + PREFILL), 0)
+    prefill = PREFILL / (time.perf_counter() - start)
     return {
         "decode": args.tokens / (walls[1] - walls[0]),
         "cpu": args.tokens / (cpus[1] - cpus[0]),

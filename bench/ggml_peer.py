@@ -17,13 +17,17 @@ from typing import Any
 
 import torch
 
-TYPES = {"q4_0": 2, "q8_0": 8, "q2_K": 10, "q4_K": 12, "q6_K": 14, "mxfp4": 39}
+TYPES = {"q4_0": 2, "q8_0": 8, "q2_K": 10, "q4_K": 12, "q6_K": 14, "iq2_xxs": 16, "tq2_0": 35, "mxfp4": 39}
 """`enum ggml_type`; checked against the library's own names."""
+BITS = {"q4_0": 4, "q8_0": 8, "q2_K": 2, "q4_K": 4, "q6_K": 6, "iq2_xxs": 2, "tq2_0": 2, "mxfp4": 4}
+"""Bits of a code, without its share of scales."""
+_TERNARY = frozenset({"tq2_0"})
 
 SAMPLE_ROWS = 256  # rows that are quantized; the others repeat them, because quantizing K types takes seconds
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_type_name": (c_char_p, [c_int]),
     "ggml_row_size": (c_size_t, [c_int, c_int64]),
+    "ggml_quantize_requires_imatrix": (c_bool, [c_int]),
     "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
     "ggml_mul_mat": (c_void_p, [c_void_p, c_void_p, c_void_p]),
@@ -118,17 +122,23 @@ class Ggml:
         """Bytes of one row of `k` weights."""
         return int(self("ggml_row_size", TYPES[kind], k))
 
+    def quantize(self, kind: str, weight: torch.Tensor) -> torch.Tensor:
+        """uint8: contiguous float32 [rows, k] in type `kind`; all weights count alike."""
+        rows, k = weight.shape
+        packed, important = torch.empty(rows * self.row_bytes(kind, k), dtype=torch.uint8), torch.ones(k)
+        given = important.data_ptr() if self("ggml_quantize_requires_imatrix", TYPES[kind]) else None
+        written = self("ggml_quantize_chunk", TYPES[kind], weight.data_ptr(), packed.data_ptr(), 0, rows, k, given)
+        assert written == packed.numel()
+        return packed
+
     def products(self, kind: str, buffer_type: str, x: torch.Tensor, n: int, copies: int) -> list[Product]:
         """Calls that multiply x, float32 [M, K], with one copy each of random weights [n, K] of type `kind`, n a
         multiple of SAMPLE_ROWS. The first has run, and its result was compared."""
         k = x.shape[1]
         sample = torch.randn(SAMPLE_ROWS, k, generator=torch.Generator().manual_seed(1))
-        packed = torch.empty(SAMPLE_ROWS * self.row_bytes(kind, k), dtype=torch.uint8)
-        written = self(
-            "ggml_quantize_chunk", TYPES[kind], sample.data_ptr(), packed.data_ptr(), 0, SAMPLE_ROWS, k, None
-        )
-        assert written == packed.numel()
-        data = packed.repeat(n // SAMPLE_ROWS)
+        if kind in _TERNARY:
+            sample = sample.round().clamp(-1, 1)
+        data = self.quantize(kind, sample).repeat(n // SAMPLE_ROWS)
         calls = [self._product(kind, buffer_type, data, x, n) for _ in range(copies)]
         calls[0]()
         exact = (x @ sample.T).repeat(1, n // SAMPLE_ROWS)

@@ -5,6 +5,7 @@
 #   bench/gpu.sh [NAME]
 #
 # Results: $OUT, or bench/results/gpu-NAME (NAME: the GPU's name). Time: $LOWBIT_GPU_SECONDS, 540 by default.
+# The tuned database is in $OUT/tuning; its file in $OUT/tuning/shipped belongs into codegen/tune/data, to be shipped.
 # Pure-Python wheels the machine lacks (xdsl and what it needs): $LOWBIT_WHEELS, or bench/wheels/; fill it with
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d bench/wheels xdsl immutabledict ordered-set
 # $PYTHON chooses the interpreter (python3), which has torch with CUDA, triton and pytest.
@@ -34,7 +35,7 @@ bench() { "$PYTHON" bench/kernels.py --out "$OUT" --seconds "$(($(left) - 5))" "
 cuda() {
   command -v "${LOWBIT_NVCC:-nvcc}" >/dev/null || { echo "cuda: nvcc was not found"; return 0; }
   mkdir -p "$OUT/cuda"
-  "$PYTHON" bench/kernels.py --backend cuda --out "$OUT/cuda" --seconds "$(($(left) - 5))" "$@" 2>&1 | tee -a "$OUT/log.txt"
+  "$PYTHON" bench/kernels.py --backend cuda --out "$OUT/cuda" --tuning "$OUT/tuning" --seconds "$(($(left) - 5))" "$@" 2>&1 | tee -a "$OUT/log.txt"
   return "${PIPESTATUS[0]}"
 }
 

@@ -3,8 +3,9 @@
     python bench/kernels.py --out DIR [--backend cuda] [--stage STAGE] [--seconds S]
     python bench/kernels.py --dry-run [--arch sm_90]        # no GPU: the grid, and a few kernels compiled offline
 
-Every stage writes `DIR/<stage>.json` and is skipped when that file says it is complete; `tune` and `compare` save after
-every matrix and go on where they stopped.
+Every stage writes `DIR/<stage>.json` and is skipped when that file says it is complete. `tune` is lowbit's own tuner:
+its database in `DIR/tuning` keeps what was measured, and `DIR/tuning/shipped` what `codegen/tune/data` may take.
+`compare` saves after every matrix. Both go on where they stopped.
 """
 
 from __future__ import annotations
@@ -14,59 +15,37 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import kernel_cases
 import torch
-from kernel_cases import (
-    ERROR_LIMIT,
-    TOKENS,
-    Problem,
-    copies_of,
-    dequantize,
-    problems,
-    random_weight,
-    relative_error,
-    seconds_per_call,
-)
+from kernel_cases import TOKENS, Problem, dequantize, problems, random_weight, relative_error, seconds_per_call
 from kernel_peers import PEERS, prepare
 
 from lowbit.codegen import load_backend
-from lowbit.codegen.backend import Backend, Launcher
-from lowbit.codegen.cuda.plan import Plan
-from lowbit.codegen.cuda.space import illegal as illegal_plan
-from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.backend import Backend
+from lowbit.codegen.schedule import M_CLASSES, Schedule
 from lowbit.codegen.spec import KernelSpec
-from lowbit.codegen.triton.space import illegal as illegal_triton
+from lowbit.codegen.tune.device import device_name, file_name
+from lowbit.codegen.tune.measure import copies_of
+from lowbit.codegen.tune.space import candidates_of, legal_schedules, shortlist
+from lowbit.codegen.tune.tuner import Job, Options, Outcome, tune_kernels
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
+from lowbit.compiler.job.kernel_tuning import export
+from lowbit.compiler.runtime.build import adopt_kernel, build_kernel
+from lowbit.compiler.runtime.cache import KernelCache
 from lowbit.quantizers.qtensor import PackedWeight
 
 STAGES = ("environment", "check", "tune", "compare")
 SHORTLIST = 12  # schedules measured for each (matrix, tokens)
-CUDA_FEATURES = ("row_warps", "exact"), ("row_warps", "exact", "resident", "warps", "tile_k", "stages")
-TRITON_FEATURES = ("gemv", "swap"), ("gemv", "swap", "split_k", "warps")
-
-
-def backend_of(spec: KernelSpec) -> Backend:
-    """The backend whose layout the weights are in."""
-    return load_backend("cuda" if spec.layout_ == LAYOUTS["fragments"] else "triton")
-
-
-def illegal(spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
-    """Why a schedule cannot run, or None."""
-    if backend_of(spec).name == "cuda":
-        return illegal_plan(Plan(spec, schedule), target)
-    return illegal_triton(spec, schedule, target)
+TELLING = (1, 16, 512)
 
 
 class OutOfTime(Exception):
@@ -76,8 +55,15 @@ class OutOfTime(Exception):
 class Run:
     """A folder of results and a deadline."""
 
-    def __init__(self, out: Path, seconds: float, formats: Sequence[str] = (), backend: str = "triton") -> None:
-        self.out = out
+    def __init__(
+        self,
+        out: Path,
+        seconds: float,
+        formats: Sequence[str] = (),
+        backend: str = "triton",
+        tuning: Path | None = None,
+    ) -> None:
+        self.out, self.tuning = out, tuning or out / "tuning"
         self.formats = formats
         self.backend = backend
         self.deadline = time.monotonic() + seconds
@@ -88,9 +74,13 @@ class Run:
         grid = problems() if self.backend == "triton" else problems(self.backend)
         return [p for p in grid if not self.formats or p.fmt in self.formats]
 
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
     def need(self, seconds: float) -> None:
         """Raise OutOfTime when less than `seconds` are left."""
-        if time.monotonic() + seconds > self.deadline:
+        if self.left() < seconds:
             raise OutOfTime
 
     def read(self, stage: str) -> dict[str, Any]:
@@ -139,87 +129,15 @@ def _version(name: str) -> str | None:
         return None
 
 
-def shortlist(spec: KernelSpec, target: Target, m: int, count: int = SHORTLIST) -> list[Schedule]:
-    """The predicted best schedule of every kind (tiles and way of multiplying), then the best left of every kind.
+def backend_of(spec: KernelSpec) -> Backend:
+    """The backend whose layout the weights are in."""
+    return load_backend("cuda" if spec.layout_ == LAYOUTS["fragments"] else "triton")
 
-    The model cannot tell neighbours apart, so measuring only its favourites would measure one kernel many times.
-    """
+
+def ranked(spec: KernelSpec, target: Target, m: int, count: int = SHORTLIST) -> list[Schedule]:
+    """The schedules that tuning would measure first."""
     backend = backend_of(spec)
-    ranked = list(backend.schedules(spec, target, m))
-    kept: list[Schedule] = []
-    for features in CUDA_FEATURES if backend.name == "cuda" else TRITON_FEATURES:
-        seen = set()
-        for s in ranked:
-            values = s.to_dict()
-            kind = (s.tile_m, s.tile_n, *(values.get(f, 0) for f in features))
-            if kind not in seen and len(kept) < count:
-                seen.add(kind)
-                kept += [s] if s not in kept else []
-    return kept
-
-
-def neighbours(spec: KernelSpec, target: Target, best: Schedule) -> list[Schedule]:
-    """Legal schedules one step from `best`: half or twice its split, depth, stages or warps."""
-    found = []
-    for name in ("split_k", "tile_k", "warps", "stages"):
-        value = getattr(best, name)
-        for other in (value - 1, value + 1) if name == "stages" else (value // 2, value * 2):
-            s = replace(best, **{name: other})
-            if other >= 1 and s.warps <= 16 and illegal(spec, s, target) is None:
-                found.append(s)
-    return found
-
-
-def _build(spec: KernelSpec, schedule: Schedule, arch: str, path: str) -> str:
-    """In a worker process: generate, compile into Triton's cache; returns an error or an empty text."""
-    try:
-        target, backend = Target.parse(arch), backend_of(spec)
-        backend.compile(backend.emit(spec, schedule, target), Path(path))
-        if backend.name == "triton":  # which compiles when a kernel is loaded, into its cache
-            backend.load(Path(path), spec, schedule)
-    except Exception as e:  # a schedule that does not compile is a result
-        return f"{type(e).__name__}: {e}"[:500]
-    return ""
-
-
-class Builder:
-    """Compiles schedules in several processes, and loads them here from Triton's cache."""
-
-    def __init__(self, target: Target, folder: Path) -> None:
-        self.target = target
-        self.folder = folder
-        workers = max(1, min(12, (os.cpu_count() or 2) - 2))
-        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-
-    def build(self, spec: KernelSpec, schedules: Iterable[Schedule]) -> tuple[dict[Schedule, Launcher], dict[str, str]]:
-        """Launchers, and error texts by schedule."""
-        jobs = {}
-        for s in dict.fromkeys(schedules):
-            name = f"{spec.digest()}-{abs(hash(s)):x}{'.cubin' if backend_of(spec).name == 'cuda' else '.py'}"
-            jobs[self.pool.submit(_build, spec, s, str(self.target), str(self.folder / name))] = (s, self.folder / name)
-        loaded, failed = {}, {}
-        for job in as_completed(jobs):
-            s, path = jobs[job]
-            if error := job.result():
-                failed[_text(s)] = error
-            else:
-                loaded[s] = backend_of(spec).load(path, spec, s)
-        return loaded, failed
-
-
-def _text(schedule: Schedule) -> str:
-    return " ".join(f"{k}={v}" for k, v in schedule.to_dict().items())
-
-
-def _measure(launch: Launcher, copies: list[PackedWeight], x: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
-    """Error, and time when the error is small. The output is poisoned first."""
-    out = torch.full_like(want, float("nan"), dtype=torch.bfloat16)
-    launch(x, copies[0], None, None, out)
-    error = relative_error(out, want)
-    if not error <= ERROR_LIMIT:
-        return {"error": error, "wrong": True}
-    seconds = seconds_per_call([lambda w=w: launch(x, w, None, None, out) for w in copies])
-    return {"error": error, "seconds": seconds}
+    return shortlist(backend, legal_schedules(candidates_of(backend, spec, target, m)), count)
 
 
 def _row(problem: Problem, m: int, seconds: float) -> dict[str, Any]:
@@ -231,104 +149,83 @@ def _row(problem: Problem, m: int, seconds: float) -> dict[str, Any]:
     }
 
 
-class Tuner:
-    """Measures schedules of one matrix; the oracle and the weight copies are made once."""
+def _tuned(run: Run, problems: Sequence[Problem], tokens: Sequence[int], options: Options) -> dict[str, Any]:
+    """What the tuner finds, by matrix; every kernel is printed as it is settled. The database keeps everything."""
+    target, found = _device_target(), {str(p): {"spec": p.spec.key(), "rows": [], "left_out": []} for p in problems}
+    names = [(p, m) for m_pass in _passes(tokens) for p in problems for m in m_pass]
 
-    def __init__(self, run: Run, builder: Builder, problem: Problem) -> None:
-        self.run, self.builder, self.problem = run, builder, problem
-        self.copies = copies_of(random_weight(problem), problem.nbytes)
-        self.dense = dequantize(self.copies[0])
-        self.failed: dict[str, str] = {}
-        self.wrong: list[dict[str, Any]] = []
-        self.tried: dict[int, dict[Schedule, dict[str, Any]]] = {}
+    def settled(i: int, n: int, outcome: Outcome) -> None:
+        problem, m = names[i - 1]
+        entry, result = outcome.entry, found[str(problem)]
+        result["left_out"] += [{"m": m, "why": line} for line in outcome.failures]
+        if entry is not None:
+            values = {"backend": entry.backend, "schedule": entry.schedule.to_dict(), "error": entry.error}
+            times = {"default_seconds": entry.default_seconds, "complete": entry.complete}
+            result["rows"].append({**_row(problem, m, entry.seconds), **values, **times})
+        text = f"{entry.seconds * 1e6:.1f} us by {entry.backend}" if entry else outcome.why
+        print(f"{i}/{n} {problem} m{m}: {text}", flush=True)
 
-    def measure(self, lists: dict[int, Sequence[Schedule]]) -> None:
-        """Build what is new in `lists` (token count -> schedules) in one go, then check and time it."""
-        spec = self.problem.spec
-        new = {m: [s for s in choices if s not in self.tried.get(m, {})] for m, choices in lists.items()}
-        loaded, failed = self.builder.build(spec, [s for choices in new.values() for s in choices])
-        self.failed |= failed
-        for m, choices in new.items():
-            self.run.need(5)
-            x = torch.randn(m, self.problem.k, device=kernel_cases.DEVICE, dtype=torch.bfloat16)
-            want = x.float() @ self.dense.T
-            for s in choices:
-                if s in loaded:
-                    self._keep(m, s, _measure(loaded[s], self.copies, x, want))
-
-    def _keep(self, m: int, schedule: Schedule, got: dict[str, Any]) -> None:
-        if "seconds" in got:
-            self.tried.setdefault(m, {})[schedule] = got
-        else:
-            self.wrong.append({"m": m, "schedule": schedule.to_dict(), **got})
-
-    def best(self, m: int) -> Schedule | None:
-        """The fastest right schedule so far."""
-        return min(self.tried.get(m, {}), key=lambda s: self.tried[m][s]["seconds"], default=None)
-
-    def result(self) -> dict[str, Any]:
-        """Everything measured, the best of each token count first."""
-        spec, target, rows = self.problem.spec, self.builder.target, []
-        for m, tried in self.tried.items():
-            ranked = sorted(tried, key=lambda s: tried[s]["seconds"])
-            entries = [
-                {**tried[s], "schedule": s.to_dict(), "predicted": backend_of(spec).predict(spec, s, target, m)}
-                for s in ranked
-            ]
-            rows.append({**_row(self.problem, m, entries[0]["seconds"]), **entries[0], "others": entries[1:]})
-        return {"spec": spec.key(), "rows": rows, "failed": self.failed, "wrong": self.wrong}
+    torch.cuda.empty_cache()
+    jobs = [Job(p.spec, m) for p, m in names]
+    outcomes = tune_kernels(
+        jobs, target, options, settled, lambda b, s, c, path, e: adopt_kernel(b, s, c, target, path, e)
+    )
+    left = sum(o.entry is None or not o.entry.complete for o in outcomes)
+    return {"problems": found, "left": left, "wrong": sum(": wrong: " in line for o in outcomes for line in o.failures)}
 
 
-def tune_problem(
-    run: Run, builder: Builder, problem: Problem, tokens: Iterable[int], count: int, rounds: int
-) -> dict[str, Any]:
-    """The best schedules of one matrix: the shortlist, then `rounds` times the neighbours of the best."""
-    tuner = Tuner(run, builder, problem)
-    tuner.measure({m: shortlist(problem.spec, builder.target, m, count) for m in tokens})
-    for _ in range(rounds):
-        found = {m: best for m in tokens if (best := tuner.best(m)) is not None}
-        tuner.measure({m: neighbours(problem.spec, builder.target, best) for m, best in found.items()})
-    return tuner.result()
+def _passes(tokens: Sequence[int]) -> list[list[int]]:
+    """The token counts that tell most for every matrix first."""
+    first = [m for m in tokens if m in TELLING]
+    return [first, [m for m in tokens if m not in TELLING]]
 
 
 def check(run: Run) -> dict[str, Any]:
     """A quick look at one large matrix in every format: right or wrong, and how fast."""
-    with tempfile.TemporaryDirectory() as folder:
-        builder = Builder(_device_target(), Path(folder))
-        chosen = {p.fmt: p for p in reversed(run.problems())}.values()  # the first matrix of every format
-        found = {str(p): tune_problem(run, builder, p, (1, 16, 1024), 4, 0) for p in chosen}
-    return {"problems": found, "wrong": sum(len(f["wrong"]) for f in found.values())}
+    chosen = list({p.fmt: p for p in reversed(run.problems())}.values())  # the first matrix of every format
+    options = Options(budget=min(run.left() - 5, 120), candidates=3, neighbours=0, finalists=2)
+    with _databases(run.out / "check"):
+        found = _tuned(run, chosen, TELLING, options)
+    return found
 
 
 def tune(run: Run) -> dict[str, Any]:
-    """All of the grid; the file is the tuned database."""
-    result = {"problems": {}, **run.read("tune")}
-    with tempfile.TemporaryDirectory() as folder:
-        builder = Builder(_device_target(), Path(folder))
-        for problem in run.problems():
-            if str(problem) not in result["problems"]:
-                run.need(25)
-                result["problems"][str(problem)] = tune_problem(run, builder, problem, TOKENS, SHORTLIST, 1)
-                run.write("tune", result)
-                _print_best(problem, result["problems"][str(problem)])
-    return result
+    """All of the grid. The database lies in the run's tuning folder; `shipped` beside it has what can be committed."""
+    with _databases(run.tuning):
+        found = _tuned(run, run.problems(), M_CLASSES, Options(budget=run.left() - 5, candidates=SHORTLIST))
+        device = str(device_name(_device_target()))
+        found["shipped"] = export(_device_target(), run.tuning / "shipped" / file_name(device))
+    if found["left"]:
+        run.write("tune", {"stage": "tune", **found, "complete": False})
+        raise OutOfTime
+    return found
 
 
-def _print_best(problem: Problem, result: dict[str, Any]) -> None:
-    cells = " ".join(f"m{r['m']}={r['seconds'] * 1e6:.1f}us" for r in result["rows"])
-    print(f"{problem}: {cells} ({len(result['failed'])} failed, {len(result['wrong'])} wrong)", flush=True)
+@contextmanager
+def _databases(folder: Path) -> Iterator[None]:
+    """Tuning databases are those of `folder`."""
+    before = os.environ.get("LOWBIT_TUNING")
+    os.environ["LOWBIT_TUNING"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("LOWBIT_TUNING")
+        if before is not None:
+            os.environ["LOWBIT_TUNING"] = before
 
 
 def compare(run: Run) -> dict[str, Any]:
-    """Peers on the same matrices and token counts, beside the tuned times."""
+    """Ours as selection gives it, and peers, on the same matrices and token counts, in one run."""
     result = {"problems": {}, **run.read("compare")}
     tuned = run.read("tune").get("problems", {})
     for problem in run.problems():
-        if str(problem) in result["problems"] or str(problem) not in tuned:
+        if str(problem) in result["problems"] or not tuned.get(str(problem), {}).get("rows"):
             continue
         run.need(20)
-        dense = dequantize(random_weight(problem))
-        entry: dict[str, Any] = {"lowbit": tuned[str(problem)]["rows"], "skipped": {}}
+        weight = random_weight(problem)
+        dense = dequantize(weight)
+        with _databases(run.tuning):
+            entry: dict[str, Any] = {"lowbit": _time_ours(run, problem, weight, dense), "skipped": {}}
         for name in PEERS:
             rows, why = _time_peer(run, name, problem, dense)
             entry[name] = rows
@@ -337,6 +234,23 @@ def compare(run: Run) -> dict[str, Any]:
         result["problems"][str(problem)] = entry
         run.write("compare", result)
     return result
+
+
+def _time_ours(run: Run, problem: Problem, weight: PackedWeight, dense: torch.Tensor) -> list[dict[str, Any]]:
+    """The kernel that serving would use, for every token count."""
+    spec, target, rows = problem.spec, _device_target(), []
+    copies = copies_of(weight, kernel_cases.COLD_BYTES)
+    for m in TOKENS:
+        run.need(5)
+        kernel = build_kernel(spec, target, m, KernelCache())
+        x = torch.randn(m, problem.k, device=kernel_cases.DEVICE, dtype=torch.bfloat16)
+        out = torch.full((m, problem.n), float("nan"), device=kernel_cases.DEVICE, dtype=torch.bfloat16)
+        kernel.launch(x, copies[0], None, None, out)
+        error = relative_error(out, x.float() @ dense.T)
+        calls = [lambda w=w, x=x, out=out: kernel.launch(x, w, None, None, out) for w in copies]  # noqa: B023
+        facts = {"error": error, "backend": kernel.backend, "schedule": kernel.schedule.to_dict()}
+        rows.append({**_row(problem, m, seconds_per_call(calls)), **facts})
+    return rows
 
 
 def _time_peer(run: Run, name: str, problem: Problem, dense: torch.Tensor) -> tuple[list[dict[str, Any]], str]:
@@ -369,13 +283,13 @@ def dry_run(run: Run, arch: str) -> dict[str, Any]:
     """Without a GPU: enumerate grid and schedules, and compile the best kernels of two token counts offline."""
     target = Target.parse(arch)
     listed = {p.fmt: p for p in reversed(run.problems())}.values()  # one matrix of every format
-    grid = {str(p): {str(m): [s.to_dict() for s in shortlist(p.spec, target, m)] for m in TOKENS} for p in listed}
+    grid = {str(p): {str(m): [s.to_dict() for s in ranked(p.spec, target, m)] for m in TOKENS} for p in listed}
     result: dict[str, Any] = {"arch": arch, "problems": [str(p) for p in run.problems()], "tokens": list(TOKENS)}
     result |= {"schedules": grid, "offline": []}
     if find_spec("triton") is None:
         return {**result, "skipped": "triton is not installed"}
     first = run.problems()[0]
-    best = {m: shortlist(first.spec, target, m, 1)[0] for m in (1, 64)}
+    best = {m: ranked(first.spec, target, m, 1)[0] for m in (1, 64)}
     for (m, s), report in zip(best.items(), _offline(first.spec, list(best.values()), target), strict=True):
         facts = {"registers": report.registers, "spills": report.spills, "shared_bytes": report.shared_bytes}
         result["offline"].append({"problem": str(first), "m": m, "schedule": s.to_dict(), **facts})
@@ -418,10 +332,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("LOWBIT_GPU_SECONDS", "540")))
     parser.add_argument("--format", action="append", default=[], help="may be repeated; default: all of the grid's")
     parser.add_argument("--backend", choices=("cuda", "triton"), default="triton")
+    parser.add_argument("--tuning", type=Path, help="folder of the tuning database; default: OUT/tuning")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--arch", default="sm_90")
     args = parser.parse_args()
-    run = Run(args.out, args.seconds, args.format, args.backend)
+    run = Run(args.out, args.seconds, args.format, args.backend, args.tuning)
     if args.dry_run:
         return 0 if run_stage(run, "dry-run", lambda r: dry_run(r, args.arch)) else 3
     if not torch.cuda.is_available():

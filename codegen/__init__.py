@@ -14,6 +14,7 @@ BACKENDS = {
     "cpp": "lowbit.codegen.cpp.backend:CppBackend",
     "cuda": "lowbit.codegen.cuda.backend:CudaBackend",
     "triton": "lowbit.codegen.triton.backend:TritonBackend",
+    "library": "lowbit.codegen.library.backend:LibraryBackend",
     "reference": "lowbit.codegen.reference.backend:ReferenceBackend",
 }
 """Backend name -> class, in the order they are asked when predictions tie; reference is the last resort."""

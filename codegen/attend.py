@@ -15,17 +15,31 @@ from functools import cache, cached_property
 
 import torch
 
+from lowbit.codegen.decode import extract_program
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.layout import LAYOUTS, Layout, plane_bits
+from lowbit.compiler.ir.program import Program, program
 from lowbit.quantizers.formats.kv import KV_BLOCK, KVFormat, KVSide, parse_kv_format
 
-__all__ = ["LANES", "MAX_QUERIES", "AttendSpec", "parse_attend_spec"]
+__all__ = ["LANES", "MAX_QUERIES", "AttendSpec", "parse_attend_spec", "side_program"]
 
 LANES = 16
 """Rows of a panel."""
 
 MAX_QUERIES = 8
 """Query tokens of a call that kernels serve; more of them are a prefill."""
+
+
+@cache
+def side_program(bits: int) -> Program:
+    """The number behind a code of keys or values: `value(extract(words)) * scale + offset`, a group's minimum being the
+    offset. Kernels that multiply codes as integers stop after the first step."""
+    extract = extract_program(bits)
+    p = program(*extract.args, "scale", "offset")
+    code = p.inline(extract, {name: p.arg(name) for name in extract.args})
+    value = p.inline(KVSide(bits).element.decode(), {"code": code})
+    p.result(p.fma(value, p.arg("scale"), p.arg("offset")))
+    return p.done()
 
 
 @dataclass(frozen=True)

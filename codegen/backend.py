@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,18 +38,31 @@ class Source:
     suffix: str
     flags: tuple[str, ...] = ()
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits over text and flags: equal for kernels that are the same code."""
+        return hashlib.sha256("\0".join((self.text, *self.flags)).encode()).hexdigest()[:16]
+
 
 class Backend(ABC):
     """A way to run a KernelSpec.
 
     `name` is the folder's. `kinds` are the device kinds it serves (`cpu`, `cuda`). `layout` and `vector_layout` name
-    the packed layouts (in `compiler.ir.layout.LAYOUTS`) its kernels read for scalar and for vector formats.
+    the packed layouts (in `compiler.ir.layout.LAYOUTS`) its kernels read for scalar and for vector formats. `traits`,
+    from coarse to fine, are the schedule fields by which kernels differ in kind: tuning measures one of every kind
+    before it measures two alike. `compiles_when_loaded`: `load` does the work of a compiler.
+    `any_layout`: weights are read in whatever layout they are packed. `invariant`: what one schedule computes for a
+    token does not depend, to the bit, on the other tokens of a call.
     """
 
     name: str
     kinds: tuple[str, ...]
     layout: str
     vector_layout: str
+    traits: tuple[tuple[str, ...], ...] = (("tile_m", "tile_n"),)
+    compiles_when_loaded: bool = False
+    any_layout: bool = False
+    invariant: bool = False
 
     def layout_of(self, fmt: WeightFormat) -> str:
         """Name of the packed layout its kernels read for `fmt`."""
@@ -63,13 +77,27 @@ class Backend(ABC):
     def available(self, target: Target) -> str | None:
         """None when kernels can be built and run for `target`, else one line that says why not."""
 
+    def builds(self, target: Target) -> str | None:
+        """None when kernels for `target`, which may be another machine's, can be compiled here into files that it runs
+        without a compiler, else one line that says why not."""
+        return f"kernels of {self.name} are not files that run elsewhere"
+
     @abstractmethod
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
         """None when the backend can emit `spec`, else one line that says why not."""
 
     @abstractmethod
+    def space(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
+        """Every schedule worth considering for `m` tokens, legal or not, in any order."""
+
+    @abstractmethod
+    def illegal(self, spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
+        """Why `schedule` cannot run `spec` on `target` (shared memory, registers, what does not divide), or None."""
+
     def schedules(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
-        """Legal schedules for `m` tokens, the predicted best first."""
+        """Legal schedules for `m` tokens, the predicted best first: what is used where nothing was measured."""
+        legal = (s for s in dict.fromkeys(self.space(spec, target, m)) if self.illegal(spec, s, target) is None)
+        return sorted(legal, key=lambda s: (self.predict(spec, s, target, m), str(s)))
 
     @abstractmethod
     def predict(self, spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> float:

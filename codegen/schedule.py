@@ -5,10 +5,23 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-__all__ = ["M_CLASSES", "Schedule", "m_class"]
+__all__ = ["LARGE_CLASSES", "M_CLASSES", "Schedule", "m_class", "token_class"]
 
 M_CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Token counts kernels are chosen for; a call with M tokens uses the class of the next larger count."""
+
+
+LARGE_CLASSES = (1024, 2048, 4096)
+"""Token counts beyond, where the choice of a kernel may change once more; schedules are those of the largest class."""
+
+
+def token_class(m: int) -> int:
+    """The smallest class that holds `m` tokens, large ones included.
+
+    >>> token_class(3), token_class(600), token_class(10000)
+    (4, 1024, 4096)
+    """
+    return next((c for c in (*M_CLASSES, *LARGE_CLASSES) if m <= c), LARGE_CLASSES[-1])
 
 
 def m_class(m: int) -> int:

@@ -1,21 +1,36 @@
-"""Choosing a backend and schedule for a kernel: by prediction, the reference last."""
+"""Choosing a backend and schedule for a kernel: by measurement where there is one, else by prediction."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 
 from lowbit.codegen import BACKENDS, load_backend
-from lowbit.codegen.backend import Backend
-from lowbit.codegen.schedule import Schedule
+from lowbit.codegen.backend import Backend, Source
+from lowbit.codegen.invariant import one_for_all
+from lowbit.codegen.schedule import Schedule, m_class, token_class
 from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.tune.database import Entry, known
+from lowbit.codegen.tune.device import device_name
+from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import LAYOUTS, Layout
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import WeightFormat
 
-__all__ = ["candidates", "kernel_layout", "layout_name", "say_once", "serving"]
+__all__ = [
+    "able",
+    "candidates",
+    "count_prebuilt",
+    "kernel_layout",
+    "layout_name",
+    "measured",
+    "quarantined",
+    "say_once",
+    "serving",
+    "stale",
+]
 
 _log = logging.getLogger("lowbit")
 
@@ -37,7 +52,8 @@ def layout_name(fmt: WeightFormat, target: Target, activation: str = "") -> str:
     """The packed layout that kernels of `fmt` read on a target: that of the first backend which has some and can build
     them on this machine, or else of the first which has some."""
     found = list(serving(fmt, target.kind, activation))
-    backend = next((b for b in found if b.name != "reference" and b.available(target) is None), found[0])
+    usable = (b for b in found if (b.name, str(target)) in _PREBUILT or b.available(target) is None)
+    backend = next((b for b in usable if b.name != "reference"), found[0])
     return backend.layout_of(fmt)
 
 
@@ -46,24 +62,84 @@ def kernel_layout(fmt: WeightFormat, target: Target, activation: str = "") -> La
     return LAYOUTS[layout_name(fmt, target, activation)]
 
 
-def candidates(spec: KernelSpec, target: Target, m: int) -> list[tuple[float, Backend, Schedule]]:
-    """Every (predicted seconds, backend, schedule) that can run `spec` for `m` tokens, best first.
+_PREBUILT: set[tuple[str, str]] = set()
 
-    A backend that cannot is left out and named once in the log. The reference is always last. The environment variable
-    LOWBIT_BACKENDS, a list of names, leaves the others out.
-    """
-    found: list[tuple[float, Backend, Schedule]] = []
+
+def count_prebuilt(backend: str, target: Target) -> None:
+    """From now on `layout_name` counts a backend as able to run on `target`: compiled kernels of it are there."""
+    _PREBUILT.add((backend, str(target)))
+
+
+def able(spec: KernelSpec, target: Target, ahead: bool = False) -> Iterator[Backend]:
+    """Backends that can run `spec`, in order. One that cannot is left out and named once in the log. The environment
+    variable LOWBIT_BACKENDS, a list of names, leaves the others out. ahead: those that can compile it into files here,
+    for a target that may be another machine's."""
     for name in _names():
         backend = load_backend(name)
         if target.kind not in backend.kinds or (
-            name != "reference" and spec.layout_ != LAYOUTS[backend.layout_of(spec.weight_format)]
+            not backend.any_layout and spec.layout_ != LAYOUTS[backend.layout_of(spec.weight_format)]
         ):
             continue
-        if why := backend.available(target) or backend.supports(spec, target):
-            say_once(f"backend {name} cannot run {spec.format} on {target}: {why}")
+        if why := (backend.builds if ahead else backend.available)(target) or backend.supports(spec, target):
+            if not (ahead or backend.any_layout):  # those serve beside a backend with kernels, where they can
+                say_once(f"backend {name} cannot run {spec.format} on {target}: {why}")
+        else:
+            yield backend
+
+
+def candidates(
+    spec: KernelSpec, target: Target, m: int, *, ahead: bool = False
+) -> list[tuple[float, Backend, Schedule]]:
+    """Every (seconds, backend, schedule) that can run `spec` for `m` tokens, best first; the reference is always last.
+
+    What was measured on this device comes first, by its time; then what the cost models predict. Nothing is measured
+    here. ahead: as in `able`.
+    """
+    backends = list(able(spec, target, ahead))
+    if spec.invariant:
+        return one_for_all(spec, target, backends)
+    found = [(b.predict(spec, s, target, m), b, s) for b in backends for s in b.schedules(spec, target, m)]
+    found.sort(key=lambda c: (c[1].name == "reference", c[0]))
+    first = sorted(((e.seconds, b, e.schedule) for b, e in measured(spec, target, m, backends)), key=lambda c: c[0])
+    taken = {(backend.name, schedule) for _, backend, schedule in first}
+    return [*first, *(c for c in found if (c[1].name, c[2]) not in taken)]
+
+
+def measured(spec: KernelSpec, target: Target, m: int, backends: Sequence[Backend]) -> Iterator[tuple[Backend, Entry]]:
+    """What the tuning database knows about a kernel on this device, as far as it still holds."""
+    device = device_name(target)
+    entries = known(device).entries if device else {}
+    if not entries:
+        return
+    for backend in backends:
+        # Schedules for many tokens are those of the largest class, unless one was measured for just so many.
+        places = ((backend.name, spec.key(), tokens) for tokens in (token_class(m), m_class(m)))
+        entry = next((entries[place] for place in places if place in entries), None)
+        if entry is None:
             continue
-        found += [(backend.predict(spec, s, target, m), backend, s) for s in backend.schedules(spec, target, m)]
-    return sorted(found, key=lambda c: (c[1].name == "reference", c[0]))
+        if why := stale(entry, backend, spec, target):
+            _log.info("the measurement of %s for %d tokens is not used: %s", spec.format, entry.tokens, why)
+        else:
+            yield backend, entry
+
+
+def quarantined(source: Source, toolchain: str, target: Target) -> str | None:
+    """Why tuning found that a kernel must not be used on this device, or None."""
+    device = device_name(target)
+    found = known(device).failures.get((source.digest, toolchain)) if device else None
+    return found.reason if found else None
+
+
+@lru_cache(maxsize=4096)
+def stale(entry: Entry, backend: Backend, spec: KernelSpec, target: Target) -> str | None:
+    """Why an entry does not hold any more, or None."""
+    if why := backend.illegal(spec, entry.schedule, target):
+        return f"its schedule cannot run any more: {why}"
+    try:
+        code = backend.emit(spec, entry.schedule, target).digest
+    except KernelError as e:
+        return f"its schedule cannot be generated any more: {e.message}"
+    return None if code == entry.code else "the generator writes other code for its schedule now"
 
 
 @cache

@@ -56,10 +56,14 @@ class KernelSpec:
     are exact int32 sums. `int16`: the same with two int8 digits per activation (16 bits, error about 2**-16 of the
     chunk's largest value), which stands for "A16" on machines whose fast path is an int8 dot product.
     epilogue: in order, from `bias`, `silu_mul` (two equal segments in, one out), `residual`.
-    rotate: what happens to x first: blocks of this many columns are rotated (`quantizers.hadamard.rotate`), 0 for none.
+    norm_eps: x goes through a root-mean-square norm first, with this epsilon (0: through none) and with the operand
+    `norm_weight`.
+    rotate: what happens to x then: blocks of this many columns are rotated (`quantizers.hadamard.rotate`), 0 for none.
     activation: the text of an ActivationFormat that x, in the weight's stored order of columns, is rounded to: part of
     what the kernel means, where the rounding of `int8` and `int16` alone only is how it computes. Integer formats then
     are one int8 digit with `int8` products, and numbers with `float` ones.
+    invariant: a token's result must not depend, to the bit, on how many other tokens a call has; then one schedule runs
+    all of them.
     """
 
     segments: tuple[int, ...]
@@ -72,6 +76,8 @@ class KernelSpec:
     epilogue: tuple[str, ...] = ()
     activation: str = ""
     rotate: int = 0
+    norm_eps: float = 0.0
+    invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE or self.x_dtype not in DTYPES or self.out_dtype not in DTYPES:
@@ -88,6 +94,8 @@ class KernelSpec:
                 f"activations in {self.activation} have no {self.compute} products",
                 hint="use int8 products for integers of up to 8 bits, float products for the rest",
             )
+        if self.norm_eps < 0 or (self.norm_eps and self.vector):
+            raise KernelError("LB0401", f"no kernel of {self.format} weights has a norm of epsilon {self.norm_eps}")
         if self.activation and self.vector:
             raise KernelError("LB0416", f"activations of {self.format} weights are not rounded to {self.activation}")
 
@@ -120,6 +128,7 @@ class KernelSpec:
             sides = ["zero"] * self.fmt.zero + ["offset"] * self.fmt.offset + ["tensor_scale"] * self.fmt.tensor
             sides += ["channel_scale"] * self.fmt.channel + ["columns"] * self.fmt.ordered
             sides += ["input_scale"] * (self.rounding is not None and self.rounding.static)
+            sides += ["norm_weight"] * bool(self.norm_eps)
             return (*planes, "scale", *sides)
         parts = ["index", "book"]
         parts += ["residual_index", "residual_book"] if v.residual else []
@@ -189,8 +198,8 @@ class KernelSpec:
         if self.limbs and levels is not None:
             column = levels.largest * (127, 127 * 257)[self.limbs - 1]
             most = min(most, (2**31 - 1) // (column * K_ALIGN))
-        span = self.span_blocks or self.group_blocks
-        return next(c for c in range(most, 0, -1) if self.group_blocks % c == 0 and span % c == 0)
+        spans = (self.group_blocks, self.span_blocks, self.lead_blocks)
+        return next(c for c in range(most, 0, -1) if all(span % c == 0 for span in spans))
 
     @cached_property
     def span_blocks(self) -> int:
@@ -198,12 +207,30 @@ class KernelSpec:
         rounding = self.rounding
         if rounding is None or self.compute != "int8" or self.rounding_problem or rounding.groups(self.k) == 1:
             return 0
+        if rounding.lead:
+            return 0
         size = rounding.group_size(self.k)
         return size // K_ALIGN if self._dense else size // self.group * self.group_blocks
 
+    @property
+    def lead_blocks(self) -> int:
+        """32-column blocks of activations that have one scale of their own, before the others' one; mostly 0."""
+        rounding = self.rounding
+        return rounding.lead // K_ALIGN if rounding is not None and self.compute == "int8" else 0
+
+    @cached_property
+    def double_chunks(self) -> int:
+        """Leading chunks whose activations are two int8 digits, each multiplied in a round of its own."""
+        rounding = self.rounding
+        if rounding is None or self.compute != "int8" or rounding.wide_bits == 8 or self.rounding_problem:
+            return 0
+        blocks = self.lead_blocks or (self.span_blocks or self.blocks) * bool(rounding.wide)
+        blocks *= 1 if rounding.lead else rounding.wide
+        return min(math.ceil(blocks / self.chunk_blocks), self.chunks)
+
     @cached_property
     def span_chunks(self) -> int:
-        """Chunks that share an activation scale: group of chunk c = c // span_chunks."""
+        """Chunks that share an activation scale: group of chunk c = c // span_chunks, but for `lead_blocks`."""
         if self.rounding is None:
             return 1
         return self.span_blocks // self.chunk_blocks or self.chunks
@@ -211,7 +238,13 @@ class KernelSpec:
     @cached_property
     def rounding_problem(self) -> str | None:
         """Why `int8` products cannot have the groups of `activation` beside those of the weight, or None."""
-        if self.rounding is None or self.compute != "int8" or self.rounding.groups(self.k) == 1:
+        if self.rounding is None or self.compute != "int8":
+            return None
+        if self.rounding.wide and self.rounding.wide_bits > 8 and self.parts > 1:
+            return f"activations of {self.rounding.wide_bits} bits need groups of {K_ALIGN} weights or more"
+        if self.rounding.lead and not self._dense:
+            return f"{self.rounding.lead} leading columns do not consist of whole groups of {self.group} weights"
+        if self.rounding.groups(self.k) == 1 or self.rounding.lead:
             return None
         size = self.rounding.group_size(self.k)
         if self._dense and size % K_ALIGN:
@@ -240,8 +273,9 @@ class KernelSpec:
         return next(name for name, dtype in SCALE_DTYPES.items() if dtype == packed)
 
     def key(self) -> str:
-        """Canonical JSON: equal specs, equal text. What is not rounded or rotated does not say so."""
-        values = {name: value for name, value in asdict(self).items() if value or name not in ("activation", "rotate")}
+        """Canonical JSON: equal specs, equal text. What is not rounded, rotated or normalised does not say so."""
+        silent = ("activation", "rotate", "norm_eps", "invariant")
+        values = {name: value for name, value in asdict(self).items() if value or name not in silent}
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     def digest(self) -> str:

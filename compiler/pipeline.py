@@ -9,6 +9,7 @@ quantize-acts     what layers do to their inputs becomes operations: rotate, rou
 fuse-siblings     q,k,v and gate,up become one linear
 fuse-prologue     rotation and rounding move into the kernel
 fuse-epilogue     bias, silu-mul, residual add
+fuse-norm         a norm moves into the kernels that read it, where that pays
 choose-layout     one packed layout per target family
 pack              weights permuted to that layout
 lower-kernels     lb -> lbk
@@ -38,6 +39,7 @@ from lowbit.passes.emit import Emit
 from lowbit.passes.fold_affine import FoldAffine
 from lowbit.passes.fold_scales import FoldScales
 from lowbit.passes.fuse_epilogue import FuseEpilogue
+from lowbit.passes.fuse_norm import FuseNorm
 from lowbit.passes.fuse_prologue import FusePrologue
 from lowbit.passes.fuse_siblings import FuseSiblings
 from lowbit.passes.lower_kernels import LowerKernels
@@ -67,7 +69,8 @@ RUNTIME: tuple[type[ModulePass], ...] = (
 )
 """A quantized model becomes kernels."""
 
-PASSES: dict[str, type[ModulePass]] = {p.name: p for p in (*QUANTIZE, *RUNTIME)}
+_ALL: tuple[type[ModulePass], ...] = (*QUANTIZE, *RUNTIME, FuseNorm)
+PASSES: dict[str, type[ModulePass]] = {p.name: p for p in _ALL}
 
 
 def parse_passes(spec: str) -> list[ModulePass]:

@@ -80,4 +80,6 @@ def _residual(op: Add) -> None:
 def _with_step(linear: Linear, step: str, extra: list[SSAValue], result: SSAValue) -> Linear:
     attributes = dict(linear.attributes)
     attributes["epilogue"] = ArrayAttr(StringAttr(s) for s in (*linear.steps(), step))
-    return Linear([*linear.args_, *extra], [result.type], attributes)
+    operands = list(linear.args_)
+    end = len(operands) - (linear.norm is not None)  # the norm's weight stays last
+    return Linear([*operands[:end], *extra, *operands[end:]], [result.type], attributes)

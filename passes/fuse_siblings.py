@@ -47,7 +47,7 @@ def _stackable(linear: Linear, type_: QType) -> bool:
     """Matrices that keep an order or norm of their input columns cannot share one activation row, unless the order is
     known to be the same. Neither can layers that ask for something and have not got it yet."""
     fmt = parse_format(type_.fmt.data)
-    if linear.input or (isinstance(fmt, Format) and fmt.ordered and linear.order is None):
+    if linear.input or linear.norm is not None or (isinstance(fmt, Format) and fmt.ordered and linear.order is None):
         return False
     return not (isinstance(fmt, VectorFormat) and (fmt.ordered or fmt.norm == "col"))
 

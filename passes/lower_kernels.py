@@ -14,12 +14,14 @@ from typing import cast
 from xdsl.context import Context
 from xdsl.dialects.builtin import (
     ArrayAttr,
+    FloatAttr,
     IntAttr,
     IntegerAttr,
     ModuleOp,
     StringAttr,
     SymbolRefAttr,
     f32,
+    f64,
 )
 from xdsl.ir import Attribute, Block, Region, SSAValue
 from xdsl.passes import ModulePass
@@ -70,6 +72,7 @@ class LowerKernels(ModulePass):
         # Other orders, and GPUs, have their rotations done by torch, before the kernel (see `PackedLinear`).
         block = linear.rotate.data if linear.rotate and layout.container == 8 else 0
         spec = replace(spec, rotate=0 if block & (block - 1) else block)
+        spec = replace(spec, norm_eps=linear.norm.value.data if linear.norm is not None else 0.0)
         if linear.activation is not None:
             text = linear.activation.data
             compute = rounded_products(spec.weight_format, spec.k, layout, parse_activation(text))
@@ -85,9 +88,14 @@ def kernel_op(name: str, spec: KernelSpec) -> lbk.Kernel:
     wide = tensor((None, sum(spec.segments)), f32)
     side = {"bias": tensor((sum(spec.segments),), f32), "residual": tensor((None, spec.n_out), f32)}
     extra = [side[e] for e in spec.epilogue if e in side]
+    extra += [tensor((spec.k,), f32)] if spec.norm_eps else []
     block = Block(arg_types=[x_type, w_type, *extra])
     x, w, *rest = block.args
     value: SSAValue = x
+    if spec.norm_eps:
+        norm = lbk.NormActivation(value, rest.pop(), spec.norm_eps)
+        block.add_op(norm)
+        value = norm.res
     if spec.rotate:
         rotate = lbk.RotateActivation(value, spec.rotate)
         block.add_op(rotate)
@@ -113,6 +121,8 @@ def _spec_attributes(spec: KernelSpec) -> dict[str, Attribute]:
     more: dict[str, Attribute] = {"activation": StringAttr(spec.activation)} if spec.activation else {}
     if spec.rotate:
         more["rotate"] = IntegerAttr(spec.rotate, 64)
+    if spec.norm_eps:
+        more["norm_eps"] = FloatAttr(spec.norm_eps, f64)
     return {
         "segments": ArrayAttr(IntegerAttr(n, 64) for n in spec.segments),
         "k": IntegerAttr(spec.k, 64),
@@ -141,4 +151,5 @@ def spec_of(kernel: lbk.Kernel) -> KernelSpec:
         tuple(cast(StringAttr, e).data for e in cast(ArrayAttr, d["epilogue"]).data),
         cast(StringAttr, d["activation"]).data if "activation" in d else "",
         cast("IntegerAttr", d["rotate"]).value.data if "rotate" in d else 0,
+        cast("FloatAttr", d["norm_eps"]).value.data if "norm_eps" in d else 0.0,
     )

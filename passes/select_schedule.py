@@ -23,7 +23,8 @@ __all__ = ["SelectSchedule"]
 
 @dataclass(frozen=True)
 class SelectSchedule(ModulePass):
-    """By the backends' cost models. `max_tokens` bounds the token classes; `target` empty means this machine's CPU."""
+    """What tuning measured on this device, else by the backends' cost models. `max_tokens` bounds the token classes;
+    `target` empty means this machine's CPU."""
 
     name = "select-schedule"
     max_tokens: int = 512

@@ -83,10 +83,11 @@ def static_scales(stats: SiteStats, fmt: ActivationFormat) -> Tensor:
 
 
 def wide_share(inputs: Mapping[str, LayerInput], widths: Mapping[str, int]) -> float:
-    """The share of rounded channels that have 8 bits. Layers with one LayerInput read one tensor: it counts once."""
+    """The share of rounded channels that have 8 bits or more. Layers with one LayerInput read one tensor: it counts
+    once."""
     channels = {id(what): (what.format, widths[p]) for p, what in inputs.items() if what.format is not None}
     wide = total = 0
     for fmt, k in channels.values():
         total += k
-        wide += k if fmt.element.bits >= 8 else min(fmt.wide * fmt.group_size(k), k)
+        wide += k if fmt.element.bits >= 8 else fmt.wide_columns(k)
     return wide / max(1, total)

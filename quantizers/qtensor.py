@@ -102,7 +102,7 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The [N, K] matrix of numbers these codes stand for: the oracle every kernel is compared with."""
         n, k = self.shape
-        values = self.fmt.element.levels()[self.codes.long()]
+        values = self.fmt.element.levels().to(self.codes.device)[self.codes.long()]
         if self.zero is not None:
             values = values - self._spread(self.zero.float(), n, k)
         values = values * self._spread(self.full_scale, n, k)

@@ -180,6 +180,7 @@ PRESETS: dict[str, Scheme] = {
     for s in (
         _preset("w8a16", "int8.ch.sym", "rtn"),
         _preset("w8a8", "int8.ch.sym", "rtn", activation="int8.token", rewrites=["smooth"]),
+        _preset("w8a8-int8", "int8.ch.sym", "rtn", activation="int8.token.w32x16", rewrites=["permute{outliers=6.0}"]),
         _preset("fp8", "e4m3.ch", "rtn", activation="e4m3.token"),
         _preset("w6a16", "int6.g128.sym"),
         _preset("w6a16-fp6", "e2m3.ch"),
@@ -190,7 +191,7 @@ PRESETS: dict[str, Scheme] = {
         _preset("w4a8", "int4.g64.sym", activation="int8.token"),
         _preset(
             "w4a8-qserve",
-            "int4.g64.asym",
+            "int4.g64.asym.i8ch",
             activation="int8.token",
             rewrites=["smooth{outputs=0.3,inputs=false}", "rotate{online=false,heads=false}", "permute"],
         ),
@@ -210,9 +211,9 @@ PRESETS: dict[str, Scheme] = {
 
 w6-zeroquant is the FP6 of "ZeroQuant(4+2): Redefining LLMs Quantization with a New FP6-Centric Strategy for Diverse
 Generative Tasks" (Wu et al.): e3m2, one scale per row, rounded to nearest. w6a16-fp6 gives the mantissa a bit more.
-w8a8 is SmoothQuant's, w4a4 and w4a4kv4 are COMET's FMPQ with groups of 64. w4a4-atom differs from Atom in that the two
-groups of kept channels come first and have 4-bit weights; w4a4-quarot has no rotation across heads; w4a8-qserve has one
-level of weight scales.
+w8a8 is SmoothQuant's, w8a8-int8 LLM.int8()'s with outliers that calibration finds, w4a4 and w4a4kv4 are COMET's FMPQ
+with groups of 64. w4a4-atom differs from Atom in that the two groups of kept channels come first and have 4-bit
+weights; w4a4-quarot has no rotation across heads; w4a8-qserve searches no ranges.
 """
 
 

@@ -7,25 +7,37 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit.codegen.check import sample_weight
+from lowbit.codegen.cuda.any_plan import make_plan
 from lowbit.codegen.cuda.emulate import Emulation
 from lowbit.codegen.cuda.launch import core_spec
-from lowbit.codegen.cuda.plan import Plan
 from lowbit.codegen.reference.backend import run_reference
 from lowbit.codegen.schedule import Schedule
-from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.spec import Compute, KernelSpec, rounded_products
 from lowbit.compiler.ir.layout import LAYOUTS
-from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.formats import VectorFormat, parse_activation, parse_format
 from lowbit.quantizers.qtensor import PackedWeight
-from lowbit.quantizers.weights import pack_weights, random_weight
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 FRAGMENTS = LAYOUTS["fragments"]
 
 
 def spec_of(
-    fmt: str, segments: tuple[int, ...], k: int, x: str = "bf16", out: str = "f32", epilogue: tuple[str, ...] = ()
+    fmt: str,
+    segments: tuple[int, ...],
+    k: int,
+    x: str = "bf16",
+    out: str = "f32",
+    epilogue: tuple[str, ...] = (),
+    activation: str = "",
 ) -> KernelSpec:
-    return KernelSpec(segments, k, str(parse_format(fmt)), str(FRAGMENTS), "float", x, out, epilogue)
+    """compute: as a layer chooses it for rounded activations."""
+    parsed = parse_format(fmt)
+    layout = LAYOUTS["vectors8"] if isinstance(parsed, VectorFormat) else FRAGMENTS
+    compute: Compute = "float"
+    if activation:
+        compute = rounded_products(parsed, k, layout, parse_activation(activation))
+    return KernelSpec(segments, k, str(parsed), str(layout), compute, x, out, epilogue, activation)
 
 
 @dataclass
@@ -40,7 +52,7 @@ class Layer:
     @staticmethod
     def make(spec: KernelSpec, seed: int = 0) -> Layer:
         rng = torch.Generator().manual_seed(seed)
-        weight = pack_weights([random_weight(spec.weight_format, n, spec.k, rng) for n in spec.segments], FRAGMENTS)
+        weight = sample_weight(spec, seed)
         bias = torch.randn(sum(spec.segments), generator=rng) if "bias" in spec.epilogue else None
         return Layer(spec, weight, rng, bias)
 
@@ -53,7 +65,7 @@ class Layer:
         """||emulated - reference|| / ||reference||; NaN when an element was not written."""
         x, residual = self.inputs(m)
         out = torch.full((m, self.spec.n_out), float("nan"), dtype=DTYPES[self.spec.out_dtype])
-        emulation = Emulation(Plan(core_spec(self.spec), schedule))
+        emulation = Emulation(make_plan(core_spec(self.spec), schedule))
         emulation.launch(x, self.weight, self.bias, residual, out, blocks, order)
         want = run_reference(self.spec, x, self.weight, self.bias, residual).float()
         return float((out.float() - want).norm() / want.norm())

@@ -22,7 +22,7 @@ from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats.kv import KV_BLOCK, KVSide
 
-__all__ = ["STATE_ORDER", "attend_source", "partial_floats", "unit_tokens"]
+__all__ = ["STATE_ORDER", "attend_parts", "attend_source", "partial_floats", "unit_tokens"]
 
 STATE_ORDER = tuple(f"{letter}_{part}" for letter in "kv" for part in ("plane0", "scale", "minimum", "window"))
 """What the entry points are given, by operand name; null for names that the spec does not have."""
@@ -48,11 +48,18 @@ def partial_floats(spec: AttendSpec) -> int:
 
 def attend_source(spec: AttendSpec, arch: str) -> Source:
     """The source of `lb_attend` and `lb_append`; raises KernelError (LB0425) for formats with a correction."""
+    macros, text = attend_parts(spec, arch)
+    top = max((2**side.bits - 1 for _, side in spec.sides if side.quantized), default=255)
+    parts = [prelude(spec.digest(), arch, {"LB_CODE_TOP": top, **macros}), "namespace {", text, "}  // namespace"]
+    return Source("\n".join([*parts, _text("attend_run.h")]), ".so", (*FLAGS, *ISA_FLAGS[arch]))
+
+
+def attend_parts(spec: AttendSpec, arch: str) -> tuple[dict[str, int], str]:
+    """Macros and text of attention and of appending, over the primitives of `arch`, without entry points; raises
+    KernelError (LB0425) for formats with a correction."""
     if spec.fmt.gear is not None:
         raise KernelError("LB0425", f"no kernel reads {spec.format}", hint="leave gear out, or let torch attend")
-    quantized = [side for _, side in spec.sides if side.quantized]
     macros = {
-        "LB_CODE_TOP": max((2**side.bits - 1 for side in quantized), default=255),
         # Vectors that the compiler must split itself take it minutes when rows and columns are unrolled as well.
         "LB_ROWS": 1 if arch == "generic" else 4,
         "LB_KEYS": int(spec.fmt.key.quantized),
@@ -60,11 +67,10 @@ def attend_source(spec: AttendSpec, arch: str) -> Source:
         "LB_KEY_CHANNELS": int(spec.fmt.key.token_group > 1),
         "LB_VALUE_CHANNELS": int(spec.fmt.value.token_group > 1),
     }
-    parts = [prelude(spec.digest(), arch, macros), _DOT, "namespace {", _constants(spec)]
+    parts = [_DOT, _constants(spec)]
     parts += [_dot(label, side) for label, side in _named(spec) if side.quantized]
     parts += [_places(spec, letter, side) for letter, side in spec.sides]
-    parts += [_text("attend.h"), _text("attend_append.h"), "}  // namespace", _text("attend_run.h")]
-    return Source("\n".join(parts), ".so", (*FLAGS, *ISA_FLAGS[arch]))
+    return macros, "\n".join([*parts, _text("attend.h"), _text("attend_append.h")])
 
 
 @cache

@@ -19,7 +19,7 @@ from lowbit.quantizers.formats.kv import KV_BLOCK
 
 __all__ = ["AttendKernel", "load_attend"]
 
-_SPLITS = 4  # per thread: enough to even out what other processes take
+_TASKS = 16  # enough to even out what other processes take from a few threads; fixed, so that results are too
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ def load_attend(artifact: Path, spec: AttendSpec) -> AttendKernel:
         batch, query_heads, queries, dims = q.shape
         heads = state[0].shape[1]
         rows, threads = query_heads // heads * queries, threads_of()
-        threads = threads if batch * heads * rows * length * dims >= 1 << 17 else 1  # waking others costs as much
-        splits = min(-(-length // unit), -(-_SPLITS * threads // (batch * heads))) if threads > 1 else 1
+        shared = batch * heads * rows * length * dims >= 1 << 17  # else waking others costs as much
+        threads = threads if shared else 1
+        splits = min(-(-length // unit), -(-_TASKS // (batch * heads))) if shared else 1
         mask = None if mask is None else mask.expand(batch, 1, queries, mask.shape[-1]).contiguous()
         partial = torch.empty(batch * heads * splits * rows * room, dtype=torch.float32)
         stored = (spec.fmt.stored(spec.fmt.key, length), spec.fmt.stored(spec.fmt.value, length))

@@ -13,6 +13,7 @@ from lowbit.codegen.cpp.launch import load_kernel
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.cpp.rounding import rounding_problem
 from lowbit.codegen.cpp.schedules import predict, schedules
+from lowbit.codegen.cpp.space import illegal, space
 from lowbit.codegen.cpp.toolchain import FLAGS, compile_shared, compiler_version, find_compiler
 from lowbit.codegen.cpp.vector_emit import emit_vector_text
 from lowbit.codegen.cpp.vector_plan import VectorPlan
@@ -20,7 +21,7 @@ from lowbit.codegen.cpp.vector_schedules import vector_predict, vector_schedules
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import LAYOUTS
-from lowbit.compiler.ir.target import Target, isa_runs_here
+from lowbit.compiler.ir.target import Target, isa_compiles_here, isa_runs_here
 
 __all__ = ["CppBackend"]
 
@@ -33,12 +34,23 @@ class CppBackend(Backend):
     kinds = ("cpu",)
     layout = "panel16"
     vector_layout = "vectors8"
+    invariant = True
+    traits = (
+        ("buffered", "words"),
+        ("buffered", "words", "tile_m", "tile_n"),
+        ("buffered", "words", "tile_m", "tile_n", "prefetch", "tokens", "vectors"),
+    )
 
     def available(self, target: Target) -> str | None:
         if target.kind != "cpu":
             return f"C++ kernels run on CPUs, not {target.kind}"
         if not isa_runs_here(target.arch):
             return f"this machine does not have {target.arch}"
+        return self.builds(target)
+
+    def builds(self, target: Target) -> str | None:
+        if not isa_compiles_here(target.arch):
+            return f"this machine's compiler makes no code for {target.arch}"
         return None if find_compiler() else "no C++ compiler was found; install g++ or set CXX"
 
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
@@ -55,7 +67,14 @@ class CppBackend(Backend):
                 return f"with silu_mul, bias comes before it and residual after it, not {steps}"
         return None
 
+    def space(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
+        return space(spec, target.arch, m)
+
+    def illegal(self, spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
+        return illegal(spec, schedule, target.arch)
+
     def schedules(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
+        """The few that predictions are trusted to tell apart (see `codegen.cpp.space`)."""
         found = list((vector_schedules if spec.vector else schedules)(spec, target.arch, m))
         return sorted(found, key=lambda s: self.predict(spec, s, target, m))
 

@@ -112,14 +112,19 @@ def _unit(plan: Plan, form: Products, width: int) -> str:
 def _tiles(plan: Plan, form: Products, width: int) -> list[str]:
     """The calls of tiles over the decoded chunk."""
     lines, sides, steps = [], "", f"blocks * {form.steps}"
+    row = "row" if plan.spec.double_chunks else "c"
     if plan.integer:
         lines += _side_arrays(plan, width)
-        at = "c * kParts * a.m + t"
-        sides = f"a.xs + c * a.m + t, a.xi + {at}, a.xo + {at}, a.m, s, z, o, "
+        at = f"{row} * kParts * a.m + t"
+        sides = f"a.xs + {row} * a.m + t, a.xi + {at}, a.xo + {at}, a.m, s, z, o, "
         steps = str(form.steps // plan.spec.parts) if plan.spec.parts > 1 else steps
-    x = f"(const {form.item}*)a.xq + (c * a.m + t) * kTokenStride"
+    x = f"(const {form.item}*)a.xq + ({row} * a.m + t) * kTokenStride"
     y = f"sums + (t - t0) * {width * 16}"
-    return lines + dispatch(plan.heights, "t0", "t1", lambda h: f"tile_{width}_{h}(buffer, {steps}, {x}, {sides}{y});")
+    calls = dispatch(plan.heights, "t0", "t1", lambda h: f"tile_{width}_{h}(buffer, {steps}, {x}, {sides}{y});")
+    if not plan.spec.double_chunks:
+        return lines + calls
+    head = ["for (int high = c < kDoubleChunks; high >= 0; --high) {", "const int64_t row = high ? kChunks + c : c;"]
+    return [*lines, *head, *calls, "}"]
 
 
 def _digit_bytes(plan: Plan, width: int) -> int:

@@ -12,6 +12,8 @@ from lowbit.codegen.cpp.sides import (
     part_group,
     pointers,
     scale_and_zero,
+    side_prefetch,
+    slots_of,
     start_value,
     units,
 )
@@ -39,6 +41,7 @@ def _groups(plan: Plan, form: Products, width: int, height: int) -> list[str]:
     """The loop over groups of whole chunks."""
     cells = [(i, m) for i in range(width) for m in range(height)]
     lines = ["int64_t c = 0;", "for (int64_t g = 0; g < kGroups; ++g) {", *scale_and_zero(plan, width, "g")]
+    lines += [fetch for i in range(width) for fetch in side_prefetch(plan, width, i, "g")]
     if plan.group_chunks > 1:
         if form.late:
             lines += [f"F t{i}_{m} = fzero();" for i, m in cells]
@@ -47,7 +50,7 @@ def _groups(plan: Plan, form: Products, width: int, height: int) -> list[str]:
             "const int64_t end = c + kGroupChunks < kChunks ? c + kGroupChunks : kChunks;",
             "for (; c < end; ++c) {",
         ]
-    lines += _chunk(plan, form, width, height)
+    lines += _rounds(plan, width, _chunk(plan, form, width, height))
     if plan.group_chunks > 1:
         lines.append("}")
         if form.late:
@@ -60,7 +63,7 @@ def _groups(plan: Plan, form: Products, width: int, height: int) -> list[str]:
 
 def _parts(plan: Plan, form: Products, width: int, height: int) -> list[str]:
     """The loop over blocks of several groups: a block is a chunk, and every part of it a sum with its own scale."""
-    lines = ["for (int64_t c = 0; c < kChunks; ++c) {", *_activations(plan, form)]
+    lines = ["for (int64_t c = 0; c < kChunks; ++c) {", *_activations(plan, form), *_jump(plan, width)]
     for i in range(width):
         lines += ["{", *_load(plan, form, i)]
         for part in range(plan.spec.parts):
@@ -85,10 +88,11 @@ def _digits(plan: Plan, form: Products, height: int) -> list[tuple[int, int, int
 
 def _activations(plan: Plan, form: Products) -> list[str]:
     """Pointers to the chunk's activations and what belongs to them."""
-    at = "c * a.m + t" if plan.spec.parts == 1 else "c * kParts * a.m + t"
+    row = "row" if plan.spec.double_chunks else "c"
+    at = f"{row} * a.m + t" if plan.spec.parts == 1 else "c * kParts * a.m + t"
     return [
-        f"const {form.item}* x = (const {form.item}*)a.xq + (c * a.m + t) * kTokenStride;",
-        *(["const float* xs = a.xs + c * a.m + t;", f"const int32_t* xi = a.xi + {at};"] if plan.integer else []),
+        f"const {form.item}* x = (const {form.item}*)a.xq + ({row} * a.m + t) * kTokenStride;",
+        *([f"const float* xs = a.xs + {row} * a.m + t;", f"const int32_t* xi = a.xi + {at};"] if plan.integer else []),
         *([f"const float* xo = a.xo + {at};"] if plan.shifts else []),
     ]
 
@@ -103,7 +107,7 @@ def _sums(plan: Plan, form: Products, i: int, height: int, part: int = 0) -> lis
     last = (plan.digits - 1, form.vectors - 1, 0)
     lines = []
     for m, d, e in _digits(plan, form, height):
-        for k in range(plan.accs):
+        for k in range(len(form.shifts)):
             starts = plan.integer and (d, e, k) == last
             zero = "vzero()" if plan.integer else "fzero()"
             value = start_value(plan, f"z{i}", f"xi[{_of_part(m, part)}]") if starts else zero
@@ -118,7 +122,7 @@ def _chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
         if plan.last_blocks == plan.spec.chunk_blocks
         else f" - (c + 1 == kChunks) * {plan.spec.chunk_blocks - plan.last_blocks}"
     )
-    lines = _activations(plan, form)
+    lines = [*_activations(plan, form), *_jump(plan, width)]
     for i in range(width):
         lines += _sums(plan, form, i, height)
     lines += [f"const int blocks = kChunkBlocks{last};", "#pragma GCC unroll 1", "for (int b = 0; b < blocks; ++b) {"]
@@ -135,16 +139,34 @@ def _chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
     return [*lines, *(f"g{m} += xo[{m}];" for m in range(height) if plan.shifts and plan.group_chunks > 1)]
 
 
+def _rounds(plan: Plan, width: int, chunk: list[str]) -> list[str]:
+    """A chunk's statements, once more for the high digits of activations where it has two: with the same weights."""
+    if not plan.spec.double_chunks:
+        return chunk
+    back = [f"p{i}w{j} -= high * blocks * {64 * bits};" for i in range(width) for j, bits in enumerate(plan.planes)]
+    head = ["for (int high = c < kDoubleChunks; high >= 0; --high) {", "const int64_t row = high ? kChunks + c : c;"]
+    return [*head, *chunk, *back, "}"]
+
+
 def _load(plan: Plan, form: Products, i: int) -> list[str]:
     """The words of one block of one panel."""
     lines = [f"const uint8_t* w{j} = p{i}w{j};" for j in range(len(plan.planes))]
-    if plan.prefetch:
+    if plan.ahead:
         lines += [
-            f"prefetch(w{j} + {plan.prefetch * bits // sum(plan.planes) // 64 * 64 + 64 * v});"
+            f"prefetch(w{j} + (jump + {plan.ahead}) * {64 * bits} + {64 * v});"
             for j, bits in enumerate(plan.planes)
             for v in range(bits)
         ]
     return [*lines, *form.loads()]
+
+
+def _jump(plan: Plan, width: int) -> list[str]:
+    """`jump`: blocks to add to what is fetched ahead where that lies behind a panel's end: then the panel of the next
+    unit is meant, not the one that another stream of this unit has read."""
+    if not plan.ahead:
+        return []
+    blocks = (slots_of(plan, width) - 1) * plan.spec.blocks
+    return [f"const int64_t jump = c * kChunkBlocks + {plan.ahead} >= kBlocks ? {blocks} : 0;"]
 
 
 def _step(plan: Plan, form: Products, i: int, height: int, step: int) -> list[str]:
@@ -152,7 +174,7 @@ def _step(plan: Plan, form: Products, i: int, height: int, step: int) -> list[st
     lines = ["{", *(f"const {form.vector} v{e} = {form.weight(step, e)};" for e in range(form.vectors))]
     for m, d, e in _digits(plan, form, height):
         x = form.activation("x", str(m * plan.token_stride + d * plan.chunk_cols + form.offset(step)))
-        acc = f"a{i}_{m}_{d}_{e}_{step % plan.accs}"
+        acc = f"a{i}_{m}_{d}_{e}_{form.accumulator(step)}"
         lines.append(f"{acc} = {form.multiply(acc, f'v{e}', x)};")
     return [*lines, "}"]
 
@@ -162,9 +184,11 @@ def _collect(plan: Plan, form: Products, i: int, m: int, part: int = 0) -> list[
     add = "vadd" if plan.integer else "fadd"
 
     def total(d: int, e: int) -> str:
-        found = f"a{i}_{m}_{d}_{e}_0"
-        for k in range(1, plan.accs):
-            found = f"{add}({found}, a{i}_{m}_{d}_{e}_{k})"
+        found, before = "", 0
+        for k, shift in reversed(list(enumerate(form.shifts))):
+            one = f"a{i}_{m}_{d}_{e}_{k}"
+            moved = f"sra<{before - shift}>({found})" if before > shift else found
+            found, before = f"{add}({moved}, {one})" if found else one, shift
         return found
 
     if not plan.integer:

@@ -24,7 +24,7 @@ def emit_text(plan: Plan, arch: str) -> str:
     form = products(plan)
     kernel = buffered_text(plan, form) if plan.buffered else direct_text(plan, form)
     fmt = plan.spec.fmt
-    top = max(map(max, plan.levels.digits)) if plan.integer else 255
+    top = max(map(max, plan.levels.digits)) if plan.integer and plan.residues == 1 else 255
     macros = {"LB_CODE_TOP": top, "LB_LIMBS": plan.spec.limbs, "LB_ZERO": int(fmt.zero)}
     macros |= rounding_macros(plan.spec)
     macros["LB_WORDS"] = int(plan.words)
@@ -55,6 +55,8 @@ def _constants(plan: Plan) -> dict[str, int]:
         "kChunkBlocks": s.chunk_blocks,
         "kChunkCols": plan.chunk_cols,
         "kChunks": s.chunks,
+        "kDoubleChunks": s.double_chunks,
+        "kChunkRows": plan.chunk_rows,
         "kSlots": plan.slots,
         "kUnit": plan.unit,
         "kUnits": plan.units,
@@ -72,7 +74,7 @@ def _types(plan: Plan) -> str:
         return f"(const {type_}*)weight[{s.operands.index(operand)}]" if there else "nullptr"
 
     sides = (("scale", "void"), ("zero", "uint8_t"), ("offset", "void"), ("tensor_scale", "float"),
-             ("columns", "int32_t"), ("input_scale", "float"))  # fmt: skip
+             ("columns", "int32_t"), ("input_scale", "float"), ("norm_weight", "float"))  # fmt: skip
     lines = [
         f"[[maybe_unused]] constexpr int32_t kBias = {plan.bias if plan.integer else 0};",
         f"[[maybe_unused]] constexpr float kLevelUnit = {(2.0**plan.levels.exponent if plan.integer else 1.0).hex()}f;",
@@ -93,7 +95,8 @@ def _types(plan: Plan) -> str:
         "const float* tensor_scale;",
         "const int32_t* columns;",
         "const float* input_scale;",
-        f"{item}* xq;  // activations, [chunk][token][digit][column]",
+        "const float* norm_weight;",
+        f"{item}* xq;  // activations, [chunk][token][digit][column]; high digits of `kDoubleChunks` behind the rest",
         "float* xs;  // activation scales, [chunk][token]",
         "int32_t* xi;  // what an accumulator starts from, [chunk][part][token]",
         "float* xo;  // sums of activations, [chunk][part][token]",
@@ -101,9 +104,9 @@ def _types(plan: Plan) -> str:
         *(f"plane[{j}] = (const uint8_t*)weight[{j}];" for j in range(planes)),
         *(f"{name} = {at(name, type_)};" for name, type_ in sides),
         f"xq = ({item}*)tokens;",
-        f"xs = (float*)(tokens + kChunks * m * kTokenStride * int64_t(sizeof({item})));",
-        "xi = (int32_t*)(xs + kChunks * m);",
-        "xo = (float*)(xi + kChunks * kParts * m);",
+        f"xs = (float*)(tokens + kChunkRows * m * kTokenStride * int64_t(sizeof({item})));",
+        "xi = (int32_t*)(xs + kChunkRows * m);",
+        "xo = (float*)(xi + kChunkRows * kParts * m);",
         "}",
         "};",
         *rounding_types(s),

@@ -19,7 +19,19 @@ from typing import Literal
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.program import Program
 
-__all__ = ["Bit", "Node", "Printer", "build", "by_table", "half_bits", "name", "number"]
+__all__ = [
+    "Bit",
+    "Node",
+    "Printer",
+    "at_once",
+    "build",
+    "by_table",
+    "half_bits",
+    "name",
+    "number",
+    "shifted",
+    "shifts_of",
+]
 
 Reading = Literal["bytes", "halves", "words"]
 _REPEATED = {"bytes": 0x01010101, "halves": 0x00010001, "words": 1}
@@ -70,6 +82,9 @@ def _shl(x: Node, by: Node) -> Node:
         if inner.op == "shift":
             moved, inner = int(inner.value), inner.args[0]  # type: ignore[arg-type]
         return Node("mask", (_shift(inner, moved - left),), int(x.value) << left & 0xFFFFFFFF)  # type: ignore[arg-type]
+    if x.op == "and_or":
+        (word, by_), rest = _moved(x.args[0]), _shl(x.args[1], by)
+        return Node("and_or", (_shift(word, by_ - left), rest), int(x.value) << left & 0xFFFFFFFF)  # type: ignore[arg-type]
     return _shift(x, -left)
 
 
@@ -104,6 +119,14 @@ def by_table(table: tuple[int, ...], index: Node, bits: Sequence[Bit]) -> Node:
     if len(sums) == 1:
         return Node("reflect", (name(vector), half, number(sums.pop())), bit)
     return Node("pick", (name(vector), half, by_table(high, index, others)), bit)
+
+
+def at_once(table: tuple[int, ...], code: Node, pieces: Node) -> Node:
+    """`table[code]` as bytes where the machine looks up 64 entries with one instruction; elsewhere `pieces`, the same
+    by `by_table`. Both are printed, and the headers choose."""
+    if not 16 < len(table) <= 64:
+        return pieces
+    return Node("at_once", (code, pieces), table * (64 // len(table)))
 
 
 def _primitive(op: str) -> Callable[..., Node]:
@@ -155,6 +178,17 @@ def half_bits(value: Node) -> tuple[Node, float] | None:
     return (value.args[0], 1.0) if value.op == "half" else None
 
 
+def shifted(node: Node, by: int) -> Node:
+    """node times 2**by; bits that stand there already are not moved."""
+    return _shl(node, number(by)) if by else node
+
+
+def shifts_of(node: Node) -> frozenset[Node]:
+    """All shifts that printing the node takes; equal ones are computed once."""
+    inner = frozenset[Node]().union(*(shifts_of(a) for a in node.args))
+    return inner | {node} if node.op == "shift" else inner
+
+
 class Printer:
     """Prints nodes and collects the lookup tables they need (`tables`: C++ definitions)."""
 
@@ -195,9 +229,9 @@ class Printer:
             return f"gather_{node.value}({node.value}, {args[0]})"
         if node.op == "lut":
             return self._lut(node, args[0])
-        if node.op == "lookup":
+        if node.op in ("lookup", "at_once"):
             label = self._bytes.setdefault(node.value, f"kBytes{len(self._bytes)}")  # type: ignore[arg-type]
-            return f"lookup({args[0]}, {label})"
+            return f"{node.op}({args[0]}, {label}{', ' + args[1] if len(args) > 1 else ''})"
         if node.op == "pick":
             return f"pick<{node.value}>({', '.join(args)})"
         if node.op == "reflect":

@@ -99,7 +99,9 @@ class Plan(KernelPlan):
 
     extra `accs`: independent accumulators per sum (direct kernels). extra `prefetch`: bytes fetched ahead (direct
     kernels, 0 = none). extra `words`: 1 to multiply integers as 16-bit numbers, half as many at once, instead of as
-    8-bit digits: better where several pairs of digits make one product, or where short sums end often.
+    8-bit digits: better where several pairs of digits make one product, or where short sums end often. extra
+    `residues`: accumulators per sum for codes that are multiplied where they stand (direct kernels, see
+    `InPlaceProducts`); then `accs` is 1.
     """
 
     def __post_init__(self) -> None:
@@ -109,7 +111,13 @@ class Plan(KernelPlan):
     @property
     def accs(self) -> int:
         """Accumulators each sum is split over."""
-        return 1 if self.buffered else self.schedule.get("accs", 1)
+        return 1 if self.buffered or self.residues > 1 else self.schedule.get("accs", 1)
+
+    @property
+    def residues(self) -> int:
+        """The most accumulators each sum has for codes left where they stand; 1 for codes moved to their value."""
+        plain = self.integer and self.levels.plain and self.spec.fmt.bits < 8 and self.spec.parts == 1
+        return self.schedule.get("residues", 1) if plain and not self.buffered and not self.words else 1
 
     @property
     def prefetch(self) -> int:
@@ -243,7 +251,17 @@ class Plan(KernelPlan):
     @property
     def token_bytes(self) -> int:
         """Scratch bytes per token, shared by all threads: activations, scales, starting values, sums."""
-        return self.spec.chunks * (self.token_stride * self.item_bytes + 4 + 8 * self.spec.parts)
+        return self.chunk_rows * (self.token_stride * self.item_bytes + 4 + 8 * self.spec.parts)
+
+    @property
+    def ahead(self) -> int:
+        """Blocks ahead of the current one that a direct kernel fetches, 0 for none."""
+        return max(1, self.prefetch // (64 * sum(self.planes))) if self.prefetch else 0
+
+    @property
+    def chunk_rows(self) -> int:
+        """Chunks of prepared activations: those of the matrix, then the high digits of chunks that have two rounds."""
+        return self.spec.chunks + self.spec.double_chunks
 
     @property
     def code_bytes(self) -> int:

@@ -9,8 +9,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import combinations
 
-from lowbit.codegen.cpp.expr import Bit, Node, Printer, build, by_table, half_bits, name, number
+from lowbit.codegen.cpp.expr import (
+    Bit,
+    Node,
+    Printer,
+    at_once,
+    build,
+    by_table,
+    half_bits,
+    name,
+    number,
+    shifted,
+    shifts_of,
+)
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.decode import decode_program, extract_program
 from lowbit.compiler.ir.program import Program
@@ -20,6 +33,7 @@ __all__ = [
     "CentroidProducts",
     "FloatProducts",
     "HalfProducts",
+    "InPlaceProducts",
     "IntProducts",
     "PairProducts",
     "Products",
@@ -32,7 +46,7 @@ class Products(ABC):
     """`vector`, `load`, `store`: the C++ type of a weight vector and its primitives; `item` its activations' type.
 
     steps: of a block. vectors: weight vectors of a step, each with sums of its own. late: scales meet sums instead of
-    weights.
+    weights. shifts: of a sum's accumulators, each the power of two that its weights exceed the others' by; 0 first.
     """
 
     vector: str
@@ -46,6 +60,14 @@ class Products(ABC):
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        return (0,) * self.plan.accs
+
+    def accumulator(self, step: int) -> int:
+        """The one of the sum's accumulators that a step adds to."""
+        return step % self.plan.accs
 
     def loads(self) -> Iterator[str]:
         """Statements that load one block: `w<plane>_<vector>` from the pointers `w<plane>`."""
@@ -101,7 +123,8 @@ class IntProducts(Products):
         if levels.plain:
             return self.printer.text(build(self._extract, args))
         low, bits = self._low_bits(args), self._bits(step)
-        return self.printer.text(by_table(levels.digits[which], low, bits[4:]))
+        found = by_table(levels.digits[which], low, bits[4:])
+        return self.printer.text(at_once(levels.digits[which], build(self._extract, args), found))
 
     def _low_bits(self, args: dict[str, Node]) -> Node:
         """The code's lowest four bits, or the code where it has no more."""
@@ -125,6 +148,52 @@ class IntProducts(Products):
 
     def offset(self, step: int) -> int:
         return 4 * step
+
+
+class InPlaceProducts(IntProducts):
+    """The same with codes multiplied where they stand in their bytes, after a mask alone, as far as there are
+    accumulators for their multiples by powers of two, which meet once a chunk.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        top, most = 8 - plan.spec.fmt.bits, plan.residues - 1
+        sets = [(0, *rest) for n in range(most + 1) for rest in combinations(range(1, top + 1), n)]
+        found = [self._places(among) for among in sets]
+        self._places_of_steps = min(found, key=self._operations)
+
+    def _code(self, step: int, left: int) -> Node:
+        return shifted(build(self._extract, self._args(step, 0)), left)
+
+    def _places(self, among: tuple[int, ...]) -> tuple[int, ...]:
+        """How far to the left of its value each step's code is left, with as few shifts as possible."""
+        done: set[Node] = set()
+        places = []
+        for step in range(self.steps):
+            left = min(among, key=lambda by: (len(shifts_of(self._code(step, by)) - done), by))
+            done |= shifts_of(self._code(step, left))
+            places.append(left)
+        return tuple(places)
+
+    def _operations(self, places: tuple[int, ...]) -> int:
+        """Of a chunk: shifts, and what brings the accumulators together."""
+        each = frozenset[Node]().union(*(shifts_of(self._code(s, left)) for s, left in enumerate(places)))
+        meet = 2 * (len(set(places)) - 1) * self.plan.tile_m * self.plan.digits
+        return len(each) * self.plan.spec.chunk_blocks + meet
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        return tuple(sorted({0, *self._places_of_steps}))
+
+    def accumulator(self, step: int) -> int:
+        return self.shifts.index(self._places_of_steps[step])
+
+    def weight(self, step: int, which: int = 0) -> str:
+        return self.printer.text(self.code(step))
+
+    def code(self, step: int) -> Node:
+        """The weight vector of a step: its codes, each times 2**shift of its accumulator."""
+        return self._code(step, self._places_of_steps[step])
 
 
 class WordProducts(IntProducts):
@@ -235,7 +304,7 @@ class CentroidProducts(FloatProducts):
 def products(plan: Plan) -> Products:
     """The products of a plan's spec."""
     if plan.integer:
-        return WordProducts(plan) if plan.words else IntProducts(plan)
+        return WordProducts(plan) if plan.words else InPlaceProducts(plan) if plan.residues > 1 else IntProducts(plan)
     if plan.half_factor is None:
         return FloatProducts(plan)
     return HalfProducts(plan) if plan.buffered else PairProducts(plan)

@@ -9,11 +9,11 @@ import struct
 
 from lowbit.codegen.spec import KernelSpec
 from lowbit.quantizers.formats import FloatElement
-from lowbit.quantizers.formats.activation import WIDE_BITS
+from lowbit.quantizers.formats.activation import WIDE_TOPS
 
 __all__ = ["extra_columns", "rounding_macros", "rounding_problem", "rounding_types"]
 
-_DIGIT_TOPS = {1: 127.0, 2: 32639.0}
+_DIGIT_TOPS = {1: WIDE_TOPS[8], 2: WIDE_TOPS[16]}
 """The largest number of one or two int8 digits."""
 
 
@@ -28,11 +28,13 @@ def rounding_problem(spec: KernelSpec) -> str | None:
 
 
 def rounding_macros(spec: KernelSpec) -> dict[str, int]:
-    """LB_ROTATE: columns of a rotated block. LB_ROUND: 1 or 2 to round products' floats to integers or small floats.
-    LB_STATIC: scales are an operand. LB_SATURATE: values can lie beyond the levels."""
+    """LB_RMS: rows go through a norm first. LB_ROTATE: columns of a rotated block. LB_ROUND: 1 or 2 to round products'
+    floats to integers or small floats. LB_STATIC: scales are an operand. LB_SATURATE: values can lie beyond the levels.
+    """
     rounding = spec.rounding
     by_value = rounding is not None and spec.compute == "float"
     return {
+        "LB_RMS": int(spec.norm_eps > 0),
         "LB_ROTATE": spec.rotate,
         "LB_ROUND": 0 if rounding is None or not by_value else 1 if rounding.integer else 2,
         "LB_STATIC": int(rounding is not None and rounding.static),
@@ -49,14 +51,18 @@ def extra_columns(spec: KernelSpec) -> int:
 def rounding_types(spec: KernelSpec) -> list[str]:
     """Constants and small functions: groups of activations, their largest levels, the order of columns."""
     rounding = spec.rounding
-    top, wide, clip, below = _DIGIT_TOPS.get(spec.limbs, 0.0), 0, 1.0, 0.0
+    top, wide, clip, below, highest, lead = _DIGIT_TOPS.get(spec.limbs, 0.0), 0, 1.0, 0.0, 0.0, 0
     if rounding is not None:
-        top, wide, clip, below = rounding.top, rounding.wide, rounding.clip, float(rounding.integer)
-    highest = 2.0 ** (WIDE_BITS - 1) - 1
+        top, clip, below = rounding.top, rounding.clip, float(rounding.integer)
+        wide, highest, lead = rounding.wide, WIDE_TOPS[rounding.wide_bits], min(rounding.lead, spec.k)
+        wide = int(lead > 0) if rounding.lead else wide
     column = "a.columns[i]" if "columns" in spec.operands else "i"
+    lead_chunks = spec.lead_blocks and spec.lead_blocks // spec.chunk_blocks
     lines = [
-        f"[[maybe_unused]] constexpr int64_t kSpanChunks = {spec.span_chunks};",
+        f"[[maybe_unused]] constexpr int64_t kSpanChunks = {spec.span_chunks}, kLeadColumns = {lead};",
+        f"[[maybe_unused]] constexpr int64_t kLeadChunks = {lead_chunks};",
         f"[[maybe_unused]] constexpr float kClip = {_single(clip)}, kBelow = {below.hex()}f;",
+        f"[[maybe_unused]] constexpr float kNormEps = {_single(spec.norm_eps)};",
         f"[[maybe_unused]] constexpr float kRotateUnit = {_single(spec.rotate**-0.5 if spec.rotate else 1.0)};",
         "[[maybe_unused]] LB_INLINE float top_of(int64_t g) {",
         f"return g < {wide} ? {highest.hex()}f : {_single(top)};",

@@ -19,7 +19,7 @@ class Machine:
 
     ghz: clock under vector load. bandwidth: GB/s from memory with four or more streams. ops, loads: vector operations
     and loads a cycle, in 64-byte units. dot: operations one dot product takes. sums: running sums that fit in
-    registers beside what decoding needs.
+    registers beside what decoding needs. full: byte dot products take one instruction, with unsigned bytes of any size.
     """
 
     ghz: float
@@ -28,14 +28,19 @@ class Machine:
     loads: float
     dot: float
     sums: int
+    full: bool = False
 
 
 MACHINES = {
     # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
-    "avx512vnni": Machine(2.7, 12.0, 2.0, 2.0, 2.0, 16),
-    "avx512": Machine(2.7, 12.0, 2.0, 2.0, 5.0, 16),
-    "avx2vnni": Machine(3.0, 12.0, 1.5, 1.0, 1.0, 4),
+    "avx512vbmi": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 16, True),
+    "avx512vnni": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 16, True),
+    "avx512": Machine(3.1, 13.0, 2.0, 2.0, 5.0, 16),
+    "avx2vnni": Machine(3.0, 12.0, 1.5, 1.0, 1.0, 4, True),
     "avx2": Machine(3.0, 12.0, 1.5, 1.0, 3.0, 4),
+    # Two or four 16-byte pipes; not measured.
+    "neondot": Machine(2.8, 12.0, 0.75, 0.5, 1.0, 4),
+    "neon": Machine(2.8, 12.0, 0.75, 0.5, 6.0, 4),
     "generic": Machine(3.0, 12.0, 0.5, 0.5, 24.0, 2),
 }
 _SIDE_BYTES = {"f32": 4, "f16": 2, "e8m0": 1, "e4m3": 1}
@@ -71,9 +76,18 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
     panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]
     for p in panels[:2]:
         accs = max(1, min(2, room // (p * height * digits) // 2))
+        residues = 1 if words else _residues(spec, arch, room // (p * height * digits))
+        accs = 1 if residues > 1 else accs
         for prefetch in (1024, 0):
             found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
-            yield found.with_extra(words=1) if words else found
+            yield found.with_extra(words=1) if words else found.with_extra(residues=residues) if residues > 1 else found
+
+
+def _residues(spec: KernelSpec, arch: str, room: int) -> int:
+    """Accumulators of a sum for codes that are multiplied where they stand: only byte dot products of full range, which
+    machines without VNNI take three instructions for, multiply them so."""
+    plain = spec.integer_levels is not None and spec.integer_levels.plain and spec.fmt.bits < 8
+    return min(4, room) if spec.limbs and plain and spec.parts == 1 and MACHINES[arch].full else 1
 
 
 def _words(spec: KernelSpec, arch: str, tokens: int) -> bool:
@@ -104,33 +118,48 @@ def _buffered(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[S
 
 
 def predict(plan: Plan, arch: str, m: int) -> float:
-    """Seconds of one call on one core with cold weights, from the bytes read and the operations issued."""
+    """Seconds of one call on one core with cold weights, from the bytes read and the operations issued.
+
+    The constants were fitted to `bench/results/cpu*.json`; a test compares every row of these files.
+    """
     cpu, spec = MACHINES[arch], plan.spec
-    weights = spec.rows * spec.blocks * 32
-    read = weights * spec.fmt.bits / 8 + spec.rows * spec.groups * (_SIDE_BYTES[spec.scale_dtype] + spec.fmt.zero)
+    weights, fmt = spec.rows * spec.blocks * 32, spec.fmt
+    sides = _SIDE_BYTES[spec.scale_dtype] * (1 + fmt.offset) + fmt.zero
+    read = weights * fmt.bits / 8 + spec.rows * spec.groups * sides
     # One stream leaves the memory system a fifth idle; fetching ahead bridges page boundaries.
-    streams = plan.np * len(plan.planes)
-    memory = read / (cpu.bandwidth * 1e9 * (1 - 0.2 / streams) * (1.0 if plan.prefetch else 0.93))
+    streams, ahead = plan.np * len(plan.planes), plan.buffered or plan.prefetch
+    memory = read / (cpu.bandwidth * 1e9 * (1 - 0.2 / streams) * (1.0 if ahead else 0.93))
     compute = _cycles(plan, cpu, m, weights) / (cpu.ghz * 1e9)
+    # Decoding into a buffer waits for memory; registers are filled while it works.
+    overlap = 1.0 if plan.buffered else 0.56
     activations = m * spec.k * 1e-10
-    return max(memory, compute) + 0.3 * min(memory, compute) + activations + 2e-6
+    return max(memory, compute) + overlap * min(memory, compute) + activations + 2e-6
 
 
 def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
     """Cycles of decoding and multiplying `weights` padded weights with `m` tokens."""
     digits, tiles = _sums(plan.spec, plan.words), math.ceil(m / plan.tile_m)
-    vectors = weights / (64 if plan.integer else 16)
-    looked_up = 0 if not plan.integer or plan.levels.plain else 2 * len(plan.levels.digits)
-    decode = 2.0 * len(plan.planes) + (looked_up if plan.integer else 3)
-    products = m * digits * (cpu.dot if plan.integer else 1.0)
+    vectors, parts = weights / (64 if plan.integer else 16), plan.spec.parts
     sums = plan.np * plan.tile_m * digits * plan.accs
     if plan.buffered:
-        operations = vectors * (math.ceil(m / plan.tokens) * (decode + 2) + products)
-        loads = vectors * tiles * digits * (1 + plan.tile_m / plan.np)
+        # A fused multiply-add keeps the only wide multiplier busy, as a dot product does.
+        operations = vectors * (
+            math.ceil(m / plan.tokens) * _decode(plan) + m * digits * (cpu.dot if plan.integer else 2)
+        )
+        loads, end = vectors * tiles * digits * (1 + plan.tile_m / plan.np), 4.4
     else:
         # Sums that do not fit in registers are stored and loaded for every block.
         spill = 1.0 if sums <= 1.5 * cpu.sums else 1.4
-        operations = vectors * (tiles * decode + products) * spill
+        operations = vectors * (tiles * _decode(plan) + m * digits * (cpu.dot if plan.integer else 1)) * spill
         loads = vectors * tiles * (plan.spec.fmt.bits / 8 + plan.tile_m * digits)
-    ends = plan.spec.rows / PANEL * plan.spec.chunks * m * (6 if plan.spec.parts == 1 else 2 + 5 * plan.spec.parts)
+        end = 8.5 + 2 * (plan.residues - 1) * digits
+    ends = plan.spec.rows / PANEL * plan.spec.chunks * m * (end if parts == 1 else 2 + 0.8 * end * parts)
     return max((operations + ends) / cpu.ops, loads / cpu.loads)
+
+
+def _decode(plan: Plan) -> float:
+    """Operations that turn words into one vector of weights."""
+    if not plan.integer:
+        return 2.0 * len(plan.planes) + 0.3
+    looked_up = 0.0 if plan.levels.plain else 0.6 * len(plan.levels.digits)
+    return (1.7 - 0.5 * (plan.residues > 1)) * len(plan.planes) + looked_up

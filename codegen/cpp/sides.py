@@ -15,6 +15,8 @@ __all__ = [
     "pointers",
     "scale_and_zero",
     "side_loads",
+    "side_prefetch",
+    "slots_of",
     "start_value",
     "units",
 ]
@@ -74,6 +76,23 @@ def scale_and_zero(plan: Plan, width: int, group: str, panels: Iterable[int] | N
         for i in chosen
         for side, (type_, value) in side_loads(plan, panel_of(plan, width, i), i, group).items()
     ]
+
+
+def slots_of(plan: Plan, width: int) -> int:
+    """Slots that a tile of `width` panels stands for."""
+    return width // 2 if plan.silu else width
+
+
+def side_prefetch(plan: Plan, width: int, i: int, group: str) -> list[str]:
+    """Fetches what `scale_and_zero` loads for the same group of the tile's next unit: hardware follows the long streams
+    of codes, but not the short ones beside them."""
+    if not plan.ahead:
+        return []
+    at = f"(({panel_of(plan, width, i)} + {slots_of(plan, width)}) * kGroups + {group}) * 16"
+    fmt = plan.spec.fmt
+    out = [f"prefetch((const ST*)a.scale + {at});"]
+    out += [f"prefetch(a.zero + {at});"] if fmt.zero else []
+    return [*out, *([f"prefetch((const ST*)a.offset + {at});"] if fmt.offset else [])]
 
 
 def part_group(plan: Plan, chunk: str, part: int) -> str:

@@ -22,7 +22,7 @@ def emit_vector_text(plan: VectorPlan, arch: str) -> str:
     """The whole source of one kernel for instruction set `arch`."""
     norm = plan.fmt.norm
     macros = {"LB_CODE_TOP": 255, "LB_LIMBS": 0, "LB_PAIRS": 0, "LB_NORM": ("none", "col", "row").index(norm)}
-    lanes = "lanes_generic.h" if arch == "generic" else "lanes_x86.h"
+    lanes = "lanes_x86.h" if arch.startswith("avx") else "lanes_generic.h"
     kernel = vector_buffered_text(plan) if plan.buffered else vector_direct_text(plan)
     text = "\n".join([book_functions(plan), _prepare(plan), _place(plan), kernel])
     pieces = Pieces(macros, (lanes,), _constants(plan), _types(plan), "vector_rows.h", _VALUE[norm], text)
@@ -33,6 +33,7 @@ def _constants(plan: VectorPlan) -> dict[str, int]:
     return {
         "kChunkCols": plan.chunk_cols,
         "kChunks": plan.chunks,
+        "kChunkRows": plan.chunks,
         "kUnitRows": plan.unit_rows,
         "kUnits": sum(plan.units),
         "kProducts": sum(plan.spec.segments) * plan.spec.k,

@@ -36,7 +36,7 @@ def vector_predict(plan: VectorPlan, arch: str, m: int) -> float:
     for part in plan.parts:
         vectors = sum(part.tiles) * TILE * part.columns
         if plan.buffered:
-            looked, reuse = 2.0, math.ceil(m / plan.tokens)
+            looked, reuse = 0.76, math.ceil(m / plan.tokens)  # stores do not wait for sums
             products = vectors * part.dim / 16 * m * _tile_cycles(plan, cpu)
         else:
             looked, reuse = 1.0, math.ceil(m / plan.tile_m)
@@ -49,10 +49,11 @@ def vector_predict(plan: VectorPlan, arch: str, m: int) -> float:
 def _lookup(book: Book) -> float:
     """Cycles of one lookup by where the codebook lies: first or second level cache, or beyond."""
     nbytes = book.size * (book.lanes * 4 if book.wide else book.dim * 2)
-    return 1.1 if nbytes <= 1 << 14 else 1.3 if nbytes <= 1 << 18 else 2.2
+    return 1.5 if nbytes <= 1 << 14 else 2.0 if nbytes <= 1 << 18 else 2.4
 
 
 def _tile_cycles(plan: VectorPlan, cpu: Machine) -> float:
     """Cycles of 16 products in a buffered kernel: multiplications, or loads of weights and activations."""
     width = plan.panels / len(plan.widths)
-    return max(1 / cpu.ops, (1 / plan.tile_m + 1 / width) / cpu.loads)
+    # One wide multiplier, as in `schedules.predict`.
+    return 2 * max(1 / cpu.ops, (1 / plan.tile_m + 1 / width) / cpu.loads)

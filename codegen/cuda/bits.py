@@ -12,10 +12,13 @@ from typing import Literal, TypeAlias
 
 import torch
 
-__all__ = ["Op", "Operand", "Sequence", "Type16", "half_of", "run", "text", "to_bits"]
+__all__ = ["ByteType", "Op", "Operand", "Sequence", "Type16", "half_of", "run", "run_words", "text", "to_bits"]
 
 Type16 = Literal["f16", "bf16"]
-"""Operand type of the matrix instructions."""
+"""Operand types of the matrix instructions that are halves of a word."""
+
+ByteType = Literal["s8", "e4m3"]
+"""Those that are bytes: signed integers and FP8."""
 
 Operand: TypeAlias = str | int
 """A register's name, or a constant."""
@@ -25,9 +28,9 @@ _TORCH = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Op:
-    """One instruction. shr, shl: (a, by). and: (a, mask). andor: (a & mask) | b. prmt: bytes of (a, b) by selector.
-    fma: both halves of a, times b, plus c (constants: pairs of equal 16-bit floats). lookup: the entries of the table
-    whose indices are bytes `by` and `by + 2` of a."""
+    """One instruction. shr, shl, rotr: (a, by). and: (a, mask). andor, andxor: (a & mask) | b, ^ b. prmt: bytes of
+    (a, b) by selector. fma: both halves of a, times b, plus c (constants: pairs of equal 16-bit floats). lookup: the
+    entries of the table whose indices are bytes `by` and `by + 2` of a."""
 
     name: str
     args: tuple[Operand, ...]
@@ -80,10 +83,17 @@ def run(
     s: Sequence, words: Mapping[str, torch.Tensor], dtype: Type16, table: torch.Tensor | None = None
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Output name -> (low, high) halves as float64, for int64 tensors of 32-bit `words`."""
+    return {name: _floats(word, dtype) for name, word in run_words(s, words, dtype, table).items()}
+
+
+def run_words(
+    s: Sequence, words: Mapping[str, torch.Tensor], dtype: Type16 = "f16", table: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Output name -> int64 words of 32 bits."""
     found: dict[Operand, torch.Tensor] = dict(words.items())
     for op, name in s.ops.items():
         found[name] = _apply(op, found, dtype, table) & 0xFFFFFFFF
-    return {name: _floats(found[at], dtype) for name, at in s.outputs.items()}
+    return {name: found[at] if isinstance(at, str) else torch.tensor(at) for name, at in s.outputs.items()}
 
 
 def _apply(op: Op, found: Mapping[Operand, torch.Tensor], dtype: Type16, table: torch.Tensor | None) -> torch.Tensor:
@@ -100,7 +110,11 @@ def _apply(op: Op, found: Mapping[Operand, torch.Tensor], dtype: Type16, table: 
         low, high = (to_bits(table[a >> 8 * (int(rest[0]) + i) & 255], dtype) for i in (0, 2))
         return low | high << 16
     return {"shr": lambda: a >> rest[0], "shl": lambda: a << rest[0], "and": lambda: a & rest[0],
+            "rotr": lambda: a >> rest[0] | a << (32 - rest[0]), "andxor": lambda: (a & rest[0]) ^ rest[1],
             "andor": lambda: (a & rest[0]) | rest[1]}[op.name]()  # fmt: skip
+
+
+_NAMES = {"and": "band", "andor": "band_or", "andxor": "band_xor", "fma": "fma16"}
 
 
 def text(s: Sequence) -> list[str]:
@@ -110,11 +124,13 @@ def text(s: Sequence) -> list[str]:
         args = [x if isinstance(x, str) else f"0x{x:x}u" for x in op.args]
         if op.name in ("shr", "shl"):
             value = f"{args[0]} {'>>' if op.name == 'shr' else '<<'} {op.args[1]}"
+        elif op.name == "rotr":
+            value = f"rotr({args[0]}, {op.args[1]})"
         elif op.name == "prmt":
             value = f"prmt<{args[2]}>({args[0]}, {args[1]})"
         elif op.name == "lookup":
             value = f"lookup<{op.args[1]}>(table, {args[0]})"
         else:
-            value = f"{({'and': 'band', 'andor': 'band_or', 'fma': 'fma16'})[op.name]}({', '.join(args)})"
+            value = f"{_NAMES[op.name]}({', '.join(args)})"
         lines.append(f"const uint32_t {name} = {value};")
     return lines + [f"{target} = {at};" for target, at in s.outputs.items()]

@@ -10,7 +10,7 @@ import torch
 
 from lowbit.compiler.errors import KernelError
 
-__all__ = ["Kernel", "driver"]
+__all__ = ["Kernel", "driver", "tensor_map"]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -45,6 +45,27 @@ def _check(status: int, what: str) -> None:
         text = ctypes.c_char_p()
         driver().cuGetErrorString(status, ctypes.byref(text))
         raise KernelError("LB0465", f"{what} failed: {(text.value or b'unknown error').decode()} ({status})")
+
+
+_UINT8, _UINT16, _SWIZZLE_128, _PROMOTE_256 = 0, 1, 3, 3  # of CUtensorMap's enumerations
+
+
+def tensor_map(address: int, rows: int, columns: int, width: int, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
+    """A descriptor of a row-major matrix at a device address, for copies of 128 bytes x `box_rows` rows whose 16-byte
+    pieces are exchanged within 1024 bytes. width: bytes of an element; rows begin at multiples of 16 bytes. Zeros are
+    read where the matrix has ended."""
+    # The driver wants the structure at a multiple of 64 bytes.
+    room = (ctypes.c_uint64 * 24)()
+    first = -ctypes.addressof(room) % 64 // 8
+    found = ctypes.c_void_p(ctypes.addressof(room) + 8 * first)
+    sizes, stride = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * width)
+    box, steps = (ctypes.c_uint32 * 2)(128 // width, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    kind = _UINT8 if width == 1 else _UINT16
+    status = driver().cuTensorMapEncodeTiled(
+        found, kind, 2, ctypes.c_void_p(address), sizes, stride, box, steps, 0, _SWIZZLE_128, _PROMOTE_256, 0
+    )
+    _check(status, "describing activations")
+    return (ctypes.c_uint64 * 16)(*room[first : first + 16])
 
 
 class Kernel:

@@ -8,15 +8,27 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from lowbit.codegen.cuda.any_plan import AnyPlan
 from lowbit.codegen.cuda.bits import half_of, text
-from lowbit.codegen.cuda.plan import TILE, Plan
+from lowbit.codegen.cuda.plan import PREPARE_THREADS, TILE, Plan
+from lowbit.codegen.cuda.vector_emit import VECTOR_HEADERS, vector_traits
+from lowbit.codegen.cuda.vector_plan import VectorPlan
+from lowbit.quantizers.formats import FloatElement
 
-__all__ = ["HEADERS", "Machine", "emit_text"]
+__all__ = ["Machine", "emit_text"]
 
 Machine = Literal["ptx", "host"]
 """What the text is for: a GPU's compiler, or a C++ compiler that runs it lane by lane."""
 
-HEADERS = ("memory", "sides", "multiply", "warpgroup", "epilogue", "stream")
+_HEADERS = ("args", "memory", "sides", "multiply", "rows", "epilogue")
+_TYPES = """#ifdef __CUDACC_RTC__
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+#else
+#include <stdint.h>
+#endif"""
 _SIDES = {"f16": 0, "f32": 1, "e8m0": 2, "e4m3": 3}
 _OUT = {"f16": 0, "bf16": 1, "f32": 2}
 
@@ -26,20 +38,55 @@ def _header(name: str) -> str:
     return (Path(__file__).parent / "text" / f"{name}.cuh").read_text()
 
 
-def emit_text(plan: Plan, machine: Machine = "ptx") -> str:
-    """The kernel `lb_kernel` as one text."""
-    inline = "__device__ __forceinline__" if machine == "ptx" else "inline"
-    spec = plan.spec
+def emit_text(plan: AnyPlan, machine: Machine = "ptx") -> str:
+    """The kernel `lb_kernel`, and `lb_prepare` where one has to run before it, as one text."""
+    return _vectors(plan, machine) if isinstance(plan, VectorPlan) else _scalars(plan, machine)
+
+
+def _machine(machine: Machine) -> list[str]:
+    return [_header("ptx")] if machine == "ptx" else [_header("host"), _header("host_matrix")]
+
+
+def _begin(machine: Machine) -> list[str]:
+    return [_TYPES, f"#define LB_DEV {'__device__ __forceinline__' if machine == 'ptx' else 'inline'}"]
+
+
+def _vectors(plan: VectorPlan, machine: Machine) -> str:
+    numbers, flags, tables = vector_traits(plan)
     parts = [
-        f"// Kernel {spec.digest()}: {spec.format}, {plan.dtype} activations.",
-        "#include <stdint.h>",
-        f"#define LB_DEV {inline}",
-        *(["#define LB_WARPGROUP"] if plan.warpgroup else []),
+        f"// Kernel {plan.spec.digest()}: {plan.spec.format}.",
+        *_begin(machine),
+        "struct T {",
+        *_constants(numbers, flags),
+        *[_choice("int", name, [str(v) for v in values]) for name, values in tables.items()],
+        "};",
+        *_machine(machine),
+        *[_header(name) for name in VECTOR_HEADERS],
+        *_entry(plan),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _constants(numbers: dict[str, int], flags: dict[str, bool]) -> list[str]:
+    lines = [f"  static constexpr int {name} = {value};" for name, value in numbers.items()]
+    return lines + [f"  static constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()]
+
+
+def _scalars(plan: Plan, machine: Machine) -> str:
+    spec = plan.spec
+    headers = [
+        *_HEADERS,
+        *(["pipeline"] if plan.warpgroup else ["reduce", "stream"]),
+        *(["halve", "prepare"] if plan.prepared else []),
+    ]
+    parts = [
+        f"// Kernel {spec.digest()}: {spec.format}, {spec.activation or plan.dtype} activations.",
+        *_begin(machine),
         *_traits(plan),
-        _header(machine),
+        *_machine(machine),
         *_decode(plan),
         *(_wgmma(plan) if machine == "ptx" else []),
-        *[_header(name) for name in HEADERS if name != "warpgroup" or plan.warpgroup],
+        *[_header(name) for name in headers],
         *_entry(plan),
     ]
     return "\n".join(parts) + "\n"
@@ -54,26 +101,35 @@ def _traits(plan: Plan) -> list[str]:
         "UNITS_PER_SET": plan.units_per_set, "UNITS": plan.units, "TILE_M": s.tile_m, "TOKEN_TILES": plan.token_tiles,
         "WARPS": s.warps, "STAGES": s.stages, "GROUPS": spec.groups, "GROUP": plan.padded_group,
         "SOURCE_GROUP": spec.k if spec.groups == 1 else spec.group, "FLUSH": plan.flush, "FLUSHES": plan.flushes,
+        "UNITS_PER_FLUSH": plan.units_per_flush,
         "SIDE": _SIDES[spec.scale_dtype], "SIDE_BYTES": plan.side_bytes, "SEGMENTS": len(spec.segments),
         "N_OUT": spec.n_out, "OUT": _OUT[spec.out_dtype], "REDUCE_STRIDE": plan.reduce_stride,
         "BARRIER_BYTES": plan.barrier_bytes, "ROW_WARPS": plan.row_warps, "AHEAD": plan.ahead, "ALIGN": plan.align,
-         "GROUPS_OF_WARPS": plan.warp_groups,
-         "TABLE_SIZE": len(recipe.table),
+        "GROUPS_OF_WARPS": plan.warp_groups, "TABLE_SIZE": len(recipe.table), "WIDTH": plan.width,
+        "TILE_ROWS": TILE, "RING_BYTES": plan.ring_bytes, "FEW": plan.registers[0], "MANY": plan.registers[1],
+        "X_COLUMNS": plan.x_columns, "SCALE_TOKENS": plan.scale_tokens, **_preparation(plan),
     }  # fmt: skip
     flags = {
         "BF16": plan.dtype == "bf16", "BULK": bool(s.get("bulk", 0)), "IN_LOOP": plan.in_loop, "ZERO": spec.fmt.zero,
         "OFFSET": spec.fmt.offset, "SUMS_X": plan.sums_x, "EXACT": plan.exact, "GATED": plan.gated,
-        "DIRECT": not plan.in_loop and not plan.sums_x, "WGMMA": plan.warpgroup,
-        "PLAIN_COLUMNS": plan.plain_columns, "BIAS": "bias" in spec.epilogue, "RESIDUAL": "residual" in spec.epilogue,
+        "DIRECT": plan.direct, "WGMMA": plan.warpgroup, "INTEGER": plan.operand == "s8",
+        "TOKEN_X": plan.halved or (bool(spec.rounding) and not plan.x_group), "GROUP_X": bool(plan.x_group),
+        "ROUND": bool(spec.rounding), "HALVED": plan.halved, "STATIC_X": bool(spec.rounding and spec.rounding.static),
+        "DENSE": spec.groups == 1 or plan.padded_group == spec.group, "ORDERED": spec.fmt.ordered and plan.prepared,
+        "PLAIN_COLUMNS": plan.plain_columns or plan.prepared, "BIAS": "bias" in spec.epilogue,
+        "RESIDUAL_ADD": "residual" in spec.epilogue,
         "TENSOR_SCALE": spec.fmt.tensor and plan.side_bytes == 1,
     }  # fmt: skip
-    ones = half_of(1.0, plan.dtype) * 0x00010001
+    ones = half_of(1.0, plan.dtype) * 0x00010001 if plan.width == 2 else 0x01010101
+    rounding = spec.rounding
     return [
         "struct T {",
-        *[f"  static constexpr int {name} = {value};" for name, value in numbers.items()],
-        *[f"  static constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()],
+        *_constants(numbers, flags),
         f"  static constexpr uint32_t ONES = 0x{ones:x}u;",
         f"  static constexpr float FACTOR = {_float(recipe.factor)}, UNFACTOR = {_float(1 / recipe.factor)};",
+        f"  static constexpr float X_TOP = {_float(rounding.top if rounding else 1)};",
+        f"  static constexpr float X_CLIP = {_float(rounding.clip if rounding else 1)};",
+        f"  static constexpr uint32_t X_LEAST = {_least(plan)}u;",
         _choice("float", "addend", [_float(v / recipe.factor) for v in recipe.addend]),
         _choice("int", "plane_bits", [*map(str, plan.planes), *["1"] * (3 - len(plan.planes))]),
         _choice("int", "segment_rows", [str(n) for n in spec.segments]),
@@ -81,6 +137,27 @@ def _traits(plan: Plan) -> list[str]:
         _choice("int", "segment_tile", _starts(spec.segments, TILE)),
         "};",
     ]
+
+
+def _preparation(plan: Plan) -> dict[str, int]:
+    """What `prepare` has to know: x's type, groups and their packed columns, threads of a group, mantissa bits."""
+    rounding, group = plan.spec.rounding, plan.x_group or plan.x_columns
+    element = rounding.element if rounding else None
+    return {
+        "X": ("f16", "bf16", "f32").index(plan.spec.x_dtype),
+        "X_GROUPS": rounding.groups(plan.spec.k) if rounding and plan.x_group else 1,
+        "X_GROUP": group,
+        "X_WIDE": rounding.wide if rounding else 0,
+        "X_MANTISSA": element.mantissa if isinstance(element, FloatElement) else -1,
+        "PREPARE_THREADS": PREPARE_THREADS,
+        "TEAM": min(32, 1 << (max(group // 16, 1) - 1).bit_length()),
+    }
+
+
+def _least(plan: Plan) -> int:
+    """Bits of the exponent of an activation format's smallest normal number, as float32."""
+    element = plan.spec.rounding.element if plan.spec.rounding else None
+    return (1 - element.exponent_bias + 127) << 23 if isinstance(element, FloatElement) else 1 << 23
 
 
 def _starts(segments: Sequence[int], unit: int) -> list[str]:
@@ -108,37 +185,47 @@ def _decode(plan: Plan) -> list[str]:
     entries = ", ".join(str(half_of(v, plan.dtype)) for v in recipe.table) or "0"
     return [
         f"__device__ const uint16_t TABLE[] = {{{entries}}};",
-        f"LB_DEV void decode(uint32_t (&a)[4][4], {words}, const uint16_t* table) {{",
+        f"LB_DEV void decode(uint32_t (&a)[{64 // plan.step}][4], {words}, const uint16_t* table) {{",
         *[f"  {line}" for line in text(recipe.sequence)],
         "}",
     ]
+
+
+_SHAPES = {"f16": ("k16.f32.f16.f16", ", 1, 1, 0"), "bf16": ("k16.f32.bf16.bf16", ", 1, 1, 0"),
+           "e4m3": ("k32.f32.e4m3.e4m3", ", 1, 1"), "s8": ("k32.s32.s8.s8", "")}  # fmt: skip
+"""Depth and types of a wgmma instruction, and what follows its operands: signs, and whether x is transposed."""
 
 
 def _wgmma(plan: Plan) -> list[str]:
     """sums (64 rows x tokens) += a * x, in registers that the number of tokens decides."""
     if not plan.warpgroup:
         return []
-    tokens, kind = plan.schedule.tile_m, plan.dtype
+    tokens, (shape, rest) = plan.schedule.tile_m, _SHAPES[plan.operand]
+    kind, letter = ("int", "r") if plan.operand == "s8" else ("float", "f")
     count = tokens // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     left = ", ".join(f"%{count + i}" for i in range(4))
-    outputs = ", ".join(f'"+f"(s[{i // 4}][{i % 4}])' for i in range(count))
+    outputs = ", ".join(f'"+{letter}"(s[{i // 4}][{i % 4}])' for i in range(count))
     return [
-        f"LB_DEV void wgmma(float (&s)[{tokens // 8}][4], const uint32_t (&a)[4], uint64_t x, bool add) {{",
+        f"LB_DEV void wgmma({kind} (&s)[{tokens // 8}][4], const uint32_t (&a)[4], uint64_t x, bool add) {{",
         '  asm volatile("{\\n.reg .pred p;\\nsetp.ne.b32 p, %' + f'{count + 5}, 0;\\n"',
-        f'      "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{{sums}}}, {{{left}}}, "',
-        f'      "%{count + 4}, p, 1, 1, 0;\\n}}"',
+        f'      "wgmma.mma_async.sync.aligned.m64n{tokens}{shape} {{{sums}}}, {{{left}}}, "',
+        f'      "%{count + 4}, p{rest};\\n}}"',
         f"      : {outputs}",
         '      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"((int)add));',
         "}",
     ]
 
 
-def _entry(plan: Plan) -> list[str]:
-    resident = plan.schedule.get("resident", 2)
-    bounds = f"__launch_bounds__({plan.schedule.warps * 32}, {resident})"
+def _entry(plan: AnyPlan) -> list[str]:
+    resident = plan.schedule.get("resident", 1 if isinstance(plan, VectorPlan) else 2)
+    lines = _kernel("lb_kernel", f"{plan.threads}, {resident}", "stream")
+    return lines + (_kernel("lb_prepare", str(PREPARE_THREADS), "prepare") if plan.prepared else [])
+
+
+def _kernel(name: str, bounds: str, body: str) -> list[str]:
     return [
-        f'extern "C" __global__ void {bounds} lb_kernel(const __grid_constant__ Args a) {{',
-        "  stream(a);",
+        f'extern "C" __global__ void __launch_bounds__({bounds}) {name}(const __grid_constant__ Args a) {{',
+        f"  {body}(a);",
         "}",
     ]

@@ -15,18 +15,23 @@ from pathlib import Path
 import torch
 
 from lowbit.codegen.cpp.toolchain import find_compiler
-from lowbit.codegen.cuda.arguments import Args, fill
+from lowbit.codegen.cuda.any_plan import AnyPlan
+from lowbit.codegen.cuda.arguments import Args, fill, order_of
 from lowbit.codegen.cuda.emit import emit_text
-from lowbit.codegen.cuda.plan import Plan
+from lowbit.codegen.cuda.plan import PREPARE_THREADS
 from lowbit.compiler.errors import KernelError
 from lowbit.quantizers.qtensor import PackedWeight
 
 __all__ = ["Emulation"]
 
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE",
-          "-w")  # fmt: skip
+# Hidden symbols: else all emulated kernels of a process share one copy of inline variables, and of inline functions'
+# static ones, whose sizes differ from kernel to kernel.
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
+          "-U_FORTIFY_SOURCE", "-w")  # fmt: skip
 _TIMEOUT_S = 900.0  # a few seconds on a machine that does nothing else
-_LAUNCH = "void lb_launch(const Args& a) { lb_kernel(a); }\n"
+_LAUNCH = "void lb_launch(const Args& a, int kernel) {{ {} }}\n"
+_KERNELS = ("lb_kernel(a);", "kernel ? lb_prepare(a) : lb_kernel(a);")
+_PREPARE_SHARED = 1024
 
 
 def _compile(text: Path, library: Path) -> None:
@@ -46,11 +51,11 @@ class _Range(ctypes.Structure):
 class Emulation:
     """One kernel, compiled for this machine's CPU."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: AnyPlan) -> None:
         self.plan = plan
         with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
             text, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
-            text.write_text(emit_text(plan, "host") + _LAUNCH)
+            text.write_text(emit_text(plan, "host") + _LAUNCH.format(_KERNELS[plan.prepared]))
             _compile(text, library)
             self._run = ctypes.CDLL(str(library)).lb_emulate
         self._run.restype = ctypes.c_char_p
@@ -69,21 +74,40 @@ class Emulation:
 
         Raises KernelError (LB0461) when a copy is out of bounds or not aligned, or threads wait for each other.
         """
-        plan = self.plan
-        token_blocks = -(-x.shape[0] // plan.schedule.tile_m)
-        blocks = min(blocks, plan.units)
-        part = torch.full((plan.part_floats(blocks, token_blocks),), float("nan"))
-        count = torch.zeros(plan.tile_sets * token_blocks, dtype=torch.int32)
+        plan, x = self.plan, order_of(self.plan, x, weight)
+        token_blocks = plan.token_blocks(x.shape[0])
+        lines = token_blocks if plan.warpgroup else 1
+        grid = (min(blocks, plan.units * lines), token_blocks // lines)
+        part = torch.full((plan.part_floats(grid, x.shape[0]),), float("nan"))
+        count = torch.zeros(plan.counts(grid, x.shape[0]), dtype=torch.int32)
         args = fill(Args(), x, weight, bias, residual, out)
         args.part, args.count = part.data_ptr(), count.data_ptr()
         held = [x, *weight.tensors.values()]
+        if plan.prepared:
+            ready, scales = (torch.full((n,), 0xFF, dtype=torch.uint8) for n in plan.x_bytes(x.shape[0]))
+            args.ready, args.x_scale = ready.data_ptr(), scales.data_ptr()
+            held += [ready, scales]
         ranges = (_Range * len(held))(*[_Range(t.data_ptr(), t.numel() * t.element_size()) for t in held])
-        sequence = list(order or range(blocks * token_blocks))
-        failed = self._run(
-            ctypes.byref(args), blocks, token_blocks, plan.schedule.warps * 32, plan.shared_bytes,
-            (ctypes.c_int * len(sequence))(*sequence), ranges, len(held),
-        )  # fmt: skip
-        if failed:
-            raise KernelError("LB0461", f"emulated kernel: {failed.decode()}", where=plan.spec.format)
+        line = plan.x_columns * plan.width
+        args.map = (args.ready, plan.x_columns, x.shape[0], line, plan.width, plan.schedule.tile_m)
+        if plan.prepared:
+            self._launch(args, 1, (x.shape[0], 1), PREPARE_THREADS, _PREPARE_SHARED, range(x.shape[0]), ranges)
+        blocks_in_order = order or range(grid[0] * grid[1])
+        self._launch(args, 0, grid, plan.threads, plan.shared_bytes, blocks_in_order, ranges)
         if bool(count.any()):
             raise KernelError("LB0461", "emulated kernel: arrival counters are not reset", where=plan.spec.format)
+
+    def _launch(
+        self,
+        args: Args,
+        kernel: int,
+        grid: tuple[int, int],
+        threads: int,
+        shared: int,
+        order: Sequence[int],
+        ranges: ctypes.Array[_Range],
+    ) -> None:
+        sequence = (ctypes.c_int * len(order))(*order)
+        failed = self._run(ctypes.byref(args), kernel, *grid, threads, shared, sequence, ranges, len(ranges))
+        if failed:
+            raise KernelError("LB0461", f"emulated kernel: {failed.decode()}", where=self.plan.spec.format)

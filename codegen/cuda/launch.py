@@ -9,23 +9,31 @@ import torch
 
 from lowbit.codegen.backend import Launcher
 from lowbit.codegen.counters import counters
-from lowbit.codegen.cuda.arguments import Args, fill
-from lowbit.codegen.cuda.driver import Kernel
-from lowbit.codegen.cuda.plan import Plan
+from lowbit.codegen.cuda.any_plan import make_plan
+from lowbit.codegen.cuda.arguments import Args, fill, order_of
+from lowbit.codegen.cuda.driver import Kernel, tensor_map
+from lowbit.codegen.cuda.plan import PREPARE_THREADS
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.quantizers.qtensor import PackedWeight
 
-__all__ = ["core_spec", "finish_in_torch", "make_launcher", "split_float"]
+__all__ = ["core_spec", "finish_in_torch", "make_launcher", "split", "split_float"]
 
 LIMBS = 3
 """bfloat16 numbers whose sum is a float32."""
+_PREPARE_SHARED = 1024  # bytes: a word for each of its warps
 
 
 def core_spec(spec: KernelSpec) -> KernelSpec:
-    """The spec whose kernel runs: float32 activations are three bfloat16 ones, and their epilogue is done by torch."""
-    return spec if spec.x_dtype != "f32" else replace(spec, x_dtype="bf16", out_dtype="f32", epilogue=())
+    """The spec whose kernel runs: float32 activations are three bfloat16 ones, and their epilogue is done by torch.
+    Activations that are rounded are what they are."""
+    return spec if not split(spec) else replace(spec, x_dtype="bf16", out_dtype="f32", epilogue=())
+
+
+def split(spec: KernelSpec) -> bool:
+    """Whether activations are float32 that stays float32."""
+    return spec.x_dtype == "f32" and not spec.activation
 
 
 def split_float(x: torch.Tensor) -> torch.Tensor:
@@ -53,13 +61,16 @@ def finish_in_torch(
 
 
 def make_launcher(artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launcher:
-    """A launcher for a cubin made from `Plan(core_spec(spec), schedule)`."""
-    plan = Plan(core_spec(spec), schedule)
+    """A launcher for a cubin made from the plan of `core_spec(spec)`."""
+    plan = make_plan(core_spec(spec), schedule)
     early = bool(schedule.get("early", 0))
-    kernel = Kernel(artifact, "lb_kernel", plan.schedule.warps * 32, plan.shared_bytes, early)
+    kernel = Kernel(artifact, "lb_kernel", plan.threads, plan.shared_bytes, early)
+    before = Kernel(artifact, "lb_prepare", PREPARE_THREADS, _PREPARE_SHARED) if plan.prepared else None
     if torch.cuda.is_available():
         counters.reserve(torch.device("cuda", torch.cuda.current_device()))
-        kernel.load(torch.cuda.current_device())  # not inside the first call, which may be captured
+        for k in (kernel, before):  # not inside the first call, which may be captured
+            if k is not None:
+                k.load(torch.cuda.current_device())
 
     def run(
         x: torch.Tensor,
@@ -70,15 +81,20 @@ def make_launcher(artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launc
     ) -> None:
         if weight.k != spec.k or weight.segments != spec.segments or x.shape[1] != spec.k:
             raise KernelError("LB0462", f"a kernel for {spec.segments} x {spec.k} got {weight.segments} x {weight.k}")
-        if (order := weight.tensors.get("columns")) is not None:
-            x = x.index_select(1, order)
+        x = order_of(plan, x, weight)
         if x.data_ptr() % 16:  # kernels read 16 bytes at a time
             x = x.clone()
-        args = fill(Args(), x, weight, bias, residual, out)
-        grid = (plan.blocks(_multiprocessors(x.device)), -(-x.shape[0] // plan.schedule.tile_m))
-        part = torch.empty(plan.part_floats(*grid), dtype=torch.float32, device=x.device)
+        args, tokens = fill(Args(), x, weight, bias, residual, out), x.shape[0]
+        held = [torch.empty(n, dtype=torch.uint8, device=x.device) for n in plan.x_bytes(tokens)] if before else []
+        if before is not None:
+            args.ready, args.x_scale = (t.data_ptr() for t in held)
+            before.launch((tokens, 1), args, x.device)
+        grid = plan.grid(_multiprocessors(x.device), tokens)
+        part = torch.empty(plan.part_floats(grid, tokens), dtype=torch.float32, device=x.device)
         args.part = part.data_ptr()
-        args.count = counters.take(plan.tile_sets * grid[1], x.device).data_ptr()
+        args.count = counters.take(plan.counts(grid, tokens), x.device).data_ptr()
+        if plan.warpgroup:
+            args.map = tensor_map(args.ready, tokens, plan.x_columns, plan.width, plan.schedule.tile_m)
         kernel.launch(grid, args, x.device)
 
     def run_float(
@@ -93,7 +109,7 @@ def make_launcher(artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launc
         run(limbs, weight, None, None, y)
         finish_in_torch(spec, y, bias, residual, out)
 
-    return run_float if spec.x_dtype == "f32" else run
+    return run_float if split(spec) else run
 
 
 _counts: dict[int, int] = {}

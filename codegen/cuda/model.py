@@ -13,6 +13,7 @@ __all__ = ["instructions", "predict", "registers"]
 _SLOTS = 4  # instructions a multiprocessor issues per clock
 _PER_WARP = 0.4  # of them that one warp alone keeps up, waiting for its own results
 _L2_SHARE = 1.4  # of the memory's bandwidth: what the second-level cache gives beside it
+_PREPARE = 2e-6  # seconds that a kernel before takes at least
 _TENSOR_SHARE = 0.5  # of a Hopper's matrix rate that instructions issued by one warp reach
 
 
@@ -20,7 +21,7 @@ def registers(plan: Plan) -> int:
     """Rough 32-bit registers of a thread: sums, activations, words, operands, addresses."""
     parts, tokens = plan.parts, plan.token_tiles
     sums = parts * tokens * 4
-    live = sums if plan.spec.groups == 1 and not plan.sums_x and not plan.in_loop else 2 * sums
+    live = sums if plan.direct else 2 * sums
     words = parts * plan.spec.fmt.bits
     sides = 2 * parts * (1 + plan.spec.fmt.zero + plan.spec.fmt.offset) if plan.in_loop else 0
     operands = 32 if plan.warpgroup else 4 * tokens + 4 * parts  # of the weights twice, or of both sides
@@ -31,44 +32,48 @@ def instructions(plan: Plan) -> float:
     """Instructions a warp issues for one unit, all of them."""
     s, tokens, recipe = plan.schedule, plan.token_tiles, plan.recipe
     weights = plan.parts * 16 * s.tile_k / 32  # of a lane
-    steps = s.tile_k // 16
+    products = weights / 8 * tokens / (3 - plan.width)
+    steps = s.tile_k // plan.step
     count = weights * (recipe.cost + (0.5 if plan.exact and (recipe.sums_activations or plan.spec.fmt.zero) else 0))
     count += (
-        (steps if plan.warpgroup else weights / 8 * tokens)
+        (steps if plan.warpgroup else products)
         + steps * tokens * (1 if plan.sums_x else 0)
         + (0 if plan.warpgroup else steps / 2 * tokens)
     )
-    if plan.in_loop or plan.sums_x:
-        each = 1 + (plan.sums_x and not plan.exact) + plan.spec.fmt.offset
-        count += plan.flushes * plan.parts * (4 * tokens * each + 6 * plan.in_loop + 4 * plan.spec.fmt.zero)
+    if not plan.direct:
+        each = 1 + (plan.sums_x and not plan.exact) + plan.spec.fmt.offset + (plan.operand == "s8") + bool(plan.x_group)
+        flushes = plan.flushes / (plan.units_per_flush if plan.warpgroup else 1)
+        count += flushes * plan.parts * (4 * tokens * each + 6 * plan.in_loop + 4 * plan.spec.fmt.zero)
     count += weights * plan.spec.fmt.bits / 128
     copied = sum(plan.stage_bytes.values()) if not s.get("bulk", 0) else plan.stage_bytes["x"]
+    copied = 0 if plan.warpgroup else copied
     return count + 3 * copied / (512 * plan.row_warps) + 60
 
 
 def predict(plan: Plan, target: Target, m: int) -> float:
     """Seconds of one call with `m` tokens whose weights are not in any cache."""
     gpu, s = gpu_of(target), plan.schedule
-    token_blocks = math.ceil(m / s.tile_m)
     resident = s.get("resident", 2)
-    blocks = plan.blocks(gpu.multiprocessors)
-    busy = min(1.0, blocks * token_blocks / gpu.multiprocessors)
-    waves = _balance(blocks * token_blocks, resident * gpu.multiprocessors)
+    per_matrix, copies = plan.grid(gpu.multiprocessors, m)
+    blocks, token_blocks = per_matrix * copies, plan.token_blocks(m)
+    busy = min(1.0, blocks / gpu.multiprocessors)
+    waves = _balance(blocks, resident * gpu.multiprocessors)
     memory = _memory(plan, gpu, m, token_blocks, blocks)
     warps = plan.units * token_blocks * plan.row_warps
-    slots = min(
-        _SLOTS / 1.25, _PER_WARP * s.warps * min(resident, math.ceil(blocks * token_blocks / gpu.multiprocessors))
-    )
+    slots = min(_SLOTS / 1.25, _PER_WARP * s.warps * min(resident, math.ceil(blocks / gpu.multiprocessors)))
     issue = warps * instructions(plan) / (gpu.multiprocessors * slots * gpu.clock)
-    rate = gpu.matrix16 * (_TENSOR_SHARE if is_hopper(target) and not plan.warpgroup else 1.0)
+    rate = gpu.matrix16 if plan.width == 2 else gpu.matrix8
+    rate *= _TENSOR_SHARE if is_hopper(target) and not plan.warpgroup else 1.0
     products = 2.0 * token_blocks * plan.token_tiles * 8 * plan.tile_sets * s.tile_n * plan.k_blocks * 64
     multiply = products / rate
     compute = max(issue, multiply) * waves / busy
     # Ends of shares within a set of tiles meet through memory; the last round of a block's warps may be partly filled.
-    shared_sets = 0.0 if blocks == plan.tile_sets else FINISH
-    rounds = plan.units / blocks / plan.warp_groups
-    uneven = math.ceil(rounds) / rounds
-    return LAUNCH + max(memory, compute) * uneven + 0.15 * min(memory, compute) + shared_sets
+    shared_sets = 0.0 if per_matrix == plan.tile_sets else FINISH
+    rounds = plan.units * token_blocks / blocks / plan.warp_groups
+    longest = plan.line(blocks, m).longest if plan.warpgroup else math.ceil(rounds)
+    uneven = longest / rounds
+    total = LAUNCH + max(memory, compute) * uneven + 0.15 * min(memory, compute) + shared_sets
+    return total + (_PREPARE + m * plan.x_columns * (2 + plan.width) / gpu.bandwidth if plan.prepared else 0.0)
 
 
 def _balance(programs: int, resident: int) -> float:
@@ -82,7 +87,7 @@ def _memory(plan: Plan, gpu: Gpu, m: int, token_blocks: int, blocks: int) -> flo
     weight = plan.tiles * TILE * plan.k_blocks * 64 * spec.fmt.bits / 8 + side
     outside = weight + m * (spec.k * 2 + spec.n_out * (4 if spec.out_dtype == "f32" else 2))
     inside = plan.units * token_blocks * (plan.stage_bytes["x"] * min(m / s.tile_m, 1.0)) + weight * token_blocks
-    resident = min(blocks * token_blocks, s.get("resident", 2) * gpu.multiprocessors)
+    resident = min(blocks, s.get("resident", 2) * gpu.multiprocessors)
     # A stage is asked for when the one before it has been used up: on average half of one is missing. Twice what
     # Little's law asks for, because requests of thread blocks come in bursts.
     ahead = resident * plan.warp_groups * (plan.ahead - 0.5) * (sum(plan.stage_bytes.values()) - plan.stage_bytes["x"])

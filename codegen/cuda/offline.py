@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lowbit.codegen.cuda.any_plan import AnyPlan, make_plan
 from lowbit.codegen.cuda.backend import CudaBackend
 from lowbit.codegen.cuda.launch import core_spec
-from lowbit.codegen.cuda.plan import Plan
 from lowbit.codegen.cuda.toolchain import compile_cubin, find_tool, nvcc_version, run_tool
+from lowbit.codegen.cuda.vector_plan import VectorPlan
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
@@ -39,8 +40,8 @@ _INTEGERS = ("LOP3", "SHF", "PRMT", "IMAD", "IADD", "LEA", "ISETP", "SEL", "IMNM
 class CudaReport:
     """What one kernel compiled to.
 
-    registers: per thread. spills, stack: bytes of local memory. loop: instructions of the main loop by name.
-    weights: how many a lane decodes in it.
+    registers: per thread. spills, stack: bytes of local memory, those of a kernel that runs before
+    included. loop: instructions of the main loop by name. weights: how many a lane decodes in it.
     """
 
     target: str
@@ -76,9 +77,9 @@ class CudaReport:
         """What the committed baseline holds."""
         return {
             "registers": self.registers, "spills": self.spills, "stack": self.stack,
-            "shared_bytes": self.shared_bytes, "matrix": self.matrix,
+            "shared_bytes": self.shared_bytes, "matrix_instructions": self.matrix,
             "wide_copies": self.count("LDGSTS.E.BYPASS", "UBLKCP"), "wide_shared_loads": self.count("LDS.128"),
-            "arithmetic_per_weight": round(self.decode, 3), "issued_per_weight": round(self.issued, 3),
+            "arithmetic_per_weight": round(self.decode, 3), "instructions_per_weight": round(self.issued, 3),
         }  # fmt: skip
 
 
@@ -111,36 +112,47 @@ def _inspect(spec: KernelSpec, schedule: Schedule, target: Target, root: Path) -
     text, cubin = root / f"{name}.cu", root / f"{name}.cubin"
     text.write_text(source.text)
     said = compile_cubin(text, source.flags, cubin)
-    report = _read(said, cubin, Plan(core_spec(spec), schedule), target)
+    report = _read(said, cubin, make_plan(core_spec(spec), schedule), target)
     staged = root / f"{name}.{os.getpid()}.tmp"
     staged.write_text(json.dumps(asdict(report), sort_keys=True))
     os.replace(staged, kept)
     return report
 
 
-def _read(said: str, cubin: Path, plan: Plan, target: Target) -> CudaReport:
+def _read(said: str, cubin: Path, plan: AnyPlan, target: Target) -> CudaReport:
     tool = find_tool("cuobjdump")
     if tool is None:
         raise KernelError("LB0463", "cuobjdump was not found", hint="install the CUDA toolkit, or triton, which has it")
     lines = [(int(at, 16), name, rest) for at, name, rest in _LINE.findall(run_tool([tool, "-sass", str(cubin)]))]
     return CudaReport(
         target=str(target),
-        registers=_number(r"Used (\d+) registers", said),
-        spills=_number(r"(\d+) bytes spill stores", said) + _number(r"(\d+) bytes spill loads", said),
-        stack=_number(r"(\d+) bytes stack frame", said),
+        registers=_numbers(r"Used (\d+) registers", said)["lb_kernel"],
+        spills=sum(n for kind in ("stores", "loads") for n in _numbers(rf"(\d+) bytes spill {kind}", said).values()),
+        stack=sum(_numbers(r"(\d+) bytes stack frame", said).values()),
         shared_bytes=plan.shared_bytes,
         cubin_bytes=cubin.stat().st_size,
         sass=dict(Counter(name for _, name, _ in lines)),
         loop=dict(Counter(name for _, name, _ in loop_of(lines))),
-        weights=plan.parts * 16 * plan.schedule.tile_k // 32,
+        weights=_weights(plan),
     )
 
 
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise KernelError("LB0464", f"ptxas does not report {pattern!r}")
-    return int(found[1])
+def _weights(plan: AnyPlan) -> int:
+    """Weights of a lane in one round of the main loop."""
+    if isinstance(plan, VectorPlan):
+        return plan.tile_rows * plan.run // 32
+    return plan.parts * 16 * plan.schedule.tile_k // 32
+
+
+def _numbers(pattern: str, said: str) -> dict[str, int]:
+    """The number that ptxas reports for every kernel."""
+    found = {}
+    for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", said, re.S):
+        number = re.search(pattern, text)
+        if number is None:
+            raise KernelError("LB0464", f"ptxas does not report {pattern!r}")
+        found[name] = int(number[1])
+    return found
 
 
 def loop_of(lines: Sequence[tuple[int, str, str]]) -> list[tuple[int, str, str]]:

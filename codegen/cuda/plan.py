@@ -12,48 +12,105 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from lowbit.codegen.cuda.bits import Type16
+from lowbit.codegen.cuda.bits import ByteType, Type16
 from lowbit.codegen.cuda.recipe import Recipe, find_recipe
+from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.streamk import Line
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats import K_ALIGN
 
-__all__ = ["BLOCK", "TILE", "Plan"]
+__all__ = ["BLOCK", "CHUNK", "PREPARE_THREADS", "TILE", "Plan"]
 
 TILE = 64
 """Rows of a tile."""
 BLOCK = 64
 """Columns of a block."""
+CHUNK = 32
+"""Tokens whose sums wait together to be stored, where warpgroups multiply."""
+PREPARE_THREADS = 256
+"""Threads of a block that prepares activations."""
 _SIDE_BYTES = {"f16": 2, "f32": 4, "e8m0": 1, "e4m3": 1}
 
 
 @dataclass(frozen=True)
 class Plan:
     """See the module's docstring. Schedule: tile_m tokens a thread block multiplies with, tile_n rows and tile_k
-    columns of a unit, warps, stages. Extra: `row_warps` warps share a unit, each taking some of its rows; `bulk`:
-    copies by the copy engine of sm_90; `exact`: addends meet weights, not sums; `wgmma`: four warps multiply
-    together; `resident` thread blocks a multiprocessor holds; `early`: the kernel may start while the one before it
-    ends."""
+    columns of a unit, warps that multiply, stages. Extra: `row_warps` warps share a unit, each taking some of its rows;
+    `bulk`: copies by the copy engine of sm_90; `exact`: addends meet weights, not sums; `wgmma`: four warps multiply
+    together while others fetch; `fp8`: operands are e4m3; `half`: they
+    are float16 where activations are bfloat16; `resident` thread blocks a multiprocessor holds;
+    `early`: the kernel may start while the one before it ends."""
 
     spec: KernelSpec
     schedule: Schedule
 
     @cached_property
     def dtype(self) -> Type16:
-        """Operand type of the matrix instructions: the activations'."""
-        if self.spec.x_dtype not in ("f16", "bf16"):
-            raise KernelError("LB0460", f"activations are f16 or bf16, not {self.spec.x_dtype}", where=self.spec.format)
-        return "bf16" if self.spec.x_dtype == "bf16" else "f16"
+        """Type of activations of 16 bits: their own, or bfloat16 where float32 ones are rounded to something narrow."""
+        if self.spec.x_dtype == "f32" and not self.spec.rounding:
+            raise KernelError("LB0460", "activations are f16 or bf16, not f32", where=self.spec.format)
+        return "f16" if self.spec.x_dtype == "f16" or self.halved else "bf16"
+
+    @property
+    def halved(self) -> bool:
+        """Whether bfloat16 activations become float16 times a power of two for every token: most formats are decoded
+        to float16 in fewer instructions."""
+        return bool(self.schedule.get("half", 0)) and self.spec.x_dtype == "bf16" and not self.spec.rounding
+
+    @cached_property
+    def operand(self) -> Type16 | ByteType:
+        """Operand type of the matrix instructions."""
+        if self.spec.compute == "int8":
+            return "s8"
+        return "e4m3" if self.schedule.get("fp8", 0) else self.dtype
+
+    @property
+    def width(self) -> int:
+        """Bytes of an operand."""
+        return 1 if self.operand in ("s8", "e4m3") else 2
+
+    @property
+    def step(self) -> int:
+        """Columns of a matrix instruction: 32 bytes."""
+        return 32 // self.width
 
     @cached_property
     def recipe(self) -> Recipe:
         """How codes become operands; raises KernelError (LB0460) where no way is exact."""
-        found = find_recipe(self.spec.fmt.element, self.dtype)
+        element, kind = self.spec.fmt.element, self.operand
+        if kind == "s8" or kind == "e4m3":
+            found = find_byte_recipe(element, kind, plain=kind == "s8" and self.exact and self.spec.fmt.zero)
+        else:
+            found = find_recipe(element, kind)
         if found is None:
-            raise KernelError("LB0460", f"{self.spec.format} has no exact {self.dtype} operands")
+            raise KernelError("LB0460", f"{self.spec.format} has no exact {kind} operands")
         return found
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a kernel of its own brings activations into packed columns, rounds them and finds their scales."""
+        return self.spec.rounding is not None or self.halved or (self.warpgroup and not self.plain_columns)
+
+    @property
+    def x_columns(self) -> int:
+        """Columns of the activations that the main kernel reads."""
+        return self.k_blocks * BLOCK if self.prepared else self.spec.k
+
+    @cached_property
+    def x_group(self) -> int:
+        """Packed columns that share an activation scale; 0 where all do, or none is rounded."""
+        s, rounding = self.spec, self.spec.rounding
+        if rounding is None or rounding.groups(s.k) == 1:
+            return 0
+        size = rounding.group_size(s.k)
+        if s.groups == 1 or self.padded_group == s.group:
+            return size
+        if size % s.group:
+            raise KernelError("LB0460", f"groups of {size} activations are not whole groups of {s.group} weights")
+        return size // s.group * self.padded_group
 
     @cached_property
     def planes(self) -> tuple[int, ...]:
@@ -118,7 +175,7 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether addends and zero points meet weights instead of sums."""
-        return bool(self.schedule.get("exact", 0))
+        return self.warpgroup or (bool(self.schedule.get("exact", 0)) and self.width == 2)
 
     @property
     def warpgroup(self) -> bool:
@@ -126,9 +183,23 @@ class Plan:
         return bool(self.schedule.get("wgmma", 0))
 
     @property
+    def threads(self) -> int:
+        """Threads of a block: with wgmma four more warps than multiply."""
+        return 32 * (self.schedule.warps + 4 * self.warpgroup)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """With wgmma, registers of a thread that fetches, of one that multiplies: the former give theirs up, and what a
+        thread has at launch (65536 for all) is enough for both. 0: where one warpgroup multiplies there are enough."""
+        if self.schedule.warps <= 4:
+            return 0, 248
+        few = 40 if self.schedule.warps <= 8 else 32
+        return few, min(240, (65536 // 32 - 4 * few) // self.schedule.warps // 8 * 8)
+
+    @property
     def ahead(self) -> int:
-        """Units asked for beforehand. With wgmma one stage more is still read."""
-        return self.schedule.stages - (2 if self.warpgroup else 1)
+        """Units asked for beforehand."""
+        return self.schedule.stages - 1
 
     @property
     def sums_x(self) -> bool:
@@ -157,11 +228,26 @@ class Plan:
     @cached_property
     def flush(self) -> int:
         """Columns after which a sum is scaled: those of a unit, or fewer where groups are smaller."""
-        unit = self.schedule.tile_k
-        for size in (unit, 64, 32, 16):
-            if not self.in_loop or (size <= unit and self.padded_group % size == 0):
+        groups = [self.padded_group] * self.in_loop + [self.x_group] * bool(self.x_group)
+        for size in (self.schedule.tile_k, 64, 32, 16):
+            if self.step <= size <= self.schedule.tile_k and all(g % size == 0 for g in groups):
                 return size
-        raise KernelError("LB0460", f"groups of {self.spec.group} columns are smaller than a step of 16")
+        raise KernelError("LB0460", f"groups of {groups} columns are smaller than a step of {self.step}")
+
+    @property
+    def units_per_flush(self) -> int:
+        """Units whose products add up before they are scaled, where groups are longer than a unit. FP8 products are
+        taken out of the matrix unit's sums after every unit, as in "DeepSeek-V3 Technical Report"."""
+        groups = [self.padded_group] * self.in_loop + [self.x_group] * bool(self.x_group)
+        if not groups or self.operand == "e4m3" or self.sums_x:
+            return 1
+        return max(1, math.gcd(*groups) // self.schedule.tile_k) if math.gcd(*groups) % self.schedule.tile_k == 0 else 1
+
+    @property
+    def direct(self) -> bool:
+        """Whether products add up over all columns, as they come out of matrix instructions. FP8 ones do not: they are
+        added up in fewer bits than float32 has."""
+        return not (self.in_loop or self.sums_x or self.x_group or self.operand == "e4m3")
 
     @property
     def flushes(self) -> int:
@@ -184,10 +270,17 @@ class Plan:
             parts["scale"] = each * self.side_bytes
             parts |= {"zero": each} if self.spec.fmt.zero else {}
             parts |= {"offset": each * self.side_bytes} if self.spec.fmt.offset else {}
+        if self.x_group:
+            parts["x_scale"] = self.flushes * self.scale_tokens * 4
         if self.warpgroup:
             parts["gap"] = -sum(parts.values()) % self.align
-        parts["x"] = s.tile_m * s.tile_k * 2
+        parts["x"] = s.tile_m * s.tile_k * self.width
         return parts
+
+    @property
+    def scale_tokens(self) -> int:
+        """Tokens whose scales lie together: those of a tile, at least 16 bytes of them."""
+        return max(self.schedule.tile_m, 4)
 
     @property
     def align(self) -> int:
@@ -201,8 +294,9 @@ class Plan:
 
     @property
     def reduce_bytes(self) -> int:
-        """Bytes in which the groups' sums of a set of tiles meet."""
-        return self.warp_groups * self.schedule.tile_m * self.reduce_stride * 4
+        """Bytes in which the groups' sums of a set of tiles meet, or with wgmma those of some tokens."""
+        tokens = min(self.schedule.tile_m, CHUNK) if self.warpgroup else self.warp_groups * self.schedule.tile_m
+        return tokens * self.reduce_stride * 4
 
     @property
     def reduce_stride(self) -> int:
@@ -212,24 +306,53 @@ class Plan:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a thread block: rings, sums, a row of zeros, barriers, the table."""
-        ring = self.warp_groups * self.schedule.stages * sum(self.stage_bytes.values())
-        return ring + self.reduce_bytes + 128 + self.barrier_bytes + -(-self.table_bytes // 16) * 16
+        return self.ring_bytes + self.reduce_bytes + 128 + self.barrier_bytes + -(-self.table_bytes // 16) * 16
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of all rings."""
+        return self.warp_groups * self.schedule.stages * sum(self.stage_bytes.values())
 
     @property
     def barrier_bytes(self) -> int:
-        """Bytes of the barriers of bulk copies, and of the flag of the last arriver."""
-        return -(-(8 * self.warp_groups * self.schedule.stages + 4) // 16) * 16
+        """Bytes of the barriers of stages (with wgmma: full, empty), and of the flag of the last arriver."""
+        rings = 2 if self.warpgroup else self.warp_groups
+        return -(-(8 * rings * self.schedule.stages + 4) // 16) * 16
 
     @property
     def plain_columns(self) -> bool:
         """Whether packed columns are the matrix's, and rows of x are whole 16-byte pieces."""
         return (self.spec.groups == 1 or self.padded_group == self.spec.group) and self.spec.k % 8 == 0
 
-    def part_floats(self, blocks: int, token_blocks: int) -> int:
-        """float32 of workspace for partial sums: two sets of tiles for every thread block."""
-        return blocks * token_blocks * 2 * self.schedule.tile_m * self.row_tiles * TILE
+    def grid(self, multiprocessors: int, tokens: int) -> tuple[int, int]:
+        """Thread blocks along the matrix and along the tokens: along the matrix as many as run at once, or one a unit.
+        With wgmma one line of work goes over both."""
+        per, token_blocks = self.schedule.get("resident", 2), self.token_blocks(tokens)
+        lines = token_blocks if self.warpgroup else 1
+        blocks = max(1, min(self.units * lines, per * multiprocessors))
+        return blocks, token_blocks // lines
 
-    def blocks(self, multiprocessors: int) -> int:
-        """Thread blocks along the matrix: as many as run at once, or one a unit."""
-        per = self.schedule.get("resident", 2)
-        return max(1, min(self.units, per * multiprocessors))
+    def line(self, blocks: int, tokens: int) -> Line:
+        """With wgmma, what each of `blocks` thread blocks does."""
+        return Line(self.tile_sets * self.token_blocks(tokens), self.units_per_set, blocks)
+
+    def part_floats(self, grid: tuple[int, int], tokens: int) -> int:
+        """float32 of workspace for partial sums: two sets of tiles for every thread block."""
+        if self.warpgroup and not self.line(grid[0], tokens).rest:
+            return 0
+        return grid[0] * grid[1] * 2 * self.schedule.tile_m * self.row_tiles * TILE
+
+    def counts(self, grid: tuple[int, int], tokens: int) -> int:
+        """Arrival counters: one for every tile that may be shared."""
+        return self.line(grid[0], tokens).rest if self.warpgroup else self.tile_sets * self.token_blocks(tokens)
+
+    def token_blocks(self, tokens: int) -> int:
+        """Tiles along the tokens."""
+        return math.ceil(tokens / self.schedule.tile_m)
+
+    def x_bytes(self, tokens: int) -> tuple[int, int]:
+        """Bytes of prepared activations, and of their scales: one for every token, or token tile and flush."""
+        scales = tokens
+        if self.x_group:
+            scales = self.token_blocks(tokens) * self.units_per_set * self.flushes * self.scale_tokens
+        return tokens * self.x_columns * self.width, scales * 4

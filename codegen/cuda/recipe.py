@@ -20,15 +20,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import Literal
 
 import torch
 
-from lowbit.codegen.cuda.bits import Operand, Sequence, Type16, half_of, run
+from lowbit.codegen.cuda.bits import ByteType, Operand, Sequence, Type16, half_of, run
 from lowbit.codegen.cuda.value import Move, Number, read_value
 from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
 from lowbit.quantizers.formats import Element
 
-__all__ = ["Recipe", "find_recipe", "words_of"]
+__all__ = ["Piece", "Recipe", "find_recipe", "gather", "pieces_of", "trial_words", "words_of"]
 
 _MANTISSA = {"f16": 10, "bf16": 7}
 _BIAS = {"f16": 15, "bf16": 127}
@@ -43,7 +44,7 @@ class Recipe:
     addend: for each half of the rows. table: 16-bit numbers by code, where the sequence looks them up.
     """
 
-    dtype: Type16
+    dtype: Type16 | ByteType
     sequence: Sequence
     factor: float
     addend: tuple[float, float]
@@ -61,7 +62,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """`width` bits of the code from bit `low` of plane `plane` on go to bit `to` of the register's half (or byte)."""
 
     plane: int
@@ -75,7 +76,7 @@ def words_of(bits: int) -> list[str]:
     return [f"w{p}[{i}]" for p, width in enumerate(plane_bits(bits)) for i in range(width)]
 
 
-def _pieces(moves: tuple[Move, ...], bits: int) -> list[_Piece]:
+def pieces_of(moves: tuple[Move, ...], bits: int) -> list[Piece]:
     """The moves cut where planes end."""
     found, start = [], 0
     for plane, width in enumerate(plane_bits(bits)):
@@ -84,7 +85,7 @@ def _pieces(moves: tuple[Move, ...], bits: int) -> list[_Piece]:
             while part:
                 low = (part & -part).bit_length() - 1
                 run_ = ((part >> low) + 1 & -((part >> low) + 1)).bit_length() - 1
-                found.append(_Piece(plane, low, run_, start + low + up))
+                found.append(Piece(plane, low, run_, start + low + up))
                 part &= ~((2**run_ - 1) << low)
         start += width
     return found
@@ -97,10 +98,17 @@ def _source(bits: int, plane: int, step: int, h: int) -> tuple[str, int]:
     return f"w{plane}[{part // per}]", part % per * width
 
 
-def _gather(
-    s: Sequence, bits: int, pieces: list[_Piece], at: tuple[int, int], up: int, base: int, lanes: int
+def gather(
+    s: Sequence,
+    bits: int,
+    pieces: list[Piece],
+    at: tuple[int, int],
+    up: int,
+    base: int,
+    lanes: int,
+    join: Literal["andor", "andxor"] = "andor",
 ) -> Operand:
-    """The pieces of one register (or of four bytes), or'ed onto the constant `base`. up: where its codes begin."""
+    """The pieces of one register (or of four bytes), joined with the constant `base`. up: where its codes begin."""
     masks: dict[Operand, int] = {}
     for p in pieces:
         word, bit = _source(bits, p.plane, *at)
@@ -109,25 +117,25 @@ def _gather(
     result: Operand = base
     for moved, mask in masks.items():
         if result:
-            result = s.add("andor", moved, mask, result)
+            result = s.add(join, moved, mask, result)
         else:
             result = moved if mask == 0xFFFFFFFF else s.add("and", moved, mask)
     return result
 
 
-def _direct(bits: int, pieces: list[list[_Piece]], base: tuple[int, int]) -> Sequence:
+def _direct(bits: int, pieces: list[list[Piece]], base: tuple[int, int]) -> Sequence:
     """Register by register: halves of words are masked where they stand after a shift. pieces, base: by h."""
     s = Sequence()
     for step, h, c in product(range(_STEPS), range(2), range(2)):
-        s.outputs[f"a[{step}][{2 * c + h}]"] = _gather(s, bits, pieces[h], (step, h), 8 * c, base[h] * _HALVES, _HALVES)
+        s.outputs[f"a[{step}][{2 * c + h}]"] = gather(s, bits, pieces[h], (step, h), 8 * c, base[h] * _HALVES, _HALVES)
     return s
 
 
-def _by_bytes(bits: int, pieces: list[_Piece], magic: int, high: bool) -> Sequence:
+def _by_bytes(bits: int, pieces: list[Piece], magic: int, high: bool) -> Sequence:
     """Four weights at once as bytes, then spread: below the byte `magic`, or (`high`) above a zero byte."""
     s = Sequence()
     for step, h in product(range(_STEPS), range(2)):
-        four = _gather(s, bits, pieces, (step, h), 0, 0, _BYTES)
+        four = gather(s, bits, pieces, (step, h), 0, 0, _BYTES)
         for c in range(2):
             if high and c:
                 out = s.add("and", four, 0xFF00FF00)
@@ -149,7 +157,7 @@ def _scaled(s: Sequence, factor: float, addend: float, dtype: Type16) -> Sequenc
 def _integers(n: Number, bits: int, dtype: Type16) -> Iterator[Recipe]:
     mantissa = _MANTISSA[dtype]
     if bits > mantissa:  # as a subnormal number, which one multiplication makes a normal one
-        (pieces,) = [_pieces(n.moves, bits)]
+        (pieces,) = [pieces_of(n.moves, bits)]
         unit = 2.0 ** (1 - _BIAS[dtype] - mantissa)
         up, shrink = 2.0 ** _BIAS[dtype], 2.0 ** _BIAS[dtype] * unit
         centre = n.addend / n.factor  # exact: a small integer
@@ -165,10 +173,10 @@ def _integers(n: Number, bits: int, dtype: Type16) -> Iterator[Recipe]:
 
     places = range(mantissa - bits + 1)
     for q in product(places, places):
-        pieces2 = [_pieces(((2**bits - 1, place),), bits) for place in q]
+        pieces2 = [pieces_of(((2**bits - 1, place),), bits) for place in q]
         s = _direct(bits, pieces2, (magic(q[0]), magic(q[1])))
         yield Recipe(dtype, s, n.factor, (addend(q[0]), addend(q[1])))
-    s = _by_bytes(bits, _pieces(n.moves, bits), magic(0) >> 8, False)
+    s = _by_bytes(bits, pieces_of(n.moves, bits), magic(0) >> 8, False)
     yield Recipe(dtype, s, n.factor, (addend(0),) * 2)
 
 
@@ -179,11 +187,11 @@ def _floats(n: Number, bits: int, dtype: Type16) -> Iterator[Recipe]:
     for mask, up in n.moves:
         sign = mask & (0x8000 >> up if up >= 0 else 0x8000 << -up)
         moves += [(part, up - by) for part, by in ((sign, 0), (mask & ~sign, down)) if part]
-    pieces = _pieces(tuple(moves), bits)
+    pieces = pieces_of(tuple(moves), bits)
     lift = 2.0 ** (_BIAS[dtype] - _BIAS["f16"])
     ways = [_direct(bits, [pieces, pieces], (0, 0))] if min(p.to for p in pieces) >= 0 else []
     if all(p.to >= 8 for p in pieces):
-        lower = [_Piece(p.plane, p.low, p.width, p.to - 8) for p in pieces]
+        lower = [Piece(p.plane, p.low, p.width, p.to - 8) for p in pieces]
         ways.append(_by_bytes(bits, lower, 0, True))
     for s in ways:
         yield Recipe(dtype, s if lift == 1.0 else _scaled(s, lift, 0.0, dtype), n.factor, (n.addend, n.addend))
@@ -191,9 +199,9 @@ def _floats(n: Number, bits: int, dtype: Type16) -> Iterator[Recipe]:
 
 def _tables(n: Number, bits: int, dtype: Type16) -> Iterator[Recipe]:
     s = Sequence()
-    pieces = _pieces(((2**bits - 1, 0),), bits)
+    pieces = pieces_of(((2**bits - 1, 0),), bits)
     for step, h in product(range(_STEPS), range(2)):
-        four = _gather(s, bits, pieces, (step, h), 0, 0, _BYTES)
+        four = gather(s, bits, pieces, (step, h), 0, 0, _BYTES)
         for c in range(2):
             s.outputs[f"a[{step}][{2 * c + h}]"] = s.add("lookup", four, c)
     # A power of two keeps the largest entry in range.
@@ -202,22 +210,28 @@ def _tables(n: Number, bits: int, dtype: Type16) -> Iterator[Recipe]:
     yield Recipe(dtype, s, n.factor * shrink, (n.addend, n.addend), tuple(v / shrink for v in n.table))
 
 
-def _proven(recipe: Recipe, element: Element) -> bool:
-    """Whether every register gets exactly the value of every code (codes for infinity and NaN aside)."""
-    levels = element.levels().double()
-    codes = torch.arange(2**element.bits)
-    layout = LAYOUTS["fragments"]
-    # One lane's 32 codes: at every place one code after the other, beside others that must not disturb it.
+def trial_words(bits: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(codes [2**bits, 32], their words): one lane's 32 codes, of step, c, h and e in this order. Every place has one
+    code after the other, beside others that must not disturb it."""
+    codes = torch.arange(2**bits)
     lane = (codes[:, None] * 1 + torch.arange(32) * 7) % len(codes)
     tile = torch.zeros((len(codes), 64, 64), dtype=torch.uint8)
     where = [(h * 8, step * 16 + c * 8 + e) for step in range(_STEPS) for c in (0, 1) for h in (0, 1) for e in (0, 1)]
     for i, (row, col) in enumerate(where):
         tile[:, row, col] = lane[:, i].to(torch.uint8)
-    planes = layout.pack(tile.reshape(-1, 64), element.bits)
+    planes = LAYOUTS["fragments"].pack(tile.reshape(-1, 64), bits)
     words: dict[str, torch.Tensor] = {}
-    for p, (width, plane) in enumerate(zip(plane_bits(element.bits), planes, strict=True)):
+    for p, (width, plane) in enumerate(zip(plane_bits(bits), planes, strict=True)):
         first = plane.reshape(len(codes), -1)[:, :width].to(torch.int64) & 0xFFFFFFFF
         words |= {f"w{p}[{i}]": first[:, i] for i in range(width)}
+    return lane, words
+
+
+def _proven(recipe: Recipe, element: Element) -> bool:
+    """Whether every register gets exactly the value of every code (codes for infinity and NaN aside)."""
+    assert recipe.dtype in ("f16", "bf16")
+    levels = element.levels().double()
+    lane, words = trial_words(element.bits)
     table = torch.tensor(recipe.table, dtype=torch.float64) if recipe.table else None
     found = run(recipe.sequence, words, recipe.dtype, table)
     for i in range(0, 32, 4):

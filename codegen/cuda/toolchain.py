@@ -1,4 +1,4 @@
-"""nvcc and the tools that take its output apart: where they are, their versions, running them. None needs a GPU."""
+"""nvcc (or NVRTC instead) and the tools that take its output apart: where they are, running them. None needs a GPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from lowbit.codegen.cuda.nvrtc import compile_in_process, nvrtc_version
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target
 
-__all__ = ["FLAGS", "arch_of", "compile_cubin", "find_nvcc", "find_tool", "nvcc_version", "run_tool"]
+__all__ = [
+    "FLAGS",
+    "arch_of",
+    "compile_cubin",
+    "compiler_version",
+    "find_nvcc",
+    "find_tool",
+    "no_compiler",
+    "nvcc_version",
+    "run_tool",
+]
 
 FLAGS = ("-cubin", "-O3", "-std=c++17", "-Xptxas", "-v", "--diag-suppress", "177")
 _TIMEOUT_S = 300.0
@@ -52,6 +63,18 @@ def find_tool(name: str) -> str | None:
     return next((str(p) for p in (beside, shipped) if p.is_file()), None)
 
 
+def no_compiler() -> str | None:
+    """None where something compiles CUDA C++, else one line that says what is missing."""
+    if find_nvcc() or nvrtc_version():
+        return None
+    return "neither nvcc nor NVRTC was found; install the CUDA toolkit or cuda-bindings, or set LOWBIT_NVCC"
+
+
+def compiler_version() -> str:
+    """Release of the compiler that is used: nvcc, or NVRTC where there is none; raises KernelError (LB0463)."""
+    return nvcc_version() if find_nvcc() or not (found := nvrtc_version()) else found
+
+
 def nvcc_version() -> str:
     """nvcc's release and build; raises KernelError (LB0463) without nvcc."""
     if (path := find_nvcc()) is None:
@@ -68,10 +91,14 @@ def _version(path: str) -> str:
 
 
 def compile_cubin(text: Path, flags: Sequence[str], out: Path) -> str:
-    """Compile `text` into `out` and return what ptxas says of registers and spills; raises KernelError (LB0464)."""
+    """Compile `text` into `out` and return what ptxas says of registers and spills (nothing where NVRTC stands in for
+    nvcc); raises KernelError (LB0463, LB0464)."""
     path = find_nvcc()
     if path is None:
-        raise KernelError("LB0463", "nvcc was not found", hint="install the CUDA toolkit, or set LOWBIT_NVCC")
+        if nvrtc_version() is None:
+            raise KernelError("LB0463", "nvcc was not found", hint="install the CUDA toolkit, or set LOWBIT_NVCC")
+        out.write_bytes(compile_in_process(text.read_text(), flags))
+        return ""
     return run_tool([path, *flags, "-o", str(out), str(text)])
 
 

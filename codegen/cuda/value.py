@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from lowbit.compiler.ir.program import Program
 
-__all__ = ["Move", "Number", "read_value"]
+__all__ = ["Move", "Number", "read_moves", "read_value"]
 
 Move: TypeAlias = tuple[int, int]
 """(mask of code bits, how far they are shifted to the left; to the right when negative)."""
@@ -57,6 +57,15 @@ def read_value(program: Program, bits: int) -> Number | None:
     except (_Unreadable, KeyError):
         return None
     return found if isinstance(found, Number) else None
+
+
+def read_moves(program: Program, bits: int) -> tuple[Move, ...] | None:
+    """Where the program puts the bits of its argument `code`, or None when it does more than move them."""
+    try:
+        code: _Symbol = _Bits(((2**bits - 1, 0),))
+        return _bits(program.run(_TABLE, {"code": code}))
+    except (_Unreadable, KeyError):
+        return None
 
 
 def _bits(x: _Symbol) -> tuple[Move, ...]:

@@ -21,7 +21,7 @@ from lowbit.quantizers.hadamard import rotate
 from lowbit.quantizers.qtensor import PackedWeight, column_map, full_scales, padded_columns
 from lowbit.quantizers.vqtensor import VQTensor, unpack_vectors
 
-__all__ = ["ReferenceBackend", "decode_weight", "prepare_activations", "run_reference"]
+__all__ = ["ReferenceBackend", "decode_stored", "decode_weight", "finish", "prepare_activations", "run_reference"]
 
 _TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -31,13 +31,15 @@ def decode_weight(weight: PackedWeight) -> torch.Tensor:
     if isinstance(weight.fmt, VectorFormat):
         on_cpu = replace(weight, tensors={name: t.cpu() for name, t in weight.tensors.items()})
         return torch.cat([_decode_vectors(q) for q in unpack_vectors(on_cpu)])
-    dense, columns = _decode_stored(weight), weight.tensors.get("columns")
+    dense, columns = decode_stored(weight), weight.tensors.get("columns")
     return dense if columns is None else dense[:, torch.argsort(columns.cpu())]
 
 
-def _decode_stored(weight: PackedWeight) -> torch.Tensor:
-    """`decode_weight` of a scalar format, in the weight's stored order of columns."""
-    assert isinstance(weight.fmt, Format)
+def decode_stored(weight: PackedWeight) -> torch.Tensor:
+    """`decode_weight` in the order of columns in which `run_reference` has its activations: the stored one of scalar
+    formats."""
+    if not isinstance(weight.fmt, Format):
+        return decode_weight(weight)
     fmt, layout, rows = weight.fmt, weight.layout, weight.rows
     cols = padded_columns(fmt, weight.k, layout.block)
     args: dict[str, torch.Tensor] = {}
@@ -89,8 +91,11 @@ def _decode_vectors(q: VQTensor) -> torch.Tensor:
 
 
 def prepare_activations(spec: KernelSpec, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """float32 [M, K]: x rotated, in the stored order of columns (of scalar formats), and rounded to `activation`."""
+    """float32 [M, K]: x normalised and rotated, in the stored order of columns (of scalar formats), and rounded to
+    `activation`."""
     x = x.float()
+    if spec.norm_eps:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm_eps) * weight.tensors["norm_weight"].float()
     if spec.rotate:
         x = rotate(x, spec.rotate)
     if not spec.vector and (columns := weight.tensors.get("columns")) is not None:
@@ -104,13 +109,19 @@ def run_reference(
     weight: PackedWeight,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    dense: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """epilogue(x @ W.T) in float32, rounded to the spec's output dtype: what every kernel is compared with.
 
-    x is first rotated and rounded as the spec says.
+    x is first rotated and rounded as the spec says. dense: float32 [sum(segments), K], the decoded weight in its stored
+    order of columns, where a caller has it already.
     """
-    stored = decode_weight(weight) if spec.vector else _decode_stored(weight)
-    y = prepare_activations(spec, x, weight) @ stored.to(x.device).T
+    stored = dense if dense is not None else decode_stored(weight)
+    return finish(spec, prepare_activations(spec, x, weight) @ stored.to(x.device).T, bias, residual)
+
+
+def finish(spec: KernelSpec, y: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
+    """The epilogue on float32 products [M, sum(segments)], rounded to the spec's output dtype."""
     for step in spec.epilogue:
         if step == "bias":
             assert bias is not None
@@ -131,6 +142,8 @@ class ReferenceBackend(Backend):
     kinds = ("cpu", "cuda", "ref")
     layout = "panel16"
     vector_layout = "vectors8"
+    any_layout = True
+    invariant = True
 
     def available(self, target: Target) -> str | None:
         return None
@@ -138,8 +151,11 @@ class ReferenceBackend(Backend):
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
         return None
 
-    def schedules(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
+    def space(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
         yield Schedule()
+
+    def illegal(self, spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
+        return None
 
     def predict(self, spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> float:
         """A weight is gathered, decoded and multiplied at about 50 million a second: never the fastest."""
@@ -162,6 +178,12 @@ class ReferenceBackend(Backend):
             residual: torch.Tensor | None,
             out: torch.Tensor,
         ) -> None:
-            out.copy_(run_reference(spec, x, weight, bias, residual))
+            if not spec.invariant:
+                out.copy_(run_reference(spec, x, weight, bias, residual))
+                return
+            dense = decode_stored(weight)  # torch's products of several tokens are summed in another order
+            for i in range(x.shape[0]):
+                rest = None if residual is None else residual[i : i + 1]
+                out[i : i + 1] = run_reference(spec, x[i : i + 1], weight, bias, rest, dense)
 
         return launch

@@ -18,7 +18,7 @@ from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.triton.emitter import emit_source
 from lowbit.codegen.triton.model import predict
-from lowbit.codegen.triton.space import candidates, illegal
+from lowbit.codegen.triton.space import candidates, illegal, space
 from lowbit.codegen.triton.tiles import Tiles
 from lowbit.codegen.triton.vector_tiles import VectorTiles
 from lowbit.compiler.errors import KernelError
@@ -38,6 +38,9 @@ class TritonBackend(Backend):
     kinds = ("cuda",)
     layout = "words"
     vector_layout = "vectors"
+    invariant = True
+    traits = (("tile_m", "tile_n", "gemv", "swap"), ("tile_m", "tile_n", "gemv", "swap", "split_k", "warps"))
+    compiles_when_loaded = True
 
     def available(self, target: Target) -> str | None:
         if find_spec("triton") is None:
@@ -52,14 +55,16 @@ class TritonBackend(Backend):
         layout = LAYOUTS[self.layout_of(spec.weight_format)]
         if spec.layout_ != layout:
             return f"reads the layout {layout}, not {spec.layout}"
-        if spec.rotate:
-            return "does not rotate activations"
+        if spec.rotate or spec.norm_eps:
+            return f"does not {'rotate' if spec.rotate else 'normalise'} activations"
         if spec.vector:
             return _vector_limits(spec)
         if spec.rounding_problem:
             return spec.rounding_problem
         if spec.rounding and isinstance(spec.rounding.element, FloatElement) and not spec.rounding.element.mantissa:
             return f"rounds to floats with mantissa bits, not to {spec.rounding.element.name}"
+        if spec.rounding and (spec.rounding.lead or (spec.rounding.wide and spec.rounding.wide_bits > 8)):
+            return f"keeps no columns at {spec.rounding.wide_bits} bits or under a scale of their own"
         if spec.compute == "int16":
             return "two-digit integer products are for CPUs; use compute='float' or 'int8'"
         if spec.compute == "int8" and not spec.fmt.element.integer:
@@ -70,6 +75,12 @@ class TritonBackend(Backend):
         if spec.rows * spec.blocks * widest >= 2**31:
             return "one plane has more than 2**31 words"
         return None
+
+    def space(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
+        return space(spec, target, m)
+
+    def illegal(self, spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
+        return illegal(spec, schedule, target)
 
     def schedules(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
         return candidates(spec, target, m)

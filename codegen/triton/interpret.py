@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowbit.codegen.attend import AttendSpec, parse_attend_spec
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.triton.attend import attend_source
 from lowbit.codegen.triton.emitter import emit_source
 from lowbit.compiler.errors import KernelError
 from lowbit.quantizers.qtensor import PackedWeight
@@ -32,7 +34,7 @@ from lowbit.quantizers.qtensor import PackedWeight
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Call", "install", "run_interpreted"]
+__all__ = ["AttendCall", "Call", "install", "run_interpreted"]
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -50,7 +52,19 @@ class Call:
     source: str = ""
 
 
-def run_interpreted(calls: Sequence[Call]) -> list[torch.Tensor]:
+@dataclass(frozen=True, eq=False)
+class AttendCall:
+    """One call of attention over a packed cache: see `attend_launch.load_attend`."""
+
+    spec: AttendSpec
+    q: torch.Tensor
+    state: list[torch.Tensor]
+    length: int
+    mask: torch.Tensor | None = None
+    scale: float = 1.0
+
+
+def run_interpreted(calls: Sequence[Call | AttendCall]) -> list[torch.Tensor]:
     """Outputs [M, n_out] of the calls, computed in one interpreting process.
 
     Raises KernelError LB0447 with the traceback of the first call that fails, LB0448 when the process dies.
@@ -75,7 +89,10 @@ def run_interpreted(calls: Sequence[Call]) -> list[torch.Tensor]:
     return [r for r in results if isinstance(r, torch.Tensor)]
 
 
-def _to_plain(call: Call) -> dict[str, Any]:
+def _to_plain(call: Call | AttendCall) -> dict[str, Any]:
+    if isinstance(call, AttendCall):
+        values = {name: getattr(call, name) for name in ("q", "state", "length", "mask", "scale")}
+        return {"attend": call.spec.key(), "source": attend_source(call.spec).text, **values}
     weight = call.weight
     return {
         "spec": asdict(call.spec),
@@ -89,8 +106,13 @@ def _to_plain(call: Call) -> dict[str, Any]:
 
 
 def _run_call(plain: dict[str, Any], module_file: Path) -> torch.Tensor:
+    from lowbit.codegen.triton.attend_launch import load_attend
     from lowbit.codegen.triton.launch import load_module, make_launcher
 
+    if "attend" in plain:
+        module_file.write_text(plain["source"])
+        attend = load_attend(module_file, parse_attend_spec(plain["attend"]))
+        return attend(plain["q"], plain["state"], plain["length"], plain["mask"], plain["scale"])
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain["spec"].items()}
     spec = KernelSpec(**fields)
     weight = PackedWeight(spec.weight_format, spec.layout_, spec.segments, spec.k, plain["weight"])

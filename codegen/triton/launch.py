@@ -20,10 +20,13 @@ from lowbit.codegen.triton.vector_tiles import VectorTiles
 from lowbit.compiler.errors import KernelError
 from lowbit.quantizers.qtensor import PackedWeight
 
-__all__ = ["kernels_of", "load_module", "make_launcher"]
+__all__ = ["TORCH_TYPES", "kernels_of", "load_module", "make_launcher", "on_device"]
 
-_TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8, "i32": torch.int32,
-          "i16": torch.int16, "u8": torch.uint8}  # fmt: skip
+TORCH_TYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8, "i32": torch.int32,
+    "i16": torch.int16, "u8": torch.uint8,
+}  # fmt: skip
+"""Triton's name of what a pointer points to -> torch's."""
 
 
 def load_module(path: Path) -> ModuleType:
@@ -41,6 +44,8 @@ def load_module(path: Path) -> ModuleType:
 def kernels_of(module: ModuleType) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """(function, parameter types, compiler options) of a generated module's kernels, the main one first."""
     main = (module.kernel, module.ARGS, module.OPTIONS)
+    if hasattr(module, "JOIN_ARGS"):
+        return [main, (module.join, module.JOIN_ARGS, module.JOIN_OPTIONS)]
     if not module.PREPARE_ARGS:
         return [main]
     return [main, (module.prepare, module.PREPARE_ARGS, module.PREPARE_OPTIONS)]
@@ -52,7 +57,8 @@ def make_launcher(module: ModuleType, spec: KernelSpec, schedule: Schedule) -> L
     options = dict(module.OPTIONS)
     if torch.cuda.is_available() and hasattr(module.kernel, "warmup"):
         for fn, args, its_options in kernels_of(module):
-            fn.warmup(*(_TORCH[t[1:]] if t.startswith("*") else 16 for t in args.values()), grid=(1,), **its_options)
+            given = (TORCH_TYPES[t[1:]] if t.startswith("*") else 16 for t in args.values())
+            fn.warmup(*given, grid=(1,), **its_options)
         counters.reserve(torch.device("cuda", torch.cuda.current_device()))
 
     def launch(
@@ -76,13 +82,13 @@ def make_launcher(module: ModuleType, spec: KernelSpec, schedule: Schedule) -> L
             ]
         if len(args) + 1 != len(module.ARGS):
             raise KernelError("LB0446", f"the kernel takes {', '.join(module.ARGS)}; {len(args) + 1} values were given")
-        with _on(x.device):
+        with on_device(x.device):
             module.kernel[(programs, schedule.split_k)](*args, m, **options)
 
     return launch
 
 
-def _on(device: torch.device) -> Any:
+def on_device(device: torch.device) -> Any:
     """Makes `device` current: Triton launches on the current device's current stream."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
@@ -104,6 +110,6 @@ def _prepared(module: ModuleType, tiles: Tiles | VectorTiles, x: torch.Tensor, w
             torch.empty((m, steps), dtype=torch.float32, device=x.device),
             torch.empty((m, steps), dtype=torch.int32, device=x.device),
         ]
-    with _on(x.device):
+    with on_device(x.device):
         module.prepare[(m, parts)](x, *made, *given, m, **module.PREPARE_OPTIONS)
     return made

@@ -11,7 +11,7 @@ from __future__ import annotations
 from lowbit.codegen.triton.frame import BODY, LOOP, TRITON_TYPES
 from lowbit.codegen.triton.tiles import Tiles
 from lowbit.quantizers.formats import FloatElement
-from lowbit.quantizers.formats.activation import WIDE_BITS
+from lowbit.quantizers.formats.activation import WIDE_TOPS
 
 __all__ = ["needs_preparing", "prepare_args", "prepare_body"]
 
@@ -56,7 +56,7 @@ def _step(t: Tiles, tile: list[str], bounds: str, shape: str) -> list[str]:
     top, clip = (127.0, 1.0) if rounding is None else (rounding.top, rounding.clip)
     lines = [f"top = {top!r}"]
     if rounding is not None and rounding.wide:
-        lines = [f"top = tl.where(group < {rounding.wide}, {2.0 ** (WIDE_BITS - 1) - 1!r}, {top!r})"]
+        lines = [f"top = tl.where(group < {rounding.wide}, {WIDE_TOPS[rounding.wide_bits]!r}, {top!r})"]
     if rounding is not None and rounding.static:
         lines += [
             "scale = tl.load(input_scale_ptr + group)",

@@ -19,7 +19,7 @@ from lowbit.codegen.triton.tiles import Tiles, tiles_of
 from lowbit.codegen.triton.vector_tiles import VectorTiles, vector_tiles_of
 from lowbit.compiler.ir.target import Target
 
-__all__ = ["candidates", "illegal"]
+__all__ = ["candidates", "illegal", "space"]
 
 _MAX_REGISTERS = 232  # of 255: addresses and loop state are only estimated
 _MAX_UNROLLED = 8  # tokens a gemv kernel holds sums for
@@ -57,11 +57,12 @@ def _tiles(spec: KernelSpec, schedule: Schedule) -> Tiles | VectorTiles:
 
 def candidates(spec: KernelSpec, target: Target, m: int) -> list[Schedule]:
     """Legal schedules for `m` tokens, the predicted best first."""
-    found = {s: predict(spec, s, target, m) for s in _space(spec, target, m) if illegal(spec, s, target) is None}
+    found = {s: predict(spec, s, target, m) for s in space(spec, target, m) if illegal(spec, s, target) is None}
     return sorted(found, key=lambda s: (found[s], str(s)))
 
 
-def _space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
+def space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
+    """Schedules worth considering for `m` tokens, legal or not."""
     if spec.vector:
         yield from _vector_space(spec, target, m)
         return

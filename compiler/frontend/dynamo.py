@@ -19,7 +19,7 @@ from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.codegen.select import say_once
 from lowbit.compiler.errors import RunError
 from lowbit.compiler.frontend.dense import quantize_graph
-from lowbit.compiler.frontend.explain import decisions
+from lowbit.compiler.frontend.explain import decisions, left_alone
 from lowbit.compiler.frontend.fx import ImportedGraph, import_fx, value_of
 from lowbit.compiler.frontend.fx_export import export_fx
 from lowbit.compiler.ir.graph import Linear, Weight
@@ -28,6 +28,7 @@ from lowbit.compiler.pipeline import run_pipeline
 from lowbit.compiler.runtime.dispatch import warm
 from lowbit.passes.canonicalize import Canonicalize
 from lowbit.passes.fuse_epilogue import FuseEpilogue
+from lowbit.passes.fuse_norm import FuseNorm
 from lowbit.passes.fuse_siblings import FuseSiblings
 from lowbit.passes.session import PassContext
 
@@ -67,11 +68,13 @@ class Options:
 
 @dataclass
 class GraphReport:
-    """One compiled graph: kernels it calls, what was fused, what was not and why, who runs the rest, and its IR."""
+    """One compiled graph: kernels it calls, what was fused, what was not and why, products that others compute
+    (`left`), who runs the rest, and its IR."""
 
     kernels: int
     fused: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     rest: str = ""
     ir: str = ""
 
@@ -79,6 +82,7 @@ class GraphReport:
         """The report as lines."""
         lines = [f"lowbit: a graph with {self.kernels} quantized linear kernels; the rest runs on {self.rest}"]
         lines += [f"  fused: {f}" for f in self.fused] + [f"  not fused: {k}" for k in self.kept]
+        lines += [f"  left to torch: {left}" for left in self.left]
         return "\n".join(lines)
 
 
@@ -95,14 +99,17 @@ def reset_reports() -> None:
     _reports.clear()
 
 
-def passes() -> list[ModulePass]:
-    """What runs on a graph from FX. Dead calls stay: they may write to their arguments."""
-    return [Canonicalize(dead=False), FuseSiblings(), FuseEpilogue()]
+def passes(device: str = "cpu") -> list[ModulePass]:
+    """What runs on a graph from FX. Dead calls stay: they may write to their arguments. Kernels with a norm are there
+    for CPUs."""
+    steps: list[ModulePass] = [Canonicalize(dead=False), FuseSiblings(), FuseEpilogue()]
+    return [*steps, FuseNorm()] if device == "cpu" else steps
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
     """The Dynamo backend. Raises RunError LB0570 for unknown options, LB0571 when gradients are needed."""
-    return compile_graph(gm, example_inputs, Options.of(kwargs.get("options")), passes())
+    device = "cpu" if _on_cpu(example_inputs) else "cuda"
+    return compile_graph(gm, example_inputs, Options.of(kwargs.get("options")), passes(device))
 
 
 def compile_graph(
@@ -113,7 +120,7 @@ def compile_graph(
     if options.scheme is not None:
         quantize_graph(gm, options.scheme)
     imported = import_fx(gm)
-    report = GraphReport(len(imported.weights))
+    report = GraphReport(len(imported.weights), left=left_alone(imported))
     if imported.weights:
         gm = _rewrite(imported, report, options, steps)
     else:
@@ -159,8 +166,7 @@ def _check_gradients(inputs: Sequence[Any]) -> None:
 def _compile_rest(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report: GraphReport) -> Compiled:
     """Inductor, or the graph as it is where that is wanted or there is no compiler."""
     report.rest = options.rest
-    on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
-    if options.rest == "inductor" and on_cpu and find_compiler() is None:
+    if options.rest == "inductor" and _on_cpu(inputs) and find_compiler() is None:
         say_once("Inductor needs a C++ compiler and found none: the graph runs eagerly between quantized layers")
         report.rest = "eager (no C++ compiler)"
     if report.rest != "inductor":
@@ -170,6 +176,10 @@ def _compile_rest(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, r
     used = _drop_unused(gm)
     inner = cast(Compiled, compile_fx(gm, [inputs[i] for i in used]))
     return lambda *args: inner(*(args[i] for i in used))
+
+
+def _on_cpu(inputs: Sequence[Any]) -> bool:
+    return all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
 
 
 def _drop_unused(gm: fx.GraphModule) -> list[int]:

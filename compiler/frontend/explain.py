@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
+import torch
+from torch import fx
 from xdsl.ir import SSAValue
 
 from lowbit.codegen.select import candidates
-from lowbit.compiler.frontend.fx import ImportedGraph
+from lowbit.compiler.frontend.fx import ImportedGraph, is_view, module_path, real_tensor
 from lowbit.compiler.ir.graph import Add, Linear, RmsNorm, SiluMul, Weight, path_of
 from lowbit.compiler.ir.target import host_target
 from lowbit.compiler.ir.types import QType
+from lowbit.passes.fuse_norm import norm_gain
 
-__all__ = ["decisions"]
-
-_BYTES_A_SECOND = 2e10
-"""A norm's pass over a row that is in the cache."""
+__all__ = ["decisions", "left_alone"]
 
 
 def decisions(imported: ImportedGraph) -> tuple[list[str], list[str]]:
@@ -28,6 +29,9 @@ def decisions(imported: ImportedGraph) -> tuple[list[str], list[str]]:
             taken.append(f"{' + '.join(names)}: one kernel")
         if steps := [s for s in linear.steps() if s != "bias"]:
             taken.append(f"{' + '.join(names)}: {' and '.join(steps)} in the kernel")
+        if linear.norm is not None:
+            gain = norm_gain(linear.args_[0].type.get_shape()[-1], 1)  # type: ignore[attr-defined]
+            taken.append(f"{' + '.join(names)}: norm in the kernel (predicted gain {gain * 1e6:.2f} us a token)")
     kept += _siblings(linears)
     for op in imported.module.walk():
         if isinstance(op, (Add, SiluMul)):
@@ -76,20 +80,63 @@ def _epilogue(op: Add | SiluMul) -> list[str]:
 
 
 def _prologue(norm: RmsNorm, imported: ImportedGraph) -> list[str]:
-    """A norm stays a call of its own; what it would save is said, by the cost model of the kernels behind it."""
+    """A norm that stayed a call of its own before quantized layers, with the cost model's figures."""
     behind = [use.operation for use in norm.outs[0].uses if isinstance(use.operation, Linear)]
-    if not behind:
+    layers = [linear for linear in behind if isinstance(linear.args_[1].type, QType)]
+    if not layers:
         return []
     k = norm.outs[0].type.get_shape()[-1]  # type: ignore[attr-defined]
-    own = 3 * 4 * k / _BYTES_A_SECOND
-    seconds = 0.0
-    for linear in behind:
+    gain = norm_gain(k, len(layers))
+    if len(list(norm.outs[0].uses)) > len(layers):
+        why = "something else reads it too"
+    elif gain <= 0:
+        why = "every kernel would compute it anew"
+    else:
+        why = "its epsilon is no constant, its types differ, or the kernels behind it do not normalise"
+    names = ", ".join(n for linear in layers for n in _names(linear))
+    seconds = sum(_predicted(linear, imported) for linear in layers)
+    figures = f"predicted gain {gain * 1e6:.2f} us of {seconds * 1e6:.1f} us a token"
+    return [f"norm before {names}: {why} ({figures})"]
+
+
+def _predicted(linear: Linear, imported: ImportedGraph) -> float:
+    """Seconds of a layer's kernel for one token, by its backend's cost model."""
+    weight = linear.args_[1].owner
+    assert isinstance(weight, Weight)
+    spec = imported.weights[weight.names.data[0].data].spec
+    return candidates(spec, host_target(), 1)[0][0] * len(weight.names.data)
+
+
+def left_alone(imported: ImportedGraph) -> list[str]:
+    """Products that are not lowbit's: calls on dense matrices of the model, and layers only the reference can run."""
+    found = []
+    for node in imported.source.graph.nodes:
+        tensor = real_tensor(node, imported.source) if node.op in ("placeholder", "get_attr") else None
+        if isinstance(tensor, torch.nn.Parameter) and tensor.dim() > 1 and tensor.is_floating_point():
+            for call in _readers(node):
+                shape = " x ".join(map(str, tensor.shape))
+                kind = str(tensor.dtype).removeprefix("torch.")
+                found.append(f"{module_path(call) or 'model'}: {_call_name(call)} on {shape} {kind}")
+    target = host_target()
+    for linear in (op for op in imported.module.walk() if isinstance(op, Linear)):
         weight = linear.args_[1].owner
         assert isinstance(weight, Weight)
         spec = imported.weights[weight.names.data[0].data].spec
-        seconds += candidates(spec, host_target(), 1)[0][0] * len(weight.names.data)
-    names = ", ".join(n for linear in behind for n in _names(linear))
-    return [
-        f"norm before {names}: predicted gain {own * 1e6:.2f} us of {seconds * 1e6:.1f} us a token, and the kernel "
-        "rounds activations that a norm inside it would compute once per kernel"
-    ]
+        if candidates(spec, target, 1)[0][1].name == "reference":
+            found.append(
+                f"{', '.join(_names(linear))}: no backend has a kernel for {spec.format}, the reference runs it"
+            )
+    return found
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Calls that compute with a matrix or with views of it; looking rows up in a table is none."""
+    for user in node.users:
+        if is_view(user):
+            yield from _readers(user)
+        elif user.op != "output" and "embedding" not in _call_name(user):
+            yield user
+
+
+def _call_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).removesuffix(".default")

@@ -14,21 +14,34 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntAttr, ModuleOp, StringAttr, f64
 from xdsl.ir import Attribute, Block, Region, SSAValue
 
 from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.table import parse_table_spec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.frontend.norms import Norm, find_norms
 from lowbit.compiler.ir import graph as lb
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.text import verify_module
 from lowbit.compiler.ir.types import DTYPE_NAMES, QType, tensor
+from lowbit.compiler.runtime import embedding  # noqa: F401  (defines torch.ops.lowbit.embedding)
 from lowbit.compiler.runtime.dispatch import parse_spec
 
-__all__ = ["FxWeight", "ImportedGraph", "import_fx", "module_path", "real_tensor", "tensor_inputs", "value_of"]
+__all__ = [
+    "FxWeight",
+    "ImportedGraph",
+    "import_fx",
+    "is_view",
+    "module_path",
+    "real_tensor",
+    "tensor_inputs",
+    "value_of",
+]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_EMBEDDING = {torch.ops.lowbit.embedding, torch.ops.lowbit.embedding.default}
 _SILU = {torch.nn.functional.silu, torch.ops.aten.silu.default}
 _MUL = {operator.mul, torch.mul, torch.ops.aten.mul.Tensor}
 _ADD = {operator.add, torch.add, torch.ops.aten.add.Tensor}
@@ -75,15 +88,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     text = str(next(reversed(stack.values()))[0])
-    for old, new in (
-        ("L['self']", ""),
-        ("L['fn']", ""),
-        ("._modules['", "."),
-        ("['", "."),
-        ("']", ""),
-        ("[", "."),
-        ("]", ""),
-    ):
+    for old, new in _PATH_TEXT:
         text = text.replace(old, new)
     return text.strip(".").removesuffix(".inner")
 
@@ -130,7 +135,9 @@ class _Importer:
     def _node(self, node: fx.Node) -> None:
         if node in self.norms:
             self._norm(self.norms[node])
-        elif _is_lowbit_linear(node) and not self._touched(node):
+        elif node.target in _EMBEDDING and not node.kwargs:
+            self._embedding(node)
+        elif _is_plain_linear(node) and not self._touched(node):
             self._linear(node)
         elif (cls := _elementwise(node)) is not None and not self._touched(node):
             self._bind(node, cls([self.values[n] for n in node.args], [_type(value_of(node))]))  # type: ignore[index]
@@ -162,6 +169,17 @@ class _Importer:
             attributes["eps"] = FloatAttr(norm.eps, f64)
         operands = [self.values[norm.x], self.values[norm.weight]]
         self._bind(norm.last, lb.RmsNorm(operands, [_type(value_of(norm.last))], attributes))
+
+    def _embedding(self, node: fx.Node) -> None:
+        """Rows of a packed table. The node is kept: passes may change what surrounds it, and the table's type."""
+        ids, _, key = cast("tuple[Any, ...]", node.args)
+        spec, path = parse_table_spec(str(key)), module_path(node)
+        layout = next(n for n, known in LAYOUTS.items() if known == spec.linear.layout_)
+        table = lb.Weight.of([f"{path or node.name}.weight"], QType.get(spec.rows, spec.k, spec.format, layout))
+        self.block.add_op(lb.at(table, path) if path else table)
+        self.out.opaque[node.name] = node
+        found: dict[str, Attribute] = {"node": StringAttr(node.name)}
+        self._bind(node, lb.Embedding([self.values[ids], table.outs[0]], [_type(value_of(node))], found))
 
     def _linear(self, node: fx.Node) -> None:
         x, operands, bias, residual, key = cast("tuple[Any, ...]", node.args)
@@ -206,9 +224,15 @@ def real_tensor(node: fx.Node, gm: fx.GraphModule) -> torch.Tensor | None:
     return example if plain else None
 
 
-def _is_lowbit_linear(node: fx.Node) -> bool:
-    target = node.target
-    return target in (torch.ops.lowbit.linear, torch.ops.lowbit.linear.default) and not node.kwargs
+def is_view(node: fx.Node) -> bool:
+    """True for calls whose result may share memory with their first argument."""
+    return _name(node) in _VIEWS
+
+
+def _is_plain_linear(node: fx.Node) -> bool:
+    """A call of the operator, on the layer's own operands: not one that was fused with a norm before."""
+    known = node.target in (torch.ops.lowbit.linear, torch.ops.lowbit.linear.default) and not node.kwargs
+    return known and not parse_spec(str(node.args[4])).norm_eps
 
 
 _ELEMENTWISE: Sequence[tuple[set[Any], int, type[lb.GraphOp]]] = (
@@ -226,11 +250,16 @@ def _elementwise(node: fx.Node) -> type[lb.GraphOp] | None:
     ins = [value_of(a) for a in node.args]  # type: ignore[arg-type]
     if not isinstance(out, torch.Tensor) or not all(isinstance(v, torch.Tensor) for v in ins):
         return None
-    if any(v.shape != out.shape or v.dtype != out.dtype for v in ins):
+    if any(not _same_shape(v, out) or v.dtype != out.dtype for v in ins):
         return None
     if out.dtype not in _FLOATS or any(v for v in node.kwargs.values()):
         return None
     return next((cls for targets, count, cls in _ELEMENTWISE if node.target in targets and len(ins) == count), None)
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether shapes are known to be equal. Asking outright would tie the graph to the answer for this token count."""
+    return a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
 def _written(graph: fx.Graph) -> set[fx.Node]:

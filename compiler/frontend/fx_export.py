@@ -64,6 +64,7 @@ class _Exporter:
     def _emit(self, op: Operation) -> None:
         emitters: dict[type[Operation], Callable[[Any], None]] = {
             lb.Opaque: self._opaque,
+            lb.Embedding: self._embedding,
             lb.RmsNorm: self._norm,
             lb.Linear: self._linear,
             lb.Split: self._split,
@@ -89,6 +90,12 @@ class _Exporter:
         self.copied[old] = new
         if op.outs:
             self.values[op.outs[0]] = new
+
+    def _embedding(self, op: lb.Embedding) -> None:
+        old = self.imported.opaque[op.attributes["node"].data]  # type: ignore[attr-defined]
+        ids = old.args[0]
+        new = self.graph.node_copy(old, lambda n: self.values[op.args_[0]] if n is ids else self.copied[n])
+        self.values[op.outs[0]] = new
 
     def _norm(self, op: lb.RmsNorm) -> None:
         norm = self.imported.norms[op.attributes["node"].data]  # type: ignore[attr-defined]
@@ -116,6 +123,9 @@ class _Exporter:
         parts = [self.imported.weights[n.data] for n in weight.names.data]
         spec = replace(parts[0].spec, segments=tuple(n for p in parts for n in p.spec.segments), epilogue=op.steps())
         operands = [self.copied[n] for n in parts[0].operands] if len(parts) == 1 else self._stack(parts, spec)
+        if op.norm is not None:
+            spec = replace(spec, norm_eps=op.norm.value.data)
+            operands = [*operands, self.graph.call_method("float", (self.values[op.args_[-1]],))]
         extra = iter(self.values[a] for a in op.args_[2:])
         bias, residual = (next(extra) if step in op.steps() else None for step in ("bias", "residual"))
         args = (self.values[op.args_[0]], operands, bias, residual, spec.key())

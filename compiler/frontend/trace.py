@@ -247,6 +247,13 @@ def _linear(r: _Recorder, path: str, module: nn.Module, x: SSAValue, out: Attrib
     return r.emit(path, lb.Linear, operands, out, **steps, **({"input": DictionaryAttr(asked)} if asked else {}))
 
 
+def _quantized_table(r: _Recorder, path: str, module: nn.Module, x: SSAValue, out: Attribute) -> lb.GraphOp:
+    """Rows of a packed table, which is the output layer's weight where that is tied to it."""
+    shape = (int(module.num_embeddings), int(module.embedding_dim))  # type: ignore[arg-type]
+    table = r.weight(f"{module.tied or path}.weight", QType.get(*shape, str(module.fmt)))
+    return r.emit(path, lb.Embedding, [x, table], out)
+
+
 def _table(cls: type[lb.GraphOp]) -> Emitter:
     def emit(r: _Recorder, path: str, module: nn.Module, x: SSAValue, out: Attribute) -> lb.GraphOp:
         extra = [v for v in (r.parameter(path, module, n) for n in ("weight", "bias")) if v is not None]
@@ -260,6 +267,7 @@ def _table(cls: type[lb.GraphOp]) -> Emitter:
 _RULES: tuple[tuple[Callable[[nn.Module], bool], Emitter], ...] = (
     (lambda m: isinstance(m, nn.Linear) or type(m).__name__ == "QuantLinear", _linear),
     (lambda m: isinstance(m, nn.Embedding) and type(m).forward is nn.Embedding.forward, _table(lb.Embedding)),
+    (lambda m: type(m).__name__ == "QuantEmbedding", _quantized_table),
     (lambda m: isinstance(m, nn.LayerNorm), _table(lb.LayerNorm)),
     (lambda m: type(m).__name__.endswith("RMSNorm") and hasattr(m, "weight"), _table(lb.RmsNorm)),
     (lambda m: type(m).__name__ in ("SiLU", "SiLUActivation"), _table(lb.Silu)),

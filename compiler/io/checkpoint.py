@@ -57,7 +57,7 @@ def write_checkpoint(
     shard_bytes: int = _SHARD_BYTES,
     dtype: torch.dtype | None = None,
     replaced: Mapping[str, Callable[[], torch.Tensor]] | None = None,
-    inputs: Mapping[str, native.LayerInput] | None = None,
+    inputs: Mapping[str, native.StoredInput] | None = None,
     formats: Mapping[str, WeightFormat] | None = None,
 ) -> Path:
     """Write the model of `source` to the folder `out`, with the weights of some modules replaced.
@@ -101,7 +101,7 @@ def write_checkpoint(
 def checkpoint_layout(
     formats: Mapping[str, WeightFormat],
     shapes: Mapping[str, tuple[int, int]],
-    inputs: Mapping[str, native.LayerInput] | None = None,
+    inputs: Mapping[str, native.StoredInput] | None = None,
 ) -> Layout:
     """The layout of a checkpoint whose modules, by path, have these formats and (N, K), and do this to their inputs."""
     if inputs:
@@ -193,7 +193,7 @@ def _config(
     formats: Mapping[str, WeightFormat],
     layout: Layout,
     dtype: torch.dtype | None,
-    inputs: Mapping[str, native.LayerInput],
+    inputs: Mapping[str, native.StoredInput],
     kv: str,
 ) -> dict[str, Any]:
     """Values of config.json, without the guard of native checkpoints."""
@@ -263,7 +263,7 @@ class Checkpoint:
     _files: dict[str, SafetensorsFile]
     _gptq: gptq.GPTQLayout | None = None
     _vptq: Mapping[str, vptq.VPTQLayer] | None = None
-    _inputs: Mapping[str, native.LayerInput] = field(default_factory=dict)
+    _inputs: Mapping[str, native.StoredInput] = field(default_factory=dict)
     _rounded: bool = False
 
     @property
@@ -301,15 +301,15 @@ class Checkpoint:
             return ct_rounded.SUFFIXES
         if self._float_layout(path):
             return tuple(ct_floats.tensor_shapes(self.modules[path], 1, 32))
-        return (*stored_names(self.modules[path]), *self._inputs.get(path, native.LayerInput()).tensors)
+        return (*stored_names(self.modules[path]), *self._inputs.get(path, native.StoredInput()).tensors)
 
     def _float_layout(self, path: str) -> bool:
         """Whether a module is stored as compressed-tensors stores small floats."""
         return self.method == "compressed-tensors" and ct_floats.layout_of(self.modules[path]) is not None
 
-    def layer_input(self, path: str) -> native.LayerInput:
+    def layer_input(self, path: str) -> native.StoredInput:
         """What a quantized module does to its input, static scales included."""
-        given = self._inputs.get(path, native.LayerInput())
+        given = self._inputs.get(path, native.StoredInput())
         return replace(given, scale=self.tensor(f"{path}.input_scale")) if given.tensors else given
 
     def shape(self, path: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowbit.compiler.errors import CheckpointError
-from lowbit.compiler.io.native import LayerInput
+from lowbit.compiler.io.native import StoredInput
 from lowbit.quantizers.formats import WIDE_DTYPES, Format, WeightFormat, scalar_format
 from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.weights import QWeight
@@ -38,13 +38,13 @@ _KINDS = {"int8": ("int", "int-quantized", torch.int8), "e4m3": ("float", "float
 _SCALES = {dtype: name for name, dtype in WIDE_DTYPES.items()}
 
 
-def can_hold(formats: Mapping[str, WeightFormat], inputs: Mapping[str, LayerInput]) -> bool:
+def can_hold(formats: Mapping[str, WeightFormat], inputs: Mapping[str, StoredInput]) -> bool:
     """Whether all modules, by path, can be in one such checkpoint."""
     kinds = {_kind(fmt, inputs.get(path)) for path, fmt in formats.items()}
     return len(kinds) == 1 and None not in kinds
 
 
-def _kind(fmt: WeightFormat, given: LayerInput | None) -> str | None:
+def _kind(fmt: WeightFormat, given: StoredInput | None) -> str | None:
     """The element that weights and activations share, None where this layout cannot hold them."""
     if not isinstance(fmt, Format) or fmt.ordered or fmt.offset or fmt.zero or fmt.granularity.kind != "ch":
         return None
@@ -111,7 +111,7 @@ def quantization_config(formats: Mapping[str, WeightFormat], kept: Iterable[str]
 
 def formats_from_config(
     config: Mapping[str, Any], scales: Mapping[str, torch.dtype], where: str
-) -> tuple[dict[str, WeightFormat], dict[str, LayerInput]] | None:
+) -> tuple[dict[str, WeightFormat], dict[str, StoredInput]] | None:
     """Formats and inputs of the modules that have `scales` (their dtype by path); None when the config has another
     layout. Raises CheckpointError (LB0114) for schemes of 8 bits that lowbit does not run."""
     element = next((name for name, (_, layout, _) in _KINDS.items() if config.get("format") == layout), None)
@@ -130,7 +130,7 @@ def formats_from_config(
     formats: dict[str, WeightFormat] = {
         path: scalar_format(f"{element}.ch{symmetry}.{_SCALES[dtype]}") for path, dtype in scales.items()
     }
-    return formats, dict.fromkeys(formats, LayerInput(f"{element}.token"))
+    return formats, dict.fromkeys(formats, StoredInput(f"{element}.token"))
 
 
 def _is(values: Any, element: str, strategy: str, dynamic: bool) -> bool:

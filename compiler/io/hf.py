@@ -8,6 +8,7 @@ kind of checkpoint lowbit reads, onto lowbit's kernels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from lowbit.compiler.io import hf_config, native
 from lowbit.compiler.io.hf_config import LowbitConfig
 from lowbit.compiler.io.load import load_quantized, save_quantized
 from lowbit.compiler.runtime.modules import QuantLinear
+from lowbit.compiler.runtime.prebuilt import use_kernels
 from lowbit.quantizers.formats import WeightFormat
 
 __all__ = [
@@ -61,13 +63,16 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: LowbitQuantizationConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **unused: Any) -> None:
+        where = str(getattr(model.config, "_name_or_path", ""))
+        if where and Path(where).is_dir():
+            use_kernels(Path(where))
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         names = {name for name, _ in model.named_modules()}
         for path, fmt in self.quantization_config.formats.items():
             # A base model (AutoModel) has the layers without the prefix, and has no head.
             found = next((p for p in (path, path.removeprefix(prefix)) if p in names), None)
             if found is not None:
-                _swap(model, found, fmt, self.quantization_config.inputs.get(path, native.LayerInput()))
+                _swap(model, found, fmt, self.quantization_config.inputs.get(path, native.StoredInput()))
             elif path.startswith(prefix):
                 raise CheckpointError("LB0114", "the model has no such layer", where=path)
 
@@ -97,7 +102,7 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _swap(model: nn.Module, path: str, fmt: WeightFormat, given: native.LayerInput) -> None:
+def _swap(model: nn.Module, path: str, fmt: WeightFormat, given: native.StoredInput) -> None:
     old = model.get_submodule(path)
     if not isinstance(old, nn.Linear):
         raise CheckpointError("LB0114", f"is a {type(old).__name__}, not a linear layer", where=path)

@@ -17,22 +17,27 @@ from lowbit.compiler.io.source import skeleton
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
 from lowbit.compiler.runtime.fused import QuantGatedMLP, SiblingLinear
 from lowbit.compiler.runtime.modules import QuantLinear
+from lowbit.compiler.runtime.prebuilt import use_kernels
 from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.weights import QWeight, stored_names
 
-__all__ = ["load_quantized", "module_formats", "module_inputs", "save_quantized"]
+__all__ = ["FormattedLinear", "load_quantized", "module_formats", "module_inputs", "save_quantized", "skeleton_of"]
 
 _MARGIN = 20_000_000
 
 
-def load_quantized(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
+def load_quantized(
+    folder: str | Path, *, dtype: torch.dtype | None = None, trust_kernels: bool | None = None
+) -> nn.Module:
     """The causal LM of a quantized checkpoint, with its quantized layers on lowbit's kernels, in eval mode.
 
     Reads lowbit's, compressed-tensors (pack-quantized), GPTQ and VPTQ checkpoints; weights stay quantized, one layer is
     unpacked at a time. dtype: of everything else, the config's when None. Raises CheckpointError as `read_checkpoint`,
-    and LB0114 when tensors and architecture do not fit.
+    and LB0114 when tensors and architecture do not fit. trust_kernels: whether kernels compiled into the checkpoint,
+    which are code, may run; see `runtime.prebuilt.use_kernels`.
     """
     checkpoint = read_checkpoint(folder)
+    use_kernels(checkpoint.folder, trust_kernels)
     config = _base_config(checkpoint)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     model = skeleton(config, dtype)
@@ -47,6 +52,33 @@ def load_quantized(folder: str | Path, *, dtype: torch.dtype | None = None) -> n
         model.kv_format = checkpoint.kv  # type: ignore[assignment]
     describe(model)
     return model.requires_grad_(False).eval()
+
+
+class FormattedLinear(nn.Linear):
+    """A linear layer of a checkpoint whose weights are not read: for its shape, its format, and what it does to its
+    input."""
+
+    def __init__(self, like: nn.Linear, fmt: WeightFormat, given: native.StoredInput) -> None:
+        bias = like.bias is not None
+        super().__init__(like.in_features, like.out_features, bias, device="meta", dtype=like.weight.dtype)
+        self.fmt, self.given = fmt, given
+
+    def asks(self) -> dict[str, str | int]:
+        """As `QuantLinear.asks`, without what only the weights show."""
+        return self.given.to_dict()
+
+
+def skeleton_of(checkpoint: Checkpoint) -> nn.Module:
+    """The modules of a quantized checkpoint without their weights, which are not read; errors as `load_quantized`."""
+    config = _base_config(checkpoint)
+    model = skeleton(config, getattr(config, "dtype", None) or torch.float32)
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for path, fmt in checkpoint.modules.items():
+        if (old := linears.get(path)) is None:
+            raise CheckpointError("LB0114", "the model has no such linear layer", where=f"{checkpoint.folder}: {path}")
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, FormattedLinear(old, fmt, checkpoint.layer_input(path)))
+    return model
 
 
 def _base_config(checkpoint: Checkpoint) -> Any:
@@ -130,16 +162,16 @@ def _layers(model: nn.Module) -> dict[str, tuple[WeightFormat, tuple[int, int]]]
     return found
 
 
-def module_inputs(model: nn.Module) -> dict[str, native.LayerInput]:
+def module_inputs(model: nn.Module) -> dict[str, native.StoredInput]:
     """What every quantized layer does to its input, by module path, fused ones included."""
-    found: dict[str, native.LayerInput] = {}
+    found: dict[str, native.StoredInput] = {}
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            found[path] = native.LayerInput(module.activation, module.rotate)
+            found[path] = native.StoredInput(module.activation, module.rotate)
         elif isinstance(module, SiblingLinear):
-            found[path] = native.LayerInput(module.shared.activation, module.shared.rotate)
+            found[path] = native.StoredInput(module.shared.activation, module.shared.rotate)
         elif isinstance(module, QuantGatedMLP):
-            own = native.LayerInput(module.gate_up.activation, module.gate_up.rotate)
+            own = native.StoredInput(module.gate_up.activation, module.gate_up.rotate)
             found |= {f"{path}.{name}": own for name in module._names[:2]}
     return found
 

@@ -26,7 +26,7 @@ __all__ = [
     "CONFIG_FILE",
     "CONFIG_SOURCE",
     "SCHEMA",
-    "LayerInput",
+    "StoredInput",
     "formats_from_config",
     "guard",
     "inputs_from_config",
@@ -41,7 +41,7 @@ their own."""
 
 
 @dataclass(frozen=True)
-class LayerInput:
+class StoredInput:
     """What a layer does to its input: blocks of `rotate` columns are rotated, then rounded to `activation` (the text of
     an ActivationFormat), with the static scales `scale` float32 [groups] where the format has such; they are stored
     as the layer's tensor `input_scale`."""
@@ -95,7 +95,7 @@ def unguard(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantization_config(
-    formats: Mapping[str, WeightFormat], inputs: Mapping[str, LayerInput] | None = None, kv: str = ""
+    formats: Mapping[str, WeightFormat], inputs: Mapping[str, StoredInput] | None = None, kv: str = ""
 ) -> dict[str, Any]:
     """The `quantization_config` of a native checkpoint: the format of every quantized module, as text, what modules do
     to their inputs, and the format that the key-value cache is meant to have."""
@@ -105,13 +105,13 @@ def quantization_config(
     return {"quant_method": "lowbit", "schema": SCHEMA if found else 1, "modules": modules, **more}
 
 
-def inputs_from_config(config: Mapping[str, Any], where: str) -> dict[str, LayerInput]:
+def inputs_from_config(config: Mapping[str, Any], where: str) -> dict[str, StoredInput]:
     """What modules do to their inputs, by path; raises CheckpointError (LB0114) for an entry that cannot be read."""
-    found: dict[str, LayerInput] = {}
+    found: dict[str, StoredInput] = {}
     given = config.get("inputs", {})
     try:
         for path, values in given.items():
-            found[path] = LayerInput(**{"activation": "", "rotate": 0, **values})
+            found[path] = StoredInput(**{"activation": "", "rotate": 0, **values})
             if found[path].activation:
                 parse_activation(found[path].activation)
             if type(found[path].rotate) is not int or found[path].scale is not None:

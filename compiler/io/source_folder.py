@@ -167,10 +167,10 @@ class FolderSource(ModelSource):
         return stored
 
     def _misfit(self, why: str) -> CheckpointError:
-        return CheckpointError(
-            "LB0112", f"{why} ({type(self.config).__name__})", where=str(self.folder),
-            hint="check that config.json belongs to these weights",
-        )  # fmt: skip
+        hint = "check that config.json belongs to these weights"
+        if ".experts." in why:
+            hint = "transformers joins experts while it loads them: load the model there, and call lowbit.quantize"
+        return CheckpointError("LB0112", f"{why} ({type(self.config).__name__})", where=str(self.folder), hint=hint)
 
     def names(self) -> list[str]:
         return list(self._stored)

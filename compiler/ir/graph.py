@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from xdsl.dialects.builtin import (
     ArrayAttr,
     DictionaryAttr,
+    FloatAttr,
     FunctionType,
     IntAttr,
     NameLoc,
@@ -129,7 +130,8 @@ class Weight(GraphOp):
 class Linear(GraphOp):
     """y[..., N] = x[..., K] @ w[N, K].T (+ bias[N]); fused epilogues are named in order in `epilogue`.
 
-    Operands: x, w, then bias if `epilogue` has "bias", then the residual if it has "residual".
+    Operands: x, w, then bias if `epilogue` has "bias", then the residual if it has "residual", then the weight [K] of
+    the root-mean-square norm that x goes through first if there is a `norm`, which is its epsilon.
     With "silu_mul", w holds gate and up rows and y has N / 2 columns. The kernel rotates blocks of `rotate` columns of
     x and rounds it to `activation`, with the static scales `scales`; `order` is the order of columns in which the
     weight is stored. Scales and orders are named by fingerprints, which say whether two are the same. `input` holds
@@ -144,6 +146,7 @@ class Linear(GraphOp):
     activation = opt_attr_def(StringAttr)
     scales = opt_attr_def(StringAttr)
     order = opt_attr_def(StringAttr)
+    norm = opt_attr_def(FloatAttr)
 
     def steps(self) -> tuple[str, ...]:
         """Names of the fused epilogue steps."""
@@ -157,7 +160,7 @@ class Linear(GraphOp):
 
     def verify_(self) -> None:
         steps = self.steps()
-        self.expect(2 + ("bias" in steps) + ("residual" in steps))
+        self.expect(2 + ("bias" in steps) + ("residual" in steps) + (self.norm is not None))
         x, w = self.args_[0].type, self.args_[1].type
         if len(dims(w)) != 2 or dims(x)[-1] != dims(w)[1]:
             raise VerifyException(f"lb.linear multiplies {_text(dims(x))} by {_text(dims(w))}: input columns differ")
@@ -239,9 +242,10 @@ class Matmul(GraphOp):
 
 @irdl_op_definition
 class RmsNorm(GraphOp):
-    """x / rms(x) * weight; `eps` is an attribute."""
+    """x / rms(x) * weight; `eps` is an attribute, absent where it is no constant."""
 
     name = "lb.rms_norm"
+    eps = opt_attr_def(FloatAttr)
 
     def verify_(self) -> None:
         self.expect(2)

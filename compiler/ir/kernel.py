@@ -16,6 +16,7 @@ from xdsl.dialects.builtin import (
     IntAttr,
     StringAttr,
     f32,
+    f64,
     i32,
 )
 from xdsl.ir import Attribute, Dialect, Operation, Region, SSAValue
@@ -50,6 +51,7 @@ __all__ = [
     "Lut",
     "Mma",
     "Mul",
+    "NormActivation",
     "Or",
     "QuantizeActivation",
     "Residual",
@@ -266,6 +268,21 @@ class RotateActivation(IRDLOperation):
 
 
 @irdl_op_definition
+class NormActivation(IRDLOperation):
+    """x / rms(x) * weight [K] of every row of the activation tile, in float32; `eps` is added to the mean square."""
+
+    name = "lbk.rms_norm"
+    x = operand_def(Attribute)
+    weight = operand_def(Attribute)
+    eps = attr_def(FloatAttr)
+    res = result_def(Attribute)
+    traits = traits_def(Pure())
+
+    def __init__(self, x: SSAValue, weight: SSAValue, eps: float) -> None:
+        super().__init__(operands=[x, weight], result_types=[x.type], attributes={"eps": FloatAttr(eps, f64)})
+
+
+@irdl_op_definition
 class Mma(IRDLOperation):
     """acc[m, n] = sum over k of x[m, k] * decode(w)[n, k]."""
 
@@ -343,6 +360,6 @@ class Kernel(IRDLOperation):
 
 _OPS: list[type[Operation]] = [
     Const, IntConst, Shr, Shl, And, Or, Bitcast, Half, IntToFloat, Lut, Gather, AddFloat, SubFloat, Mul, Fma, ArgName,
-    Yield, QuantizeActivation, RotateActivation, Mma, AddBias, SiluMul, Residual, Kernel,
+    Yield, NormActivation, QuantizeActivation, RotateActivation, Mma, AddBias, SiluMul, Residual, Kernel,
 ]  # fmt: skip
 LBK = Dialect("lbk", _OPS, [])

@@ -36,7 +36,17 @@ class Check:
 
 def diagnose(folder: Path = Path()) -> list[Check]:
     """All checks, in the order a newcomer should fix them; `folder` is where disk space is looked at."""
-    return [*_python(), *_cpu(), *_libraries(), *_compilers(), *_backends(), _gpu(), _cache(), _disk(folder)]
+    return [
+        *_python(),
+        *_cpu(),
+        *_libraries(),
+        *_compilers(),
+        *_backends(),
+        _gpu(),
+        _cache(),
+        *_tuning(),
+        _disk(folder),
+    ]
 
 
 def _python() -> Iterator[Check]:
@@ -144,6 +154,25 @@ def _cache() -> Check:
         return Check("kernel cache", "bad", f"{folder} belongs to another user", "set LOWBIT_CACHE to a folder you own")
     held = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.exists() else 0
     return Check("kernel cache", "ok", f"{folder} ({held / 1e6:.1f} MB)")
+
+
+def _tuning() -> Iterator[Check]:
+    """How many kernels were measured on this device."""
+    if not importlib.util.find_spec("torch"):
+        return
+    from lowbit.codegen.tune.database import known
+    from lowbit.codegen.tune.device import device_name
+    from lowbit.compiler.ir.target import host_target
+
+    for device in filter(None, [device_name(host_target())]):
+        found = known(device)
+        bad = f", {len(found.failures)} schedules quarantined" if found.failures else ""
+        fix = (
+            ""
+            if found.entries
+            else "quantize tune CHECKPOINT measures what a model needs; cost models are used without"
+        )
+        yield Check("tuning", "ok", f"{len(found.entries)} kernels measured{bad} on {device}", fix)
 
 
 def _disk(folder: Path) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from lowbit.compiler.job.blocks import Trunk, linears_in
 from lowbit.compiler.job.blockwise import States, run_tuned
 from lowbit.compiler.job.engine import BlockEngine, Group, LayerEntry, known_entry
 from lowbit.compiler.job.finetune import finetune
+from lowbit.compiler.job.kept import kept_matrices
 from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Quiet, Selection, select_layers
 from lowbit.compiler.job.prepare import calibrates, check_inputs, prepare_model
 from lowbit.compiler.job.tune import TuneResult
@@ -31,6 +33,8 @@ from lowbit.quantizers.scheme import Scheme, Tuning
 from lowbit.quantizers.weights import QWeight
 
 __all__ = ["Choice", "choose", "choose_codes", "quantize_model"]
+
+_log = logging.getLogger("lowbit")
 
 
 def quantize_model(
@@ -54,6 +58,8 @@ def quantize_model(
     RunError (LB0524 without calibration where it is needed), CheckpointError (LB0107).
     """
     tokens = None
+    for line in kept_matrices(model):
+        _log.warning("%s", line)
     method = make_method(scheme.method, scheme.options)
     paths = [path for path in linears_in(model, "") if scheme.format_for(path) is not None]
     if method.needs_hessian or calibrates(scheme, method, paths):

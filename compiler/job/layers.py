@@ -15,6 +15,7 @@ from torch import nn
 from lowbit.compiler.errors import IRError, RunError
 from lowbit.compiler.frontend.formats import assign
 from lowbit.compiler.job.blocks import Blocks, find_blocks, linears_in
+from lowbit.compiler.job.kept import kept_matrices
 from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.scheme import Scheme
 
@@ -91,11 +92,13 @@ def select_layers(
     Raises RunError: LB0504 when nothing is left to quantize, LB0505 when `need_blocks` and the model has none;
     FormatError (LB0213) when a format does not fit a layer.
     """
-    linears = linears_in(model, "")
+    linears, kept = linears_in(model, ""), kept_matrices(model)
     if not linears:
-        raise RunError("LB0504", "the model has no linear layers", where=type(model).__name__)
+        what = "; ".join(kept[:1])
+        raise RunError("LB0504", "the model has no linear layers", where=type(model).__name__, hint=what)
     chosen: dict[str, WeightFormat] = {}
     wanted, notes = _wanted(model, scheme, linears)
+    notes += kept
     for path, fmt in wanted.items():
         if not owns_weight(path):
             notes.append(f"{path} shares its weight with another module and was kept as it is")
@@ -103,9 +106,8 @@ def select_layers(
             fmt.check(linears[path].out_features, linears[path].in_features, path)
             chosen[path] = fmt
     if not chosen:
-        raise RunError(
-            "LB0504", f"the scheme {scheme.name!r} leaves every linear layer as it is", hint="change `ignore`"
-        )
+        hint = "; ".join(["change `ignore`", *kept[:1]])
+        raise RunError("LB0504", f"the scheme {scheme.name!r} leaves every linear layer as it is", hint=hint)
     shapes = {path: (linears[path].out_features, linears[path].in_features) for path in chosen}
     blocks = find_blocks(model)
     if blocks is None and need_blocks:

@@ -423,9 +423,9 @@ def _consumers(chosen: list[LayerPlan], scheme: Scheme) -> dict[str, str]:
 def _rounding_consumers(chosen: list[LayerPlan], scheme: Scheme) -> dict[str, str]:
     """The same where inputs are rounded: 8 bits both ways is common ground, everything else is lowbit's."""
     from lowbit.compiler.io import ct_rounded
-    from lowbit.compiler.io.native import LayerInput
+    from lowbit.compiler.io.native import StoredInput
 
-    inputs = {x.path: LayerInput(x.activation) for x in chosen}
+    inputs = {x.path: StoredInput(x.activation) for x in chosen}
     free = all(isinstance(r, Smooth) or (isinstance(r, Rotate) and not r.online) for r in scheme.rewrites)
     if free and ct_rounded.can_hold({x.path: parse_format(str(x.format)) for x in chosen}, inputs):
         return dict.fromkeys(("lowbit", "transformers", "vllm"), "yes")

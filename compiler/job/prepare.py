@@ -30,7 +30,7 @@ from lowbit.quantizers.inputs import LayerInput, static_scales, wide_share
 from lowbit.quantizers.methods import Fmpq, Method
 from lowbit.quantizers.methods.fmpq import group_gains
 from lowbit.quantizers.observe import SiteStats
-from lowbit.quantizers.rewrites import Decisions, Edits, Outcome, Scene, rewrite_text
+from lowbit.quantizers.rewrites import Decisions, Edits, Outcome, Permute, Scene, rewrite_text
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = [
@@ -138,6 +138,11 @@ def check_inputs(
             "LB0516", "fmpq divides activations of fewer than 8 bits into groups, and there are none",
             hint="set activation = 'int4.g64', or use gptq",
         )  # fmt: skip
+    if isinstance(method, Fmpq) and _outliers(scheme) is not None:
+        raise RunError(
+            "LB0516", "fmpq and a threshold of outliers both say how many groups are wide",
+            hint="leave outliers out of permute, or use gptq",
+        )  # fmt: skip
     if scheme.rewrites and not rounded:
         named = rewrite_text(scheme.rewrites[0])
         raise RunError("LB0516", f"{named} serves rounded activations, and there are none", hint="set `activation`")
@@ -150,6 +155,11 @@ def _alternatives(fmt: WeightFormat) -> Sequence[WeightFormat]:
 def _mixable(fmt: ActivationFormat | None) -> bool:
     """Whether some of a format's groups can have 8 bits instead."""
     return fmt is not None and isinstance(fmt.element, IntElement) and 0 < fmt.group and fmt.element.bits < 8
+
+
+def _outliers(scheme: Scheme) -> Permute | None:
+    """The permutation that says which channels are wide, if there is one."""
+    return next((r for r in scheme.rewrites if isinstance(r, Permute) and r.outliers), None)
 
 
 @dataclass
@@ -224,8 +234,8 @@ class Preparation:
         same: dict[tuple[str, ActivationFormat | None], LayerInput] = {}
         for path in self.formats:
             fmt, site = self._format(path), by_path.get(path)
-            if site is not None and fmt is not None and _mixable(fmt) and site.name in wide:
-                fmt = replace(fmt, wide=int(wide[site.name]))
+            if site is not None and fmt is not None and site.name in wide:
+                fmt = self._widened(fmt, wide[site.name])
             if fmt is not None and fmt.static and (site is None or site.name not in scales):
                 raise RunError("LB0517", "no calibration token reached it, and its scales are static", where=path)
             static = scales[site.name] if site is not None and fmt is not None and fmt.static else None
@@ -238,14 +248,21 @@ class Preparation:
 
     def _widths(self, sites: Sequence[Site]) -> Decisions:
         """int64 [] by site: groups of 8 bits, where the method chooses them."""
-        method = self.method
-        if not isinstance(method, Fmpq):
+        method, outliers = self.method, _outliers(self.scheme)
+        if not isinstance(method, Fmpq) and outliers is None:
             return {}
         remembered = self._recall("wide")
         if remembered is not None:
             return remembered
+        if outliers is not None:
+            formats = {s.name: f for s in sites if (f := self._site_format(s)) is not None and f.integer}
+            counts = {
+                s.name: outliers.wide(st, formats[s.name]) for s, st in self._measured(sites) if s.name in formats
+            }
+            return self._remember("wide", {name: torch.tensor(count) for name, count in counts.items()})
+        assert isinstance(method, Fmpq)
         gains: dict[str, Tensor] = {}
-        formats: dict[str, ActivationFormat] = {}
+        formats = {}
         for site, stats in self._measured(sites):
             fmt = self._site_format(site)
             if fmt is None or not _mixable(fmt):
@@ -258,6 +275,11 @@ class Preparation:
                 gains[site.name] = group_gains(stats, fmt, weights)
         chosen = method.widths(gains, formats)
         return self._remember("wide", {name: torch.tensor(count) for name, count in chosen.items()})
+
+    def _widened(self, fmt: ActivationFormat, count: Tensor) -> ActivationFormat:
+        """`fmt` with so many wide groups, where it can have any."""
+        possible = fmt.integer if _outliers(self.scheme) is not None else _mixable(fmt)
+        return replace(fmt, wide=int(count)) if possible else fmt
 
     def _site_format(self, site: Site) -> ActivationFormat | None:
         return next((f for p in site.consumers if (f := self._format(p)) is not None), None)
@@ -273,7 +295,7 @@ class Preparation:
         found = {}
         for site, stats in self._measured([s for s in sites if s.name in static]):
             fmt = static[site.name]
-            fmt = replace(fmt, wide=int(wide[site.name])) if site.name in wide and _mixable(fmt) else fmt
+            fmt = self._widened(fmt, wide[site.name]) if site.name in wide else fmt
             found[site.name] = static_scales(stats, fmt)
         return self._remember("scale", found)
 
@@ -321,9 +343,9 @@ def prepare_model(
     return prepared, host.edits
 
 
-def stored_inputs(inputs: Mapping[str, LayerInput]) -> dict[str, native.LayerInput]:
+def stored_inputs(inputs: Mapping[str, LayerInput]) -> dict[str, native.StoredInput]:
     """What checkpoints say about inputs; the order is the matrix's own."""
-    return {p: native.LayerInput(str(w.format or ""), w.rotation, w.scales) for p, w in inputs.items()}
+    return {p: native.StoredInput(str(w.format or ""), w.rotation, w.scales) for p, w in inputs.items()}
 
 
 def ordered(fmt: WeightFormat, what: LayerInput | None) -> WeightFormat:

@@ -1,8 +1,8 @@
 """The torch operators behind a packed key-value cache: `lowbit::append_kv`, `lowbit::attend_kv`, `lowbit::read_kv`.
 
 How many tokens a cache holds is a tensor, read inside the operators, so that torch.compile sees the same graph for
-every step. On CPUs generated C++ runs them; without a compiler, on other devices and for formats with GEAR's
-correction torch does (`codegen.reference.kvstate`).
+every step. On CPUs generated C++ runs them. On NVIDIA GPUs a generated Triton kernel attends, and torch appends.
+Without a compiler, on other devices and for GEAR's correction torch does both (`codegen.reference.kvstate`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import tempfile
 import threading
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,13 +25,15 @@ from lowbit.codegen.reference.kvstate import KVState, allocate
 from lowbit.codegen.reference.kvstate import attend as reference_attend
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.select import say_once
+from lowbit.codegen.triton.attend import attend_source as triton_source
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target, host_target
+from lowbit.compiler.runtime import prebuilt
 from lowbit.compiler.runtime.cache import KernelCache
 from lowbit.compiler.runtime.ops import LIBRARY
 from lowbit.quantizers.hadamard import hadamard, rotate
 
-__all__ = ["TOLERANCE", "attend_kernel", "build_attend", "check_attend"]
+__all__ = ["TOLERANCE", "attend_kernel", "build_attend", "check_attend", "gpu_attend_kernel"]
 
 TOLERANCE = 5e-4
 """Largest allowed root-mean-square error relative to the reference's."""
@@ -48,11 +52,51 @@ def attend_kernel(key: str) -> AttendKernel | None:
         return None
     if spec.fmt.rotate:
         return attend_kernel(spec.unrotated.key())
+    shipped = prebuilt.prebuilt_file(spec.key(), host_target(), lambda target: attend_source(spec, target.arch))
+    if shipped is not None:
+        return load_attend(shipped, spec)
     if find_compiler() is None:
+        if prebuilt.frozen():
+            raise _missing(spec, host_target())
         say_once(f"attention over {spec.format} runs on torch: correct, but slow; no C++ compiler was found")
         return None
     with _lock:
         return build_attend(spec, host_target(), KernelCache())
+
+
+@cache
+def gpu_attend_kernel(key: str, device: torch.device) -> AttendKernel | None:
+    """The same for an NVIDIA GPU: attention by Triton, appending by torch. None where torch must do both."""
+    spec = parse_attend_spec(key)
+    if spec.fmt.gear is not None:
+        return None
+    if spec.fmt.rotate:
+        return gpu_attend_kernel(spec.unrotated.key(), device)
+    major, minor = torch.cuda.get_device_capability(device)
+    if find_spec("triton") is None or major < 8:
+        why = "triton is not installed" if major >= 8 else "it is older than sm_80"
+        say_once(f"attention over {spec.format} runs on torch on this GPU: correct, but slow; {why}")
+        return None
+    with _lock, torch.cuda.device(device):
+        return _build_gpu(spec, Target("cuda", f"sm_{major}{minor}"), device)
+
+
+def _build_gpu(spec: AttendSpec, target: Target, device: torch.device) -> AttendKernel:
+    from lowbit.codegen.triton.attend_launch import load_attend as load  # Triton is imported when it is needed
+
+    store, source, toolchain = KernelCache(), triton_source(spec), f"triton {version('triton')}"
+    key = store.key(spec, Schedule(), target, source, toolchain)
+
+    def loaded(artifact: Path) -> AttendKernel:
+        return AttendKernel(lambda k, v, state, n: KVState.of(spec, state).append(k, v, n), load(artifact, spec))
+
+    def build(artifact: Path) -> None:
+        artifact.write_text(source.text)
+        check_attend(spec, loaded(artifact), device=device)
+
+    evidence = {"spec": spec.key(), "target": str(target), "backend": "triton", "toolchain": toolchain}
+    found = store.lookup(key)
+    return loaded(found[0] if found else store.store(key, source.suffix, evidence, build))
 
 
 def build_attend(spec: AttendSpec, target: Target, cache_: KernelCache) -> AttendKernel:
@@ -61,6 +105,8 @@ def build_attend(spec: AttendSpec, target: Target, cache_: KernelCache) -> Atten
     key = cache_.key(spec, Schedule(), target, source, toolchain)
     if found := cache_.lookup(key):
         return load_attend(found[0], spec)
+    if prebuilt.frozen():
+        raise _missing(spec, target)
     evidence = {"spec": spec.key(), "target": str(target), "backend": "cpp", "toolchain": toolchain}
 
     def build(artifact: Path) -> None:
@@ -73,12 +119,16 @@ def build_attend(spec: AttendSpec, target: Target, cache_: KernelCache) -> Atten
     return load_attend(cache_.store(key, source.suffix, evidence, build), spec)
 
 
-def check_attend(spec: AttendSpec, kernel: AttendKernel, tokens: int = 0) -> float:
+def _missing(spec: AttendSpec, target: Target) -> KernelError:
+    return prebuilt.missing_kernel(f"attention over {spec.format} with heads of {spec.head_dim}", target)
+
+
+def check_attend(spec: AttendSpec, kernel: AttendKernel, tokens: int = 0, device: torch.device | None = None) -> float:
     """Relative error of `kernel` on random data, for codes must be the reference's to the bit; raises KernelError
     (LB0408) beyond tolerance. tokens: cached; a bit more than two groups and windows by default."""
     tokens, rng = tokens or 2 * spec.span + 37, torch.Generator().manual_seed(1)
-    keys, values = (torch.randn(1, 2, tokens, spec.head_dim, generator=rng) for _ in "kv")
-    want, got = (allocate(spec, 1, 2, 3 * spec.span, torch.device("cpu")) for _ in "wg")
+    keys, values = (torch.randn(1, 2, tokens, spec.head_dim, generator=rng).to(device) for _ in "kv")
+    want, got = (allocate(spec, 1, 2, 3 * spec.span, keys.device) for _ in "wg")
     state = KVState(spec, want)
     for start, stop in ((0, tokens - 3), (tokens - 3, tokens)):
         state.append(keys[:, :, start:stop], values[:, :, start:stop], start)
@@ -89,7 +139,7 @@ def check_attend(spec: AttendSpec, kernel: AttendKernel, tokens: int = 0) -> flo
     different += [letter for letter, a, b in pairs if not torch.equal(a, b)]
     if different:
         raise KernelError("LB0408", f"kernel disagrees with the reference: {', '.join(different)} differ")
-    q, scale = torch.randn(1, 6, 3, spec.head_dim, generator=rng), spec.head_dim**-0.5
+    q, scale = torch.randn(1, 6, 3, spec.head_dim, generator=rng).to(device), spec.head_dim**-0.5
     exact = reference_attend(q, state, tokens, None, scale)
     difference = kernel.attend(q, list(got.values()), tokens, None, scale) - exact
     error = float(difference.square().mean().sqrt() / exact.square().mean().sqrt())
@@ -101,6 +151,8 @@ def check_attend(spec: AttendSpec, kernel: AttendKernel, tokens: int = 0) -> flo
 
 
 def _kernel(key: str, device: torch.device) -> AttendKernel | None:
+    if device.type == "cuda" and torch.version.hip is None:
+        return gpu_attend_kernel(key, device)
     return attend_kernel(key) if device.type == "cpu" else None
 
 

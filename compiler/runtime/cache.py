@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowbit.codegen.backend import Source
+from lowbit.codegen.cachedir import default_cache_dir
 from lowbit.codegen.schedule import Schedule
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target
@@ -28,21 +29,15 @@ __all__ = ["KernelCache", "default_cache_dir", "generator_digest"]
 _log = logging.getLogger("lowbit")
 
 
-def default_cache_dir() -> Path:
-    """`$LOWBIT_CACHE`, else `$XDG_CACHE_HOME/lowbit`, else `~/.cache/lowbit`."""
-    if explicit := os.environ.get("LOWBIT_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
-
-
 @cache
 def generator_digest() -> str:
-    """Hash of the sources that generate kernels: codegen, the IR and the formats."""
+    """Hash of the sources that generate kernels: codegen, the IR and the formats. Tuning only chooses among them."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for folder in ("codegen", "compiler/ir", "quantizers/formats"):
         for path in sorted((root / folder).rglob("*.*")):
-            if path.suffix not in (".pyc",) and path.is_file():
+            tuning = path.is_relative_to(root / "codegen" / "tune")
+            if path.suffix not in (".pyc",) and path.is_file() and not tuning:
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from lowbit.compiler.ir.text import print_module
 from lowbit.compiler.pipeline import run_pipeline
 from lowbit.compiler.runtime.dispatch import classes_up_to, device_target, freeze, kernel_for, warm
 from lowbit.compiler.runtime.fused import fuse_gated_mlp, fuse_siblings
-from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, default_compute
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, default_compute, make_invariant
 from lowbit.passes.canonicalize import Canonicalize
 from lowbit.passes.choose_layout import ChooseLayout
 from lowbit.passes.emit import Emit
@@ -32,7 +32,7 @@ from lowbit.passes.select_schedule import SelectSchedule
 from lowbit.passes.session import PassContext
 from lowbit.quantizers.formats import WeightFormat
 
-__all__ = ["CompileReport", "compile_model"]
+__all__ = ["CompileReport", "compile_model", "fuse_modules"]
 
 _log = logging.getLogger("lowbit")
 MODES = ("modules", "program")
@@ -71,6 +71,8 @@ class _ModelSession:
             self.report.fused.append(paths)
 
     def build(self, specs: Sequence[KernelSpec]) -> list[str]:
+        if any(m.invariant for m in self.model.modules() if isinstance(m, PackedLinear)):
+            specs = [replace(s, invariant=True) for s in specs]
         warm([s.key() for s in specs], self.dtype, self.device, self.max_tokens)
         return [self._describe(s) for s in specs]
 
@@ -83,15 +85,22 @@ class _ModelSession:
 
 
 def compile_model(
-    model: nn.Module, *, max_tokens: int = 512, frozen: bool = False, mode: str = "modules", **options: Any
+    model: nn.Module,
+    *,
+    max_tokens: int = 512,
+    frozen: bool = False,
+    batch_invariant: bool = False,
+    mode: str = "modules",
+    **options: Any,
 ) -> nn.Module:
     """Fuse and build everything a quantized model needs for calls of up to `max_tokens` tokens; returns the model.
 
     mode `modules`: layers are called one by one by the model's own code. mode `program`: one native program runs a
     whole step of a decoder-only model on the CPU; `options` are those of `program.compile_program`. The model is
     changed in place. With `frozen`, a call that would need another kernel afterwards is an error (LB0409) instead of
-    a compile. `model.lowbit_report` says what was done. Raises RunError LB0503 for a model without quantized layers,
-    LB0568 for another mode or options that the mode does not have.
+    a compile. batch_invariant: the result of a layer for a token does not depend, to the bit, on how many other tokens
+    are in the call (see `codegen.invariant`). `model.lowbit_report` says what was done. Raises RunError LB0503 for a
+    model without quantized layers, LB0568 for another mode or options that the mode does not have.
     """
     if mode not in MODES or (options and mode == "modules"):
         what = f"mode {mode!r}" if mode not in MODES else f"option {min(options)!r} for mode {mode!r}"
@@ -103,9 +112,11 @@ def compile_model(
         )
     for layer in layers:
         layer.prepare()
+    if batch_invariant:
+        make_invariant(model)
     device = next(m.device for m in model.modules() if isinstance(m, PackedLinear))
     assert isinstance(device, torch.device)
-    session = _ModelSession(model, _activation_dtype(model), device, max_tokens)
+    session = _ModelSession(model, activation_dtype(model), device, max_tokens)
     whole = mode == "program"
     if whole:
         from lowbit.compiler.runtime.program import check_program, compile_program  # transformers is imported there
@@ -145,6 +156,15 @@ def _run(model: nn.Module, session: _ModelSession, compute: Compute, target: str
     session.report.ir = print_module(graph)
 
 
-def _activation_dtype(model: nn.Module) -> torch.dtype:
+def fuse_modules(model: nn.Module) -> None:
+    """Fuse what `compile_model` fuses, in place, and build nothing: its kernels are those a compiled model asks for."""
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    if layers:
+        device = cast(PackedLinear, layers[0].prepare().inner).device
+        session = _ModelSession(model, activation_dtype(model), device, 1)
+        _run(model, session, default_compute(layers[0].fmt, device), str(device_target(device)), fuse_only=True)
+
+
+def activation_dtype(model: nn.Module) -> torch.dtype:
     """The dtype activations have: that of the model's remaining float parameters."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -17,20 +17,32 @@ from typing import Any
 
 import torch
 
-from lowbit.codegen.schedule import M_CLASSES, m_class
+from lowbit.codegen.schedule import LARGE_CLASSES, M_CLASSES, token_class
 from lowbit.codegen.spec import KernelSpec
-from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target, host_target
+from lowbit.compiler.runtime import prebuilt
 from lowbit.compiler.runtime.build import BuiltKernel, build_kernel
 from lowbit.compiler.runtime.cache import KernelCache
 
-__all__ = ["classes_up_to", "device_target", "freeze", "kernel_for", "loaded_kernels", "parse_spec", "reset", "warm"]
+__all__ = [
+    "DTYPE_NAMES",
+    "classes_up_to",
+    "device_target",
+    "forget",
+    "freeze",
+    "kernel_for",
+    "loaded_kernels",
+    "parse_spec",
+    "reset",
+    "warm",
+]
 
-_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+"""Activation dtypes as kernel specs call them."""
+
 _table: dict[tuple[str, torch.dtype, str, int], BuiltKernel] = {}
 _by_artifact: dict[tuple[str, str, str], BuiltKernel] = {}
 _locks: dict[tuple[str, torch.dtype, str, int], threading.Lock] = {}
-_frozen = False
 
 
 @cache
@@ -55,26 +67,27 @@ def device_target(device: torch.device) -> Target:
 def kernel_for(key: str, dtype: torch.dtype, device: torch.device, m: int) -> BuiltKernel:
     """The kernel of spec `key` for activations of `dtype` and `m` tokens on `device`.
 
-    Raises KernelError LB0409 when frozen and the kernel was not built before.
+    Kernels compiled into a trusted checkpoint come first, then the user's cache, then a compiler. Raises KernelError
+    LB0409 when frozen and the kernel is neither here nor there.
     """
-    slot = (key, dtype, device.type, m_class(m))
+    slot = (key, dtype, device.type, 1 if parse_spec(key).invariant else token_class(m))
     if (kernel := _table.get(slot)) is not None:
         return kernel
+    if m > M_CLASSES[-1] and prebuilt.frozen() and (kernel := _table.get((*slot[:3], M_CLASSES[-1]))) is not None:
+        return kernel  # it runs any number of tokens; only the choice may have been another
     with _locks.setdefault(slot, threading.Lock()):
         return _table.get(slot) or _build(slot, device)
 
 
 def _build(slot: tuple[str, torch.dtype, str, int], device: torch.device) -> BuiltKernel:
     key, dtype, _, m = slot
-    if _frozen:
-        raise KernelError(
-            "LB0409",
-            f"no kernel was built for {m} tokens of {dtype}",
-            where=parse_spec(key).format,
-            hint="call lowbit.compile with a larger max_tokens, or without frozen=True",
-        )
-    spec = replace(parse_spec(key), x_dtype=_NAMES[dtype], out_dtype=_NAMES[dtype])
-    kernel = build_kernel(spec, device_target(device), m, KernelCache())
+    spec, target = (
+        replace(parse_spec(key), x_dtype=DTYPE_NAMES[dtype], out_dtype=DTYPE_NAMES[dtype]),
+        device_target(device),
+    )
+    kernel = prebuilt.prebuilt_kernel(spec, target, m)
+    if kernel is None:
+        kernel = (prebuilt.stored_kernel if prebuilt.frozen() else build_kernel)(spec, target, m, KernelCache())
     # Neighbouring token classes often share one schedule: keep one loaded artifact.
     same = (spec.key(), kernel.backend, json.dumps(kernel.schedule.to_dict(), sort_keys=True))
     _table[slot] = kernel = _by_artifact.setdefault(same, kernel)
@@ -83,8 +96,8 @@ def _build(slot: tuple[str, torch.dtype, str, int], device: torch.device) -> Bui
 
 def classes_up_to(max_tokens: int) -> tuple[int, ...]:
     """Token classes a model that sees up to `max_tokens` at once can ask for."""
-    top = m_class(max_tokens)
-    return tuple(m for m in M_CLASSES if m <= top)
+    top = token_class(max_tokens)
+    return tuple(m for m in (*M_CLASSES, *LARGE_CLASSES) if m <= top)
 
 
 def warm(keys: Iterable[str], dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
@@ -97,15 +110,24 @@ def warm(keys: Iterable[str], dtype: torch.dtype, device: torch.device, max_toke
 
 def freeze(frozen: bool = True) -> None:
     """From now on (until `freeze(False)`) a missing kernel is an error instead of a compile."""
-    global _frozen
-    _frozen = frozen
+    prebuilt.freeze("lowbit.compile was called with frozen=True" if frozen else "")
+
+
+def forget(specs: Iterable[str]) -> None:
+    """Choose the kernels of these specs anew when they are next called: after tuning. Does nothing when frozen."""
+    if prebuilt.frozen():
+        return
+    gone = set(specs)
+    for slot in [slot for slot, kernel in _table.items() if kernel.spec.key() in gone]:
+        _table.pop(slot, None)
 
 
 def reset() -> None:
-    """Forget every loaded kernel (the cache on disk stays) and thaw: for tests and for changed settings."""
+    """Forget every loaded kernel (the cache on disk stays), checkpoints' kernels, and thaw: for tests and for changed
+    settings."""
     _table.clear()
     _by_artifact.clear()
-    freeze(False)
+    prebuilt.forget_kernels()
 
 
 def loaded_kernels() -> list[tuple[int, BuiltKernel]]:

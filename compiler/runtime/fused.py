@@ -25,7 +25,10 @@ def _stack(layers: list[QuantLinear], epilogue: tuple[str, ...]) -> PackedLinear
     layout = kernel_layout(layers[0].fmt, device_target(inner.device), inner.activation)
     packed = pack_weights([layer.qtensor() for layer in layers], layout)
     packed = with_input_scale(packed, inner.activation, layers[0].static_scale)
-    return PackedLinear(packed, inner.compute, epilogue, inner.activation, inner.rotate).to(inner.device)
+    stacked = PackedLinear(packed, inner.compute, epilogue, inner.activation, inner.rotate).to(inner.device)
+    if inner.invariant:
+        stacked.make_invariant()
+    return stacked
 
 
 def _share_inputs(layers: list[QuantLinear]) -> bool:

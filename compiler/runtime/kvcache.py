@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lowbit.codegen.attend import MAX_QUERIES, AttendSpec
 from lowbit.codegen.reference.kvstate import allocate
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.runtime.attend import attend_kernel
+from lowbit.compiler.runtime.attend import attend_kernel, gpu_attend_kernel
 from lowbit.quantizers.formats.kv import KVFormat, parse_kv_format
 from lowbit.quantizers.hadamard import hadamard
 
@@ -214,8 +214,11 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         if self.format.rotate:
             hadamard(dims)
         device = getattr(model_or_config, "device", torch.device("cpu"))
+        spec = AttendSpec(str(self.format), dims).key()
         if device.type == "cpu":
-            attend_kernel(AttendSpec(str(self.format), dims).key())
+            attend_kernel(spec)
+        elif device.type == "cuda" and torch.version.hip is None:
+            gpu_attend_kernel(spec, device)
         super().__init__(layers=[PackedLayer(self.format, max_tokens, chunk, config) for _ in kinds])
 
     def nbytes(self) -> int:

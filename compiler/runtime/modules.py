@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -14,8 +15,8 @@ import lowbit.compiler.runtime.ops  # noqa: F401  (defines torch.ops.lowbit.line
 from lowbit.codegen.select import kernel_layout
 from lowbit.codegen.spec import Compute, KernelSpec, rounded_products
 from lowbit.compiler.errors import FormatError
-from lowbit.compiler.ir.target import host_target
-from lowbit.compiler.runtime.dispatch import device_target
+from lowbit.compiler.ir.target import Target, host_target
+from lowbit.compiler.runtime.dispatch import device_target, parse_spec
 from lowbit.quantizers.formats import VectorFormat, WeightFormat, exact_integers, parse_activation
 from lowbit.quantizers.hadamard import rotate, split_order
 from lowbit.quantizers.qtensor import PackedWeight
@@ -28,7 +29,20 @@ from lowbit.quantizers.weights import (
     unpack_weights,
 )
 
-__all__ = ["PackedLinear", "QuantLinear", "check_activation", "default_compute", "with_input_scale"]
+__all__ = [
+    "PackedLinear",
+    "QuantLinear",
+    "check_activation",
+    "default_compute",
+    "make_invariant",
+    "target_compute",
+    "with_input_scale",
+]
+
+
+def invariant_by_environment() -> bool:
+    """Whether `$LOWBIT_BATCH_INVARIANT` is set (not to 0): layers are batch-invariant from the start."""
+    return os.environ.get("LOWBIT_BATCH_INVARIANT", "0") not in ("", "0")
 
 
 def default_compute(fmt: WeightFormat, device: torch.device) -> Compute:
@@ -37,7 +51,23 @@ def default_compute(fmt: WeightFormat, device: torch.device) -> Compute:
     On CPUs formats of integers, or of integers times a power of two, use 16-bit activations as two int8 digits, which
     is as exact as bfloat16 activations and runs on the byte dot product; elsewhere weights are decoded to floats.
     """
-    vector = device.type == "cpu" and device_target(device).arch != "generic"
+    return target_compute(fmt, device_target(device))
+
+
+def make_invariant(model: nn.Module) -> nn.Module:
+    """Let no layer's result for a token depend, to the bit, on how many other tokens a call has; returns the model."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare()
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.make_invariant()
+    return model
+
+
+def target_compute(fmt: WeightFormat, target: Target) -> Compute:
+    """`default_compute` for a target that need not be here."""
+    vector = target.kind == "cpu" and target.arch != "generic"
     return "int16" if vector and exact_integers(fmt) is not None else "float"
 
 
@@ -81,13 +111,21 @@ class PackedLinear(nn.Module):
         self.activation, self.rotate = activation, rotate
         self._rotates_first = bool(rotate) and (packed.layout.container != 8 or split_order(rotate)[0] > 1)
         self._specs: dict[tuple[str, ...], str] = {}
+        self.invariant = invariant_by_environment()  # see `codegen.invariant`
         self.key = self.spec_key(epilogue)
+
+    def make_invariant(self) -> None:
+        """From now on a token's result does not depend, to the bit, on how many other tokens a call has."""
+        if not self.invariant:
+            self.invariant = True
+            self.key = replace(parse_spec(self.key), invariant=True).key()
 
     def spec_key(self, epilogue: tuple[str, ...]) -> str:
         """The kernel spec with this weight and `epilogue`, as text (dtypes are filled in by the dispatcher)."""
         fmt, layout, segments, k = self._meta
         spec = KernelSpec(segments, k, str(fmt), str(layout), self.compute, epilogue=epilogue)
-        return replace(spec, activation=self.activation, rotate=0 if self._rotates_first else self.rotate).key()
+        rotate = 0 if self._rotates_first else self.rotate
+        return replace(spec, activation=self.activation, rotate=rotate, invariant=self.invariant).key()
 
     def packed(self) -> PackedWeight:
         """The weight as a value."""

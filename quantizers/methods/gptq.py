@@ -22,6 +22,7 @@ from lowbit.quantizers.methods.fit import refit_scales
 from lowbit.quantizers.methods.grid import Grid, search_grid
 from lowbit.quantizers.methods.rtn import Rtn
 from lowbit.quantizers.methods.sweep import ColumnGrid, descend, feedback
+from lowbit.quantizers.methods.two_level import two_level_grid, within_bytes
 from lowbit.quantizers.qtensor import QTensor
 
 __all__ = ["Gptq", "keep_better"]
@@ -36,7 +37,8 @@ class Gptq(Method):
 
     damping: share of the mean diagonal added to the Hessian's diagonal. block: columns between two full updates.
     act_order: most important columns first. static_groups: scales chosen from the original weights; off, they are
-    chosen from the weights as updated so far, which needs act_order off. clip_search: see `Rtn`. weighting: what a
+    chosen from the weights as updated so far, which needs act_order off (scales of two levels stay what rounding to
+    nearest has). clip_search: see `Rtn`. weighting: what a
     column's squared error counts in the choice of scales: nothing special (`none`), the Hessian's diagonal, or the
     error's cost after compensation (`conditional`, the inverse diagonal of H^-1's factor squared). refits: rounds of
     re-fitting scales and coordinate descent; sweeps: passes over the columns in each. signed_scale: see `Rtn`.
@@ -76,6 +78,8 @@ class Gptq(Method):
         check_finite(weight)
         fmt = scalar_only(fmt, self.name)
         fmt.check(weight.shape[0], weight.shape[1], "weight")
+        if fmt.channel and not self.static_groups:
+            raise RunError("LB0515", f"scales of {fmt} are chosen once, from the original weights", where=self.name)
         rtn = Rtn(self.clip_search, self.signed_scale)
         prepared = prepare(stats, self.damping, self.act_order) if stats is not None else None
         if prepared is None:
@@ -84,19 +88,23 @@ class Gptq(Method):
             return Quantized(plain.qtensor, plain.proxy_error, plain.rtn_error, (f"{why}; rounded to nearest",))
         grid, codes = self._solve(weight, fmt, prepared)
         baseline = rtn.round(weight, fmt)
-        return keep_better(weight, grid.qtensor(codes), baseline, prepared)
+        found = grid.qtensor(codes)
+        return keep_better(weight, within_bytes(found) if fmt.channel else found, baseline, prepared)
 
     def _solve(self, weight: Tensor, fmt: Format, prepared: Prepared) -> tuple[Grid, Tensor]:
         """Grid and codes: the column loop, then refinement under the damped Hessian."""
         importance = self._importance(prepared)
-        grid = search_grid(weight, fmt, importance, clip=self.clip_search, signed=self.signed_scale)
+        if fmt.channel:
+            grid = two_level_grid(weight, fmt)
+        else:
+            grid = search_grid(weight, fmt, importance, clip=self.clip_search, signed=self.signed_scale)
         columns = ColumnGrid.of(grid, weight.shape)
         research = None if self.static_groups else self._researcher(fmt, importance, grid.tensor)
         codes = feedback(weight, columns, prepared.upper, prepared.order, self.block, research)
         grid = columns.grid()
         damped = prepared.damped
         for _ in range(self.refits):
-            grid = refit_scales(weight, grid, codes, damped)
+            grid = grid if fmt.channel else refit_scales(weight, grid, codes, damped)
             codes = descend(weight, grid, codes, damped, prepared.order, self.block, self.sweeps)
         return grid, codes
 
@@ -156,5 +164,5 @@ def _mix(first: QTensor, second: QTensor, take_second: Tensor) -> QTensor:
 
     scale = torch.where(pick, second.scale, first.scale)
     zero, offset = mixed(first.zero, second.zero), mixed(first.offset, second.offset)
-    codes = torch.where(pick, second.codes, first.codes)
-    return QTensor(first.fmt, codes, scale, zero, offset, first.tensor_scale)
+    codes, channel = torch.where(pick, second.codes, first.codes), mixed(first.channel_scale, second.channel_scale)
+    return QTensor(first.fmt, codes, scale, zero, offset, first.tensor_scale, channel_scale=channel)

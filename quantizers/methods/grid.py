@@ -95,14 +95,15 @@ def codec_of(element: Element) -> Codec:
 @dataclass(frozen=True, eq=False)
 class Grid:
     """Scales float32 [rows, groups] (values the format can store), and of that shape too, or None where the format has
-    none of them: zero points (levels subtracted before scaling) and offsets (numbers added after scaling). tensor: the
-    second scale [1] of formats that have one; it is part of `scale`."""
+    none of them: zero points (levels subtracted before scaling) and offsets (numbers added after scaling). tensor,
+    channel: the second scales [1] and [rows, 1] of formats that have them; they are part of `scale`."""
 
     fmt: Format
     scale: Tensor
     zero: Tensor | None
     offset: Tensor | None = None
     tensor: Tensor | None = None
+    channel: Tensor | None = None
 
     def column(self, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scale, zero point and offset per weight, [rows, k]."""
@@ -132,6 +133,9 @@ class Grid:
         zero = self.zero.to(torch.uint8) if self.zero is not None else None
         dtype = self.fmt.scale_dtype
         offset = self.offset.to(dtype) if self.offset is not None else None
+        if self.channel is not None:
+            whole = (self.scale / self.channel).round().to(dtype)
+            return QTensor(self.fmt, codes, whole, zero, channel_scale=self.channel.half())
         scale = self.scale if self.tensor is None else self.scale / self.tensor  # rounding to `dtype` repairs the rest
         return QTensor(self.fmt, codes, scale.to(dtype), zero, offset, self.tensor)
 

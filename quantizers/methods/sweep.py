@@ -32,6 +32,7 @@ class ColumnGrid:
     zero: Tensor | None
     offset: Tensor | None
     tensor: Tensor | None = None
+    channel: Tensor | None = None
 
     @staticmethod
     def of(grid: Grid, shape: torch.Size) -> ColumnGrid:
@@ -41,8 +42,9 @@ class ColumnGrid:
         zero, offset = (
             side.expand(n, -1).T.contiguous() if side is not None else None for side in (grid.zero, grid.offset)
         )
-        codec = codec_of(grid.fmt.element)
-        return ColumnGrid(grid.fmt, codec, grid.scale.shape[0], k, scale, _inverse(scale), zero, offset, grid.tensor)
+        codec, rows = codec_of(grid.fmt.element), grid.scale.shape[0]
+        seconds = (grid.tensor, grid.channel)
+        return ColumnGrid(grid.fmt, codec, rows, k, scale, _inverse(scale), zero, offset, *seconds)
 
     @property
     def size(self) -> int:
@@ -63,7 +65,7 @@ class ColumnGrid:
         zero, offset = (
             side.T[: self.rows].contiguous() if side is not None else None for side in (self.zero, self.offset)
         )
-        return Grid(self.fmt, self.scale.T[: self.rows].contiguous(), zero, offset, self.tensor)
+        return Grid(self.fmt, self.scale.T[: self.rows].contiguous(), zero, offset, self.tensor, self.channel)
 
     def round(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Nearest positions (see `Codec.index`) and the values they stand for, of one column [N]."""

@@ -3,10 +3,14 @@
 The largest come first ("COMET: Towards Practical W4A4KV4 LLMs Serving"), where formats such as `int4.g64.w2` have their
 wide groups. Where rows of the layers before can be put in that order it costs nothing; elsewhere the matrix keeps its
 columns in that order and the kernel gathers its inputs.
+
+With a threshold, the channels beyond it are all that is wide: "LLM.int8(): 8-bit Matrix Multiplication for Transformers
+at Scale" (Dettmers et al.) finds them in every batch, here calibration does, once.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +18,8 @@ import torch
 
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.sites import Rows, Site
+from lowbit.quantizers.formats import K_ALIGN, ActivationFormat
+from lowbit.quantizers.observe import SiteStats
 from lowbit.quantizers.rewrites.base import Decisions, Outcome, Rewrite, Scene
 from lowbit.quantizers.rewrites.edits import Gather
 
@@ -23,16 +29,29 @@ __all__ = ["Permute"]
 @dataclass(frozen=True)
 class Permute(Rewrite):
     """rank: what channels are sorted by, their largest magnitude (`max`) or mean square (`moment`, Atom's choice).
-    fold: reorder the rows of earlier layers where that is all it takes."""
+    fold: reorder the rows of earlier layers where that is all it takes. outliers: channels whose largest magnitude
+    exceeds this, and no others, come into wide groups (0: the activation format says how many groups are wide)."""
 
     rank: str = "max"
     fold: bool = True
+    outliers: float = 0.0
 
     name: ClassVar[str] = "permute"
 
     def __post_init__(self) -> None:
         if self.rank not in ("max", "moment"):
             raise FormatError("LB0245", f"permute cannot rank by {self.rank!r}", hint="write permute{rank=moment}")
+        if self.outliers < 0 or (self.outliers and self.rank != "max"):
+            raise FormatError(
+                "LB0245",
+                "outliers are channels with a large maximum",
+                hint="write permute{outliers=6.0}, rank left out",
+            )
+
+    def wide(self, stats: SiteStats, fmt: ActivationFormat) -> int:
+        """Wide groups of `fmt` (columns, where it has one scale per token) that hold all outliers of a site."""
+        count = int((stats.absmax > self.outliers).sum())
+        return math.ceil(count / fmt.group) if fmt.group else math.ceil(count / K_ALIGN) * K_ALIGN
 
     def decide(self, scene: Scene) -> Decisions:
         """int64 [K] by site: the channel at each place."""

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 from lowbit import _hook
 
 if TYPE_CHECKING:
-    from lowbit.api import bisect, compare, compile, load, locate, perplexity, quantize, save
+    from lowbit.api import bisect, compare, compile, explain, export, load, locate, perplexity, quantize, save, tune
     from lowbit.compiler.errors import LowbitError
+    from lowbit.compiler.runtime.embedding import quantize_embedding
     from lowbit.compiler.runtime.kvcache import QuantizedCache
+    from lowbit.compiler.runtime.package import load_exported
 
 __version__ = "0.1.0"
 
@@ -31,17 +33,36 @@ __all__ = [
     "bisect",
     "compare",
     "compile",
+    "explain",
+    "export",
+    "load",
+    "load_exported",
+    "locate",
+    "perplexity",
+    "quantize",
+    "quantize_embedding",
+    "save",
+    "tune",
+]
+
+_VERBS = (
+    "bisect",
+    "compare",
+    "compile",
+    "explain",
+    "export",
     "load",
     "locate",
     "perplexity",
     "quantize",
     "save",
-]
-
-_VERBS = ("bisect", "compare", "compile", "load", "locate", "perplexity", "quantize", "save")
+    "tune",
+)
 _HOMES = {name: "lowbit.api" for name in _VERBS}
 _HOMES["LowbitError"] = "lowbit.compiler.errors"
 _HOMES["QuantizedCache"] = "lowbit.compiler.runtime.kvcache"
+_HOMES["quantize_embedding"] = "lowbit.compiler.runtime.embedding"
+_HOMES["load_exported"] = "lowbit.compiler.runtime.package"  # needs nothing else of the package
 
 _hook.install()
 

@@ -14,11 +14,26 @@ from lowbit.compiler.job.evaluate import compare as _compare
 from lowbit.compiler.job.evaluate import perplexity as _perplexity
 from lowbit.quantizers.scheme import Scheme, load_scheme
 
-__all__ = ["bisect", "compare", "compile", "load", "locate", "perplexity", "quantize", "save"]
+__all__ = [
+    "bisect",
+    "compare",
+    "compile",
+    "explain",
+    "export",
+    "load",
+    "locate",
+    "perplexity",
+    "quantize",
+    "save",
+    "tune",
+]
 
 if TYPE_CHECKING:
     from lowbit.compiler.frontend.bisect import Bisection
+    from lowbit.compiler.job.aot import PackageReport
     from lowbit.compiler.job.divergence import ModuleDivergence
+    from lowbit.compiler.job.explain import Explanation
+    from lowbit.compiler.job.kernel_tuning import TuneReport
 
 Calibration = str | Path | Sequence[str] | torch.Tensor | None
 
@@ -59,14 +74,26 @@ def _replaced(scheme: Scheme, format: str | None, method: str | None) -> Scheme:
     )
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_kernels: bool | None = None,
+    batch_invariant: bool = False,
+) -> nn.Module:
     """The model of a quantized checkpoint, on lowbit's kernels. Raises CheckpointError (LB01xx).
 
-    dtype: of activations and of what is not quantized; the checkpoint's own when None.
+    dtype: of activations and of what is not quantized; the checkpoint's own when None. trust_kernels: whether kernels
+    that `quantize export` compiled into the checkpoint may run; they are code, so only say True for a folder whose
+    maker you trust. None asks LOWBIT_TRUST_KERNELS; False compiles them here instead.
+    batch_invariant: a layer's result for a token does not depend, to the bit, on how many other tokens are in the call;
+    LOWBIT_BATCH_INVARIANT=1 says so for every model.
     """
     from lowbit.compiler.io.hf import load_quantized
+    from lowbit.compiler.runtime.modules import make_invariant
 
-    return load_quantized(Path(folder), dtype=dtype)
+    model = load_quantized(Path(folder), dtype=dtype, trust_kernels=trust_kernels)
+    return make_invariant(model) if batch_invariant else model
 
 
 def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> Path:
@@ -77,19 +104,61 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> Path
 
 
 def compile(
-    model: nn.Module, *, max_tokens: int = 512, frozen: bool = False, mode: str = "modules", **options: Any
+    model: nn.Module,
+    *,
+    max_tokens: int = 512,
+    frozen: bool = False,
+    batch_invariant: bool = False,
+    mode: str = "modules",
+    **options: Any,
 ) -> nn.Module:
     """Build every kernel `model` can need for up to `max_tokens` tokens at once, and fuse what can be fused.
 
     mode `modules` (default): layers are drop-ins that the model's own code calls. mode `program`: on a CPU, one native
     program runs whole steps of a decoder-only model, and `forward` and `generate` use it for single sequences; options:
-    `context` (positions of a sequence), `head` (a format for a dense output layer, such as `int8.ch.sym`), `cache`
-    (`f16` or `f32` keys and values), `threads`. With `frozen`, a kernel that is missing later is an error (LB0409)
-    instead of a compile inside a request.
+    `context` (positions of a sequence), `head` (a format for a dense output layer, such as `int8.ch.sym`), `embedding`
+    (the same for the embedding table and an output layer tied to it), `cache` (`f16` or `f32` keys and values),
+    `threads`. With `frozen`, a kernel that is missing later is an error (LB0409) instead of a compile inside a request.
+    batch_invariant: as in `load`.
     """
     from lowbit.compiler.runtime.compile import compile_model
 
-    return compile_model(model, max_tokens=max_tokens, frozen=frozen, mode=mode, **options)
+    return compile_model(
+        model, max_tokens=max_tokens, frozen=frozen, batch_invariant=batch_invariant, mode=mode, **options
+    )
+
+
+def tune(
+    model: nn.Module | str | Path,
+    *,
+    budget: str | float = 60.0,
+    tokens: Sequence[int] = (1, 16, 512),
+    mode: str = "modules",
+    device: str | None = None,
+    candidates: int = 8,
+    restart: bool = False,
+    dry_run: bool = False,
+) -> TuneReport:
+    """Measure the kernels a quantized model or checkpoint needs on this machine, and remember the best schedules.
+
+    Later loads and compilations on this device use them; choosing never measures. budget: seconds, or `60s`, `5m`;
+    what was measured when it is used up is kept, and the same call goes on from there. tokens: token counts to tune
+    for. mode: as for `compile`. device: `cpu` or `cuda`; where the model is, or a GPU if there is one, when None.
+    candidates: schedules measured for each kernel. restart: measure again. dry_run: only say what would be tuned.
+    Raises KernelError (LB0471 to LB0477), RunError LB0503 for a model without quantized layers.
+    """
+    from lowbit.compiler.job.kernel_tuning import tune_model
+
+    return tune_model(
+        model,
+        budget=budget,
+        tokens=tokens,
+        mode=mode,
+        device=device,
+        candidates=candidates,
+        restart=restart,
+        dry_run=dry_run,
+    )
 
 
 def perplexity(model: nn.Module, ids: torch.Tensor, windows: int = 16, length: int = 1024) -> float:
@@ -109,6 +178,30 @@ def locate(model: nn.Module, reference: nn.Module, ids: torch.Tensor, tolerance:
     from lowbit.compiler.job.divergence import locate as _locate
 
     return _locate(model, reference, ids, tolerance)
+
+
+def export(
+    model: nn.Module, folder: str | Path, example: torch.Tensor | None = None, *, max_tokens: int = 512
+) -> PackageReport:
+    """Write a quantized model on the CPU as an AOTInductor package with its kernels: `folder` must be absent or empty.
+
+    The package takes what `example` is (token ids [1, tokens] when None) with 1 to `max_tokens` tokens; a language
+    model gives logits [1, tokens, vocabulary]. `load_exported` runs it without the model's code and without a compiler.
+    Raises RunError (LB0574, LB0575), KernelError (LB0481), CheckpointError (LB0110).
+    """
+    from lowbit.compiler.job.aot import export_package
+
+    return export_package(model, Path(folder), example, max_tokens=max_tokens)
+
+
+def explain(model: nn.Module, tokens: int = 16, **inputs: Any) -> Explanation:
+    """What `torch.compile(model, backend="lowbit")` fuses, what not and why, graph breaks and what is left to torch.
+
+    One call with `tokens` token ids, or with keyword arguments `inputs`, is captured; nothing is computed.
+    """
+    from lowbit.compiler.job.explain import explain_model
+
+    return explain_model(model, tokens, **inputs)
 
 
 def bisect(model: nn.Module, inputs: dict[str, Any], tolerance: float = 1e-3) -> Bisection:

@@ -18,11 +18,14 @@ from lowbit import __version__
 from lowbit.commands import _output
 from lowbit.commands.doctor import doctor
 from lowbit.commands.eval import evaluate
+from lowbit.commands.explain import explain
+from lowbit.commands.export import export
 from lowbit.commands.formats import formats, schemes
 from lowbit.commands.inspect import inspect
 from lowbit.commands.opt import opt, passes
 from lowbit.commands.plan import plan
 from lowbit.commands.run import run
+from lowbit.commands.tune import tune
 from lowbit.compiler.errors import LowbitError
 
 __all__ = ["EXIT_ERROR", "EXIT_IMPOSSIBLE", "EXIT_INTERRUPTED", "EXIT_REFUSED", "app", "main"]
@@ -97,12 +100,15 @@ def _root(
 
 app.command("run")(run)
 app.command("plan")(plan)
+app.command("export")(export)
+app.command("explain")(explain)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("formats")(formats)
 app.command("schemes")(schemes)
 app.command("opt")(opt)
 app.command("passes")(passes)
+app.command("tune")(tune)
 app.command("doctor")(doctor)
 
 

@@ -11,7 +11,7 @@ import lowbit
 from lowbit.quantizers.formats import catalog, parse_format, vector_catalog
 from lowbit.quantizers.scheme import PRESETS
 
-COMMANDS = ("run", "plan", "eval", "inspect", "formats", "schemes", "opt", "passes", "doctor")
+COMMANDS = ("run", "plan", "eval", "inspect", "formats", "schemes", "opt", "passes", "tune", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

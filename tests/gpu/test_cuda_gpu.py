@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from _cuda import FRAGMENTS, spec_of
-from _gpu import TOLERANCE, Problem
+from _gpu import DTYPES, TOLERANCE, Problem
 
 from lowbit.codegen.backend import Launcher
+from lowbit.codegen.check import sample_weight
+from lowbit.codegen.cuda.any_plan import make_plan
 from lowbit.codegen.cuda.backend import CudaBackend
 from lowbit.codegen.cuda.launch import core_spec
-from lowbit.codegen.cuda.plan import Plan
-from lowbit.codegen.cuda.space import illegal
-from lowbit.codegen.cuda.toolchain import find_nvcc
+from lowbit.codegen.cuda.nvrtc import nvrtc_version
+from lowbit.codegen.cuda.schedules import illegal
+from lowbit.codegen.cuda.toolchain import no_compiler
+from lowbit.codegen.reference.backend import run_reference
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.target import Target
 from lowbit.compiler.runtime.dispatch import kernel_for
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.formats import scalar_format
+from lowbit.quantizers.qtensor import QTensor, pack
 from lowbit.quantizers.weights import random_weight
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(find_nvcc() is None, reason="nvcc was not found")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(no_compiler() is not None, reason=str(no_compiler()))]
 
 SCHEDULES = {
     "one": Schedule(1, 64, 128, 4, 4),
@@ -34,8 +39,11 @@ SCHEDULES = {
     "sixteen": Schedule(16, 64, 64, 4, 4),
     "shared": Schedule(32, 128, 64, 8, 3).with_extra(row_warps=4, exact=1, resident=1),
     "shared bulk": Schedule(32, 128, 64, 8, 3).with_extra(row_warps=4, bulk=1, resident=1),
-    "warpgroups": Schedule(64, 128, 64, 8, 4).with_extra(row_warps=8, exact=1, wgmma=1, bulk=1, resident=1),
-    "wide warpgroups": Schedule(128, 128, 64, 8, 6).with_extra(row_warps=8, exact=1, wgmma=1, bulk=1, resident=1),
+    "warpgroups": Schedule(64, 128, 64, 8, 4).with_extra(row_warps=8, wgmma=1, bulk=1, resident=1),
+    "wide warpgroups": Schedule(128, 128, 64, 8, 6).with_extra(row_warps=8, wgmma=1, bulk=1, resident=1),
+    "three warpgroups": Schedule(64, 192, 64, 12, 4).with_extra(row_warps=12, wgmma=1, bulk=1, resident=1),
+    "256 tokens": Schedule(256, 128, 64, 8, 3).with_extra(row_warps=8, wgmma=1, bulk=1, resident=1),
+    "as float16": Schedule(8, 64, 64, 4, 3).with_extra(half=1),
     "many": Schedule(64, 256, 64, 8, 3).with_extra(row_warps=8, exact=1, resident=1),
 }
 Load = Callable[[KernelSpec, Schedule], Launcher]
@@ -51,7 +59,7 @@ def load(tmp_path: Path) -> Load:
     backend = CudaBackend()
 
     def build(spec: KernelSpec, schedule: Schedule) -> Launcher:
-        if why := illegal(Plan(core_spec(spec), schedule), here()):
+        if why := illegal(make_plan(core_spec(spec), schedule), here()):
             pytest.skip(why)
         path = tmp_path / f"{spec.digest()}-{len(list(tmp_path.iterdir()))}.cubin"
         backend.compile(backend.emit(spec, schedule, here()), path)
@@ -62,6 +70,17 @@ def load(tmp_path: Path) -> Load:
 
 def problem_of(fmt: str, segments: tuple[int, ...], k: int, x: str = "bf16", epilogue: tuple[str, ...] = ()) -> Problem:
     return Problem.of(spec_of(fmt, segments, k, x, x, epilogue))
+
+
+def agrees(spec: KernelSpec, launch: Launcher, m: int) -> None:
+    """Against the reference, which rounds activations as well."""
+    weight = sample_weight(spec)
+    on_gpu = replace(weight, tensors={name: t.cuda() for name, t in weight.tensors.items()})
+    x = torch.randn(m, spec.k, generator=torch.Generator().manual_seed(m)).to(DTYPES[spec.x_dtype])
+    out = torch.full((m, spec.n_out), float("nan"), dtype=DTYPES[spec.out_dtype], device="cuda")
+    launch(x.cuda(), on_gpu, None, None, out)
+    want = run_reference(spec, x, weight).float()
+    assert float((out.cpu().float() - want).norm() / want.norm()) <= TOLERANCE[spec.out_dtype]
 
 
 @pytest.mark.parametrize("shape", SCHEDULES)
@@ -96,6 +115,80 @@ def test_epilogues(shape: str, load: Load) -> None:
     gated.run(load(gated.spec, SCHEDULES[shape]), 5)
     chain = problem_of("int4.g64.asym", (136, 70), 581, epilogue=("bias", "residual"))
     chain.run(load(chain.spec, SCHEDULES[shape]), 5)
+
+
+BYTES = Schedule(64, 128, 128, 8, 3).with_extra(row_warps=8, wgmma=1, bulk=1, resident=1)
+ROUNDED = {
+    "few": SCHEDULES["few"],
+    "bulk": SCHEDULES["bulk"],
+    "shared": SCHEDULES["shared"].with_extra(exact=0),
+    "warpgroups": BYTES,
+    "256 tokens": replace(BYTES, tile_m=256),
+    "fp8": BYTES.with_extra(fp8=1),
+}
+
+
+@pytest.mark.parametrize("shape", ROUNDED)
+@pytest.mark.parametrize(
+    ("fmt", "activation"),
+    [("int8.ch.sym", "int8.token"), ("int4.g128.sym", "int8.token"), ("int4.g64.asym", "int8.g64"),
+     ("int4.g64.sym.perm", "int4.g64.w2"), ("e3m2.ch", "e4m3.token"), ("e2m1.g32.e8m0", "int8.g32")],
+)  # fmt: skip
+def test_rounded_activations(fmt: str, activation: str, shape: str, load: Load) -> None:
+    for x in ("bf16", "f16", "f32"):
+        spec = spec_of(fmt, (200,), 576, x, "f32", activation=activation)
+        launch = load(spec, ROUNDED[shape])
+        for m in (1, 17, 300):
+            agrees(spec, launch, m)
+
+
+@pytest.mark.parametrize("shape", ["few", "warpgroups"])
+def test_integer_sums_are_exact(shape: str, load: Load) -> None:
+    fmt = scalar_format("int8.ch.sym")
+    spec = spec_of(str(fmt), (130,), 448, out="f32", activation="int8.token")
+    codes = torch.randint(0, 256, (130, 448)).to(torch.uint8)
+    packed = pack([QTensor(fmt, codes, torch.ones(130, 1, dtype=fmt.scale_dtype))], FRAGMENTS)
+    weight = replace(packed, tensors={name: t.cuda() for name, t in packed.tensors.items()})
+    x = torch.randint(-127, 128, (40, 448))
+    x[:, 7] = 127
+    out = torch.full((40, 130), float("nan"), device="cuda")
+    load(spec, ROUNDED[shape])(x.bfloat16().cuda(), weight, None, None, out)
+    assert torch.equal(out.cpu().long(), x @ (codes.long() - 128).T)
+
+
+@pytest.mark.parametrize("far", [0, 1])
+@pytest.mark.parametrize(
+    "fmt",
+    ["vq.d8.k4096", "vq.d4.k256.r256", "vq.d6.k64.rn", "vq.d8.k256.c3.o20v4k64.cn", "vq.d16.k256", "vq.d2.k256",
+     "vq.d8.k65536"],
+)  # fmt: skip
+def test_vector_formats(fmt: str, far: int, load: Load) -> None:
+    for tile_m in (8, 16):
+        spec = spec_of(fmt, (600,), 576, "bf16", "bf16")
+        launch = load(spec, Schedule(tile_m, 64, 64, 4, 2).with_extra(far=far))
+        for m in (1, 5, 33):
+            agrees(spec, launch, m)
+
+
+@pytest.mark.parametrize("m", [200, 1500])
+def test_waves_and_shared_tiles(m: int, load: Load) -> None:
+    """More tiles than thread blocks: whole waves, then a shared line; the same bits every time."""
+    problem = problem_of("int4.g64.sym", (4096,), 1024)
+    launch = load(problem.spec, SCHEDULES["warpgroups"])
+    x, first, again = problem.tokens(m)[0], problem.out(m), problem.out(m)
+    launch(x, problem.weight, None, None, first)
+    problem.check(x, None, first)
+    for _ in range(10):
+        launch(x, problem.weight, None, None, again)
+        assert torch.equal(first, again)
+
+
+def test_nvrtc_makes_kernels_that_run(monkeypatch: pytest.MonkeyPatch, load: Load) -> None:
+    if nvrtc_version() is None:
+        pytest.skip("cuda-bindings or NVRTC is not installed")
+    monkeypatch.setattr("lowbit.codegen.cuda.toolchain.find_nvcc", lambda: None)
+    problem = problem_of("int4.g64.asym", (200,), 576)
+    problem.run(load(problem.spec, SCHEDULES["few"]), 5)
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 64, 300, 1024])

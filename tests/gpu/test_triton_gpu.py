@@ -9,15 +9,19 @@ import pytest
 import torch
 from _gpu import TOLERANCE, Problem
 
+from lowbit.codegen.attend import AttendSpec
 from lowbit.codegen.backend import Launcher
+from lowbit.codegen.reference.kvstate import KVState, allocate, attend
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.triton.backend import TritonBackend
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
+from lowbit.compiler.runtime.attend import gpu_attend_kernel
 from lowbit.compiler.runtime.dispatch import kernel_for
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.formats import parse_format, scalar_format
+from lowbit.quantizers.hadamard import rotate
 from lowbit.quantizers.qtensor import QTensor
 
 pytestmark = pytest.mark.gpu
@@ -265,3 +269,25 @@ def test_module_dispatches_by_tokens() -> None:
     kernels = [kernel_for(key, torch.bfloat16, torch.device("cuda"), m) for m in (1, 64, 512)]
     assert {k.backend for k in kernels} == {"triton"}
     assert len({k.schedule for k in kernels}) > 1
+
+
+@pytest.mark.parametrize("text", ["kv4.kc64.vt.w64", "k2v4.kc32.vt32.w32.rot", "kv8.kc64.vc32.w64", "k16v4.vt.w64"])
+@pytest.mark.parametrize(("dims", "tokens", "queries", "groups"), [(64, 200, 1, 3), (128, 4099, 1, 4), (80, 333, 3, 7)])
+def test_attention_over_packed_caches(text: str, dims: int, tokens: int, queries: int, groups: int) -> None:
+    """The operator on the GPU uses the kernel, and gives what the reference gives on the same tensors."""
+    spec, device = AttendSpec(text, dims), torch.device("cuda", torch.cuda.current_device())
+    assert gpu_attend_kernel(spec.key(), device) is not None
+    capacity = -(-tokens // spec.span) * spec.span
+    state = list(allocate(spec, 2, 2, capacity, device).values())
+    keys, values = (torch.randn(2, 2, tokens, dims, device="cuda") for _ in "kv")
+    length = torch.zeros((), dtype=torch.int64)
+    torch.ops.lowbit.append_kv(keys, values, state, length, capacity, spec.key())
+    length += tokens
+    q = torch.randn(2, 2 * groups, queries, dims, device="cuda")
+    mask = torch.ones(2, 1, queries, tokens, dtype=torch.bool, device="cuda")
+    mask[0, :, :, : tokens // 3] = False
+    wide = rotate(q, dims) if spec.fmt.rotate else q
+    for given in (None, mask):
+        want = attend(wide, KVState.of(spec, state), tokens, given, 0.1)
+        got = torch.ops.lowbit.attend_kv(q, state, length, given, 0.1, spec.key())
+        assert float((got - want).norm() / want.norm()) < 1e-4

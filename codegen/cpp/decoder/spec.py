@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+from lowbit.codegen.attend import AttendSpec
+from lowbit.codegen.cpp.table import table_problem
 from lowbit.codegen.spec import DTYPES
-from lowbit.compiler.errors import KernelError
+from lowbit.codegen.table import TableSpec, parse_table_spec
+from lowbit.compiler.errors import FormatError, KernelError
+from lowbit.quantizers.formats.kv import parse_kv_format
 
-__all__ = ["ACTIVATIONS", "PARTS", "Activation", "CacheType", "DecoderSpec"]
+__all__ = ["ACTIVATIONS", "PARTS", "Activation", "DecoderSpec"]
 
 Activation = Literal["silu", "gelu_tanh"]
-CacheType = Literal["f32", "f16"]
 ACTIVATIONS = ("silu", "gelu_tanh")
 PARTS = ("embedding", "norms", "qkv", "rope and cache", "attention", "output", "feed forward", "head")
 """What a step's time is divided into, in the order of the program's clock."""
@@ -23,7 +27,8 @@ class DecoderSpec:
 
     hidden, inner: features of the residual stream and between gate and down. head_dim: of queries, keys and values.
     rotary: pairs of entries of a head that are rotated. scale: what scores are multiplied with. embed_scale: what
-    embeddings are multiplied with. embedding: element type of the embedding table. cache: of keys and values.
+    embeddings are multiplied with. embedding: element type of the embedding table, or the key of a `TableSpec`. cache:
+    of keys and values, a type or the text of a `KVFormat`.
     """
 
     layers: int
@@ -39,15 +44,42 @@ class DecoderSpec:
     activation: Activation = "silu"
     embed_scale: float = 1.0
     embedding: str = "f32"
-    cache: CacheType = "f16"
+    cache: str = "f16"
 
     def __post_init__(self) -> None:
         sizes = (self.layers, self.hidden, self.inner, self.heads, self.kv_heads, self.head_dim, self.vocab)
         fits = all(n > 0 for n in sizes) and self.heads % self.kv_heads == 0 and 2 * self.rotary <= self.head_dim
-        if not fits or self.activation not in ACTIVATIONS or self.embedding not in DTYPES:
+        if not fits or self.activation not in ACTIVATIONS or not self._table_fits:
             raise KernelError("LB0430", f"no decoder program has these sizes: {self}")
-        if self.cache not in ("f32", "f16"):
-            raise KernelError("LB0430", f"a cache of {self.cache} is not supported", hint="use f16 or f32")
+        fmt = self.packed.fmt if self.packed is not None else None
+        if fmt is not None and (fmt.gear is not None or (fmt.rotate and self.head_dim & (self.head_dim - 1))):
+            why = "a correction" if fmt.gear is not None else f"a rotation of {self.head_dim} dimensions"
+            raise KernelError(
+                "LB0430", f"no decoder program has a cache with {why}", hint="use mode='modules' or cache='f16'"
+            )
+
+    @cached_property
+    def packed(self) -> AttendSpec | None:
+        """The packed cache, or None for one of plain numbers; raises KernelError (LB0430) when it is neither."""
+        if self.cache in ("f32", "f16"):
+            return None
+        try:
+            return AttendSpec(str(parse_kv_format(self.cache)), self.head_dim)
+        except FormatError as e:
+            raise KernelError(
+                "LB0430", f"a cache of {self.cache} is not supported: {e.message}", hint="use f16, f32 or kv4"
+            ) from e
+
+    @property
+    def _table_fits(self) -> bool:
+        if self.embedding in DTYPES:
+            return True
+        return self.embedding.startswith("{") and self.table is not None and table_problem(self.table) is None
+
+    @cached_property
+    def table(self) -> TableSpec | None:
+        """The quantized embedding table, or None for one of plain numbers."""
+        return None if self.embedding in DTYPES else parse_table_spec(self.embedding)
 
     @property
     def q_width(self) -> int:

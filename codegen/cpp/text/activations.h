@@ -5,9 +5,10 @@ static void load_tokens(const Args& a, const XT* x, int64_t t0, int64_t t1, floa
 #if LB_LIMBS
     round_row(a, row, t);
 #endif
-    for (int64_t c = 0; c < kChunks; ++c) {
-      [[maybe_unused]] const int64_t at = c * a.m + t, n = chunk_columns(c);
-      [[maybe_unused]] const float* from = row + chunk_start(c);
+    for (int64_t c = 0; c < kChunkRows; ++c) {
+      [[maybe_unused]] const int64_t at = c * a.m + t, from_chunk = c < kChunks ? c : c - kChunks;
+      [[maybe_unused]] const int64_t n = chunk_columns(from_chunk);
+      [[maybe_unused]] const float* from = row + chunk_start(from_chunk);
 #if LB_LIMBS
 #if LB_WORDS
       Digit* to = a.xq + at * kTokenStride;

@@ -41,85 +41,84 @@ LB_INLINE float total(F x) {
 
 // x[n] as two signed digits, x = (256 hi + lo) * step, to 2**-16 of the largest magnitude. NaN or infinity: step NaN.
 LB_INLINE float to_digits(const float* x, int64_t n, int8_t* hi, int8_t* lo) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t b = lb_bits(x[i]) & 0x7fffffff;
-    most = b > most ? b : most;
-  }
+  const uint32_t most = largest_bits(x, n);
   const bool finite = most < 0x7f800000;
   const float largest = lb_float(most);
   const float inverse = finite && largest > 1e-30f ? 32639.0f / largest : 0.0f;
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t v = int32_t(lb_bits((finite ? x[i] : 0.0f) * inverse + 12582912.0f) - 0x4b400000u);
-    hi[i] = int8_t((v + 128) >> 8);
-    lo[i] = int8_t(v);
+    const int32_t q = nearest_int((finite ? x[i] : 0.0f) * inverse);
+    hi[i] = high_digit(q), lo[i] = low_digit(q);
   }
   return !finite ? lb_float(0x7fc00000) : inverse == 0.0f ? 0.0f : largest / 32639.0f;
 }
 LB_INLINE F joined(V hi, V lo) { return fma_(cvt(hi), fset1(256.0f), cvt(lo)); }
 
-#if LB_KEYS && LB_KEY_CHANNELS
-// Scores of stored tokens [a, b). Scales of a group of tokens move into the query, minima into one number per row.
-template <int ROWS> LB_INLINE void stored_scores(const Head& h, const Args&, const float* q, int64_t a, int64_t b,
-                                                 float* s, int8_t* digits) {
+// One row of the factor that meets codes, n of x and then zeros up to `room`, as digits (the low ones kPitch behind).
+// Scales and minima that vary along the sum are folded into it; base: the sum of minima times x, or of x alone.
+LB_INLINE void fold(const float* x, int64_t n, int64_t room, const uint16_t* scale, const uint16_t* minimum,
+                    int8_t* digits, float* step, float* base) {
+  alignas(64) float y[kPitch];
+  F sum = fzero();
+  for (int64_t i = 0; i < n; i += 16) {
+    const F v = fload(x + i);
+    fstore(y + i, scale ? fmul(v, load_f16(scale + i)) : v);
+    sum = minimum ? fma_(v, load_f16(minimum + i), sum) : fadd(sum, v);
+  }
+  for (int64_t i = n; i < room; ++i) y[i] = 0.0f;
+  *base = total(sum);
+  *step = to_digits(y, room, digits, digits + kPitch);
+}
+
+// 16 rows of codes, `blocks` blocks `next` bytes apart, times the digits of ROWS rows, in their steps.
+template <int ROWS, void (*DOT)(const uint8_t*, const int8_t*, V*)>
+LB_INLINE void products(const uint8_t* w, int64_t next, int64_t blocks, const int8_t* digits, const float* step, F* y) {
+  V acc[2 * ROWS];
+  for (int r = 0; r < 2 * ROWS; ++r) acc[r] = vzero();
+  for (int64_t c = 0; c < blocks; ++c) DOT(w + c * next, digits + 32 * c, acc);
+  for (int r = 0; r < ROWS; ++r) y[r] = fmul(joined(acc[2 * r], acc[2 * r + 1]), fset1(step[r]));
+}
+
+#if LB_KEYS
+constexpr int64_t kKeyNext = kKeyPanel / (kCols / 32);
+
+// Scores of stored tokens [a, b). Where groups of tokens share scales these are folded into the query; where every
+// token has scales of its own they meet the sums.
+template <int ROWS>
+LB_INLINE void stored_scores(const Head& h, [[maybe_unused]] const Args& g, const float* q, int64_t a, int64_t b, float* s,
+                             int8_t* digits) {
+  F y[ROWS];
+#if LB_KEY_CHANNELS
   float step[ROWS], base[ROWS];
-  alignas(64) float x[kCols] = {};
   for (int64_t t = a; t < b; t += kKeyGroup) {
-    const uint16_t* scale = h.k_scale + t / kKeyGroup * kDim;
-    const uint16_t* minimum = h.k_minimum + t / kKeyGroup * kDim;
-    for (int r = 0; r < ROWS; ++r) {
-      F sum = fzero();
-      for (int64_t d = 0; d < kDim; d += 16) {
-        const F v = fload(q + r * kDim + d);
-        fstore(x + d, fmul(v, load_f16(scale + d)));
-        sum = fma_(v, load_f16(minimum + d), sum);
-      }
-      base[r] = total(sum);
-      step[r] = to_digits(x, kCols, digits + 2 * r * kPitch, digits + (2 * r + 1) * kPitch);
-    }
+    const int64_t at = t / kKeyGroup * kDim;
+    for (int r = 0; r < ROWS; ++r)
+      fold(q + r * kDim, kDim, kCols, h.k_scale + at, h.k_minimum + at, digits + 2 * r * kPitch, step + r, base + r);
     for (int64_t p = t; p < t + kKeyGroup; p += 16) {
-      V acc[2 * ROWS];
-      for (int r = 0; r < 2 * ROWS; ++r) acc[r] = vzero();
-      for (int64_t c = 0; c < kCols / 32; ++c)
-        key_dot<ROWS>(h.k_plane + p / 16 * kKeyPanel + c * (kKeyPanel / (kCols / 32)), digits + 32 * c, acc);
-      for (int r = 0; r < ROWS; ++r)
-        fstore(s + r * kUnit + p - a, fma_(joined(acc[2 * r], acc[2 * r + 1]), fset1(step[r]), fset1(base[r])));
+      products<ROWS, key_dot<ROWS>>(h.k_plane + p / 16 * kKeyPanel, kKeyNext, kCols / 32, digits, step, y);
+      for (int r = 0; r < ROWS; ++r) fstore(s + r * kUnit + p - a, fadd(y[r], fset1(base[r])));
     }
   }
-}
-#elif LB_KEYS
-// The same where every token has scales of its own: these meet the sums.
-template <int ROWS> LB_INLINE void stored_scores(const Head& h, const Args& g, const float* q, int64_t a, int64_t b,
-                                                 float* s, int8_t* digits) {
+#else
   float step[kKeyDimGroups][ROWS], base[kKeyDimGroups][ROWS];
-  alignas(64) float x[kCols] = {};
-  for (int r = 0; r < ROWS; ++r) {
-    memcpy(x, q + r * kDim, kDim * 4);
-    for (int64_t e = 0; e < kKeyDimGroups; ++e) {
-      const int64_t from = e * kKeyDims, n = (kCols - from < kKeyDims ? kCols - from : kKeyDims);
-      float sum = 0.0f;
-      for (int64_t d = from; d < from + n; ++d) sum += x[d];
-      base[e][r] = sum;
-      step[e][r] = to_digits(x + from, n, digits + 2 * r * kPitch + from, digits + (2 * r + 1) * kPitch + from);
-    }
+  for (int64_t e = 0; e < kKeyDimGroups; ++e) {
+    const int64_t from = e * kKeyDims, room = kCols - from < kKeyDims ? kCols - from : kKeyDims;
+    const int64_t n = kDim - from < room ? kDim - from : room;
+    for (int r = 0; r < ROWS; ++r)
+      fold(q + r * kDim + from, n, room, nullptr, nullptr, digits + 2 * r * kPitch + from, step[e] + r, base[e] + r);
   }
   for (int64_t p = a; p < b; p += 16) {
-    F y[ROWS];
-    for (int r = 0; r < ROWS; ++r) y[r] = fzero();
+    F sum[ROWS];
+    for (int r = 0; r < ROWS; ++r) sum[r] = fzero();
     for (int64_t e = 0; e < kKeyDimGroups; ++e) {
       const int64_t first = e * kKeyDims / 32, last = (e + 1) * kKeyDims < kCols ? (e + 1) * kKeyDims / 32 : kCols / 32;
-      V acc[2 * ROWS];
-      for (int r = 0; r < 2 * ROWS; ++r) acc[r] = vzero();
-      for (int64_t c = first; c < last; ++c)
-        key_dot<ROWS>(h.k_plane + p / 16 * kKeyPanel + c * (kKeyPanel / (kCols / 32)), digits + 32 * c, acc);
+      const uint8_t* w = h.k_plane + p / 16 * kKeyPanel + first * kKeyNext;
+      products<ROWS, key_dot<ROWS>>(w, kKeyNext, last - first, digits + 32 * first, step[e], y);
       const F scale = load_f16(h.k_scale + e * g.capacity + p), minimum = load_f16(h.k_minimum + e * g.capacity + p);
-      for (int r = 0; r < ROWS; ++r) {
-        y[r] = fma_(fmul(joined(acc[2 * r], acc[2 * r + 1]), fset1(step[e][r])), scale, y[r]);
-        y[r] = fma_(minimum, fset1(base[e][r]), y[r]);
-      }
+      for (int r = 0; r < ROWS; ++r) sum[r] = fma_(minimum, fset1(base[e][r]), fma_(y[r], scale, sum[r]));
     }
-    for (int r = 0; r < ROWS; ++r) fstore(s + r * kUnit + p - a, y[r]);
+    for (int r = 0; r < ROWS; ++r) fstore(s + r * kUnit + p - a, sum[r]);
   }
+#endif
 }
 #endif
 
@@ -137,52 +136,38 @@ template <int ROWS> LB_INLINE void window_scores(const Head& h, const Args& g, c
 }
 
 #if LB_VALUES
-// state += probabilities p of stored tokens [a, b) times values; p is zero behind b, up to a whole unit.
-template <int ROWS> LB_INLINE void stored_values(const Head& h, const Args& g, const float* p, int64_t a, int64_t b,
-                                                 float* state, int8_t* digits) {
+// state += probabilities p of stored tokens [a, b) times values; p is zero behind b, up to a whole unit. Here scales of
+// single tokens are folded into the probabilities, and those of groups of tokens meet the sums.
+template <int ROWS>
+LB_INLINE void stored_values(const Head& h, [[maybe_unused]] const Args& g, const float* p, int64_t a, int64_t b,
+                             float* state, int8_t* digits) {
+  F y[ROWS];
   float step[ROWS], base[ROWS];
-  alignas(64) float x[kUnit];
 #if LB_VALUE_CHANNELS
   for (int64_t t = a; t < b; t += kValueGroup) {
-    const int64_t n = kValueGroup, first = 0, last = kDim / 16, at = t / kValueGroup * kDim;
-    for (int r = 0; r < ROWS; ++r) {
-      F sum = fzero();
-      for (int64_t i = 0; i < n; i += 16) sum = fadd(sum, fload(p + r * kUnit + t - a + i));
-      base[r] = total(sum);
-      step[r] = to_digits(p + r * kUnit + t - a, n, digits + 2 * r * kPitch, digits + (2 * r + 1) * kPitch);
-    }
+    const int64_t n = kValueGroup, first = 0, last = kDim / 16;
+    const uint16_t *scale = nullptr, *minimum = nullptr;
+    const uint16_t *of_sums = h.v_scale + t / kValueGroup * kDim, *added = h.v_minimum + t / kValueGroup * kDim;
 #else
   const int64_t n = (b - a + 31) / 32 * 32, t = a;
   for (int64_t e = 0; e < kValueDimGroups; ++e) {
     const int64_t first = e * kValueDims / 16;
     const int64_t last = (e + 1) * kValueDims < kDim ? (e + 1) * kValueDims / 16 : kDim / 16;
-    const uint16_t* scale = h.v_scale + e * g.capacity + a;
-    const uint16_t* minimum = h.v_minimum + e * g.capacity + a;
-    for (int r = 0; r < ROWS; ++r) {
-      F sum = fzero();
-      for (int64_t i = 0; i < n; i += 16) {
-        const F v = fload(p + r * kUnit + i);
-        fstore(x + i, fmul(v, load_f16(scale + i)));
-        sum = fma_(v, load_f16(minimum + i), sum);
-      }
-      base[r] = total(sum);
-      step[r] = to_digits(x, n, digits + 2 * r * kPitch, digits + (2 * r + 1) * kPitch);
-    }
+    const uint16_t *scale = h.v_scale + e * g.capacity + a, *minimum = h.v_minimum + e * g.capacity + a;
 #endif
+    for (int r = 0; r < ROWS; ++r)
+      fold(p + r * kUnit + t - a, n, n, scale, minimum, digits + 2 * r * kPitch, step + r, base + r);
     for (int64_t j = first; j < last; ++j) {
-      V acc[2 * ROWS];
-      for (int r = 0; r < 2 * ROWS; ++r) acc[r] = vzero();
-      for (int64_t c = 0; c < n / 32; ++c)
-        value_dot<ROWS>(h.v_plane + (t / 32 + c) * kValueBlock + j * (kValueBlock / (kDim / 16)), digits + 32 * c, acc);
+      const uint8_t* w = h.v_plane + t / 32 * kValueBlock + j * (kValueBlock / (kDim / 16));
+      products<ROWS, value_dot<ROWS>>(w, kValueBlock, n / 32, digits, step, y);
       for (int r = 0; r < ROWS; ++r) {
         float* to = state + r * kState + 16 + j * 16;
-        F y = fmul(joined(acc[2 * r], acc[2 * r + 1]), fset1(step[r]));
 #if LB_VALUE_CHANNELS
-        y = fma_(y, load_f16(h.v_scale + at + j * 16), fmul(fset1(base[r]), load_f16(h.v_minimum + at + j * 16)));
+        y[r] = fma_(y[r], load_f16(of_sums + j * 16), fmul(fset1(base[r]), load_f16(added + j * 16)));
 #else
-        y = fadd(y, fset1(base[r]));
+        y[r] = fadd(y[r], fset1(base[r]));
 #endif
-        fstore(to, fadd(fload(to), y));
+        fstore(to, fadd(fload(to), y[r]));
       }
     }
   }
@@ -292,4 +277,16 @@ LB_INLINE void join(const Args& g, int64_t head, int64_t row) {
   }
   const float inverse = sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f;
   for (int64_t d = 0; d < kDim; ++d) out[d] *= inverse;
+}
+
+// All rows of `heads` key-value heads (those of all sequences).
+static void run(const Args& g, int64_t heads, int threads) {
+  const int64_t tasks = heads * g.splits;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+    for (int64_t i = tasks * part / parts; i < tasks * (part + 1) / parts; ++i) one_task(g, i);
+#pragma omp barrier
+    for (int64_t i = part; i < heads * g.rows; i += parts) join(g, i / g.rows, i % g.rows);
+  }
 }

@@ -72,12 +72,23 @@ template <class P> static void quantize_channels(const Side& c, const uint16_t* 
   }
 }
 
-// Tokens x [n][kDim] behind the first `length`.
-template <class P> static void append_side(const Side& c, const float* x, int64_t n, int64_t length) {
+// One head's part of the cache's tensors, keys' (first 0) or values' (first 4); `rows` of the window.
+LB_INLINE Side side_of(void* const* state, int first, int64_t head, int64_t capacity, int64_t rows) {
+  const bool key = first == 0;
+  const int64_t group = key ? kKeyGroup : kValueGroup, groups = key ? kKeyDimGroups : kValueDimGroups;
+  const int64_t plane = key ? capacity / 16 * kKeyPanel : capacity / 32 * kValueBlock;
+  const int64_t sides = group ? capacity / (group + !group) * kDim : capacity * groups;
+  return {(uint8_t*)state[first] + head * plane, (uint16_t*)state[first + 1] + head * sides,
+          (uint16_t*)state[first + 2] + head * sides, (uint16_t*)state[first + 3] + head * rows * kDim, capacity, rows};
+}
+
+// Tokens x [n][kDim], `stride` apart, behind the first `length`.
+template <class P>
+static void append_side(const Side& c, const float* x, int64_t stride, int64_t n, int64_t length) {
   uint16_t row[kDim];
   for (int64_t i = 0; i < n; ++i) {
     const int64_t t = length + i;
-    for (int64_t d = 0; d < kDim; ++d) row[d] = stored_half(x[i * kDim + d]);
+    for (int64_t d = 0; d < kDim; ++d) row[d] = stored_half(x[i * stride + d]);
     if constexpr (P::bits < 16 && P::group == 0) {
       if (c.rows == 0) {
         quantize_token<P>(c, row, t);
@@ -91,4 +102,20 @@ template <class P> static void append_side(const Side& c, const float* x, int64_
         for (int64_t from = 0; from < c.rows; from += P::group)
           quantize_channels<P>(c, c.window + from * kDim, t + 1 - c.rows + from);
   }
+}
+
+// Token t as it is in the cache: from the window if `stored`, the number of quantized tokens, says so.
+template <class P> [[maybe_unused]] static void read_token(const Side& c, int64_t t, int64_t stored, float* x) {
+  if constexpr (P::bits < 16) {
+    if (t < stored) {
+      constexpr uint32_t mask = (1u << P::bits) - 1;
+      for (int64_t d = 0; d < kDim; ++d) {
+        const int64_t at = P::group ? t / (P::group + !P::group) * kDim + d : d / P::dims * c.capacity + t;
+        const uint32_t code = uint32_t(c.plane[P::at(t, d)]) >> P::shift(t, d) & mask;
+        x[d] = float(code) * from_f16(c.scale[at]) + from_f16(c.minimum[at]);
+      }
+      return;
+    }
+  }
+  for (int64_t d = 0; d < kDim; d += 16) fstore(x + d, load_f16(c.window + t % c.rows * kDim + d));
 }

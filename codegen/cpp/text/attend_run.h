@@ -13,14 +13,7 @@ extern "C" __attribute__((visibility("default"))) int lb_attend(const float* q, 
   g.heads = n[1], g.rows = n[2], g.queries = n[3], g.length = n[4], g.k_stored = n[5], g.v_stored = n[6];
   g.capacity = n[7], g.k_rows = n[8], g.v_rows = n[9], g.mask_batch = n[10], g.mask_query = n[11], g.splits = n[12];
   if (g.length > g.capacity + (g.k_rows < g.v_rows ? g.k_rows : g.v_rows) || g.splits < 1) return 1;
-  const int64_t heads = n[0] * n[1], tasks = heads * g.splits;
-#pragma omp parallel num_threads(int(n[13])) if (n[13] > 1)
-  {
-    const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-    for (int64_t i = tasks * part / parts; i < tasks * (part + 1) / parts; ++i) one_task(g, i);
-#pragma omp barrier
-    for (int64_t i = part; i < heads * g.rows; i += parts) join(g, i / g.rows, i % g.rows);
-  }
+  run(g, n[0] * n[1], int(n[13]));
   return 0;
 }
 
@@ -29,17 +22,10 @@ extern "C" __attribute__((visibility("default"))) int lb_attend(const float* q, 
 extern "C" __attribute__((visibility("default"))) int lb_append(const float* k, const float* v, void* const* state,
                                                                 const int64_t* n) {
   const int64_t heads = n[0], tokens = n[1], length = n[2], capacity = n[3];
-  const auto side = [&](int first, int64_t head, int64_t plane, int64_t sides, int64_t rows) {
-    return Side{(uint8_t*)state[first] + head * plane, (uint16_t*)state[first + 1] + head * sides,
-                (uint16_t*)state[first + 2] + head * sides, (uint16_t*)state[first + 3] + head * rows * kDim,
-                capacity, rows};
-  };
-  const int64_t ks = kKeyGroup ? capacity / (kKeyGroup + !kKeyGroup) * kDim : capacity * kKeyDimGroups;
-  const int64_t vs = kValueGroup ? capacity / (kValueGroup + !kValueGroup) * kDim : capacity * kValueDimGroups;
 #pragma omp parallel for num_threads(int(n[6])) if (n[6] > 1 && heads * tokens > 64)
   for (int64_t h = 0; h < heads; ++h) {
-    append_side<Keys>(side(0, h, capacity / 16 * kKeyPanel, ks, n[4]), k + h * tokens * kDim, tokens, length);
-    append_side<Values>(side(4, h, capacity / 32 * kValueBlock, vs, n[5]), v + h * tokens * kDim, tokens, length);
+    append_side<Keys>(side_of(state, 0, h, capacity, n[4]), k + h * tokens * kDim, kDim, tokens, length);
+    append_side<Values>(side_of(state, 4, h, capacity, n[5]), v + h * tokens * kDim, kDim, tokens, length);
   }
   return 0;
 }

@@ -25,6 +25,7 @@ LB_INLINE V bcast4(const void* p) {
 }
 template <int N> LB_INLINE V shr(V x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
 template <int N> LB_INLINE V shl(V x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
+template <int N> LB_INLINE V sra(V x) { return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)}; }
 template <int N> LB_INLINE V sra16(V x) { return {_mm256_srai_epi16(x.a, N), _mm256_srai_epi16(x.b, N)}; }
 LB_INLINE V vand(V x, V y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 LB_INLINE V vor(V x, V y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
@@ -40,6 +41,8 @@ LB_INLINE V lookup(V index, const uint8_t* table) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
   return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
 }
+// table[code] for every byte, of 64 entries; or what it was looked up as in pieces, where that is the shorter way.
+LB_INLINE V at_once(V, const uint8_t*, V pieces) { return pieces; }
 // Bytes of b where bit BIT of the byte of x is set, else of a; and top - a in the place of b.
 template <int BIT> LB_INLINE V pick(V x, V a, V b) {
   const V by = shl<7 - BIT>(x);

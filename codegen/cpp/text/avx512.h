@@ -19,6 +19,7 @@ template <int N> LB_INLINE V shl(V x) {
   const V up = _mm512_set4_epi32(0x0e0d0c80, 0x0a090880, 0x06050480, 0x02010080);
   return N == 8 ? _mm512_shuffle_epi8(x, up) : _mm512_slli_epi32(x, N);
 }
+template <int N> LB_INLINE V sra(V x) { return _mm512_srai_epi32(x, N); }
 template <int N> LB_INLINE V sra16(V x) { return _mm512_srai_epi16(x, N); }
 LB_INLINE V vand(V x, V y) { return _mm512_and_si512(x, y); }
 LB_INLINE V vor(V x, V y) { return _mm512_or_si512(x, y); }
@@ -29,6 +30,14 @@ LB_INLINE V load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si
 // table[index] for every byte; the upper four bits of an index are zero.
 LB_INLINE V lookup(V index, const uint8_t* table) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), index);
+}
+// table[code] for every byte, of 64 entries; or what it was looked up as in pieces, where that is the shorter way.
+LB_INLINE V at_once([[maybe_unused]] V code, [[maybe_unused]] const uint8_t* table, [[maybe_unused]] V pieces) {
+#if LB_VBMI
+  return _mm512_permutexvar_epi8(code, vload(table));
+#else
+  return pieces;
+#endif
 }
 // Bytes of b where bit BIT of the byte of x is set, else of a; and top - a in the place of b.
 template <int BIT> LB_INLINE __mmask64 has_bit(V x) { return _mm512_test_epi8_mask(x, set1(0x01010101u << BIT)); }

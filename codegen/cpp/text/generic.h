@@ -18,6 +18,7 @@ LB_INLINE V bcast4(const void* p) {
 }
 template <int N> LB_INLINE V shr(V x) { return V(U(x) >> N); }
 template <int N> LB_INLINE V shl(V x) { return V(U(x) << N); }
+template <int N> LB_INLINE V sra(V x) { return x >> N; }
 template <int N> LB_INLINE V sra16(V x) {
   typedef int16_t S __attribute__((vector_size(64)));
   return V(S(x) >> N);
@@ -39,6 +40,8 @@ LB_INLINE V lookup(V index, const uint8_t* table) {
   for (int i = 0; i < 64; ++i) b[i] = table[b[i]];
   return vload(b);
 }
+// table[code] for every byte, of 64 entries; or what it was looked up as in pieces, where that is the shorter way.
+LB_INLINE V at_once(V, const uint8_t*, V pieces) { return pieces; }
 // Bytes of b where bit BIT of the byte of x is set, else of a; and top - a in the place of b.
 template <int BIT> LB_INLINE V pick(V x, V a, V b) {
   const V all = (shr<BIT>(x) & 0x01010101) * 255;

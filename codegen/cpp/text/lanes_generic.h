@@ -5,10 +5,10 @@ typedef F F16;
 
 LB_INLINE F4 zero4() { return F4{}; }
 LB_INLINE F8 zero8() { return F8{}; }
-LB_INLINE F16 zero16() { return F16{}; }
+LB_INLINE F16 zero16() { return fzero(); }
 LB_INLINE F4 set4(float x) { return F4{} + x; }
 LB_INLINE F8 set8(float x) { return F8{} + x; }
-LB_INLINE F16 set16(float x) { return F16{} + x; }
+LB_INLINE F16 set16(float x) { return fset1(x); }
 LB_INLINE F4 load4(const float* p) {
   F4 x;
   memcpy(&x, p, 16);

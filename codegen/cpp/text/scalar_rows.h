@@ -7,13 +7,8 @@ struct Step {
 
 // The step that makes the largest magnitude, times kClip, the largest level. A group that is all below 1e-30 counts as
 // zero (its reciprocal would overflow); one with an infinity or NaN gets the step NaN, and so does its output.
-// Magnitudes are compared as integers: the order is the same and the loop vectorizes.
 [[maybe_unused]] LB_INLINE Step find_step(const float* x, int64_t n, float top) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t b = lb_bits(x[i]) & 0x7fffffff;
-    most = b > most ? b : most;
-  }
+  const uint32_t most = largest_bits(x, n);
   if (most >= 0x7f800000) return {lb_float(0x7fc00000), 0.0f};
   const float largest = lb_float(most) * kClip, step = largest / top;
   return largest > 1e-30f ? Step{step, 1.0f / step} : Step{0.0f, 0.0f};
@@ -39,22 +34,6 @@ struct Step {
   return v;
 }
 
-#if LB_ROTATE
-// Every LB_ROTATE columns times a Hadamard matrix, orthonormal: sums and differences at growing distance.
-LB_INLINE void rotate_row(float* x) {
-  for (int64_t start = 0; start < kK; start += LB_ROTATE) {
-    float* b = x + start;
-    for (int64_t w = 1; w < LB_ROTATE; w *= 2)
-      for (int64_t i = 0; i < LB_ROTATE; i += 2 * w)
-        for (int64_t j = i; j < i + w; ++j) {
-          const float low = b[j], high = b[j + w];
-          b[j] = low + high, b[j + w] = low - high;
-        }
-    for (int64_t i = 0; i < LB_ROTATE; ++i) b[i] *= kRotateUnit;
-  }
-}
-#endif
-
 #if LB_ROUND
 // The nearest level, ties to even: integers (LB_ROUND 1), or floats (2) of kMantissa bits, whose spacing is that of the
 // power of two below the magnitude and no smaller than that of kLeastBits. Adding and taking away 1.5 * 2**23 spacings
@@ -72,9 +51,9 @@ LB_INLINE float nearest_level(float v) {
 
 // Activations of the whole row in stored order, rounded to their format and back.
 LB_INLINE void round_floats(const Args& a, float* x) {
-  for (int64_t g = 0; g * kRoundCols < kK; ++g) {
-    float* const from = x + g * kRoundCols;
-    const int64_t n = kK - g * kRoundCols < kRoundCols ? kK - g * kRoundCols : kRoundCols;
+  for (int64_t g = 0, start = 0, n; start < kK; ++g, start += n) {
+    float* const from = x + start;
+    n = start < kLeadColumns ? kLeadColumns : kK - start < kRoundCols ? kK - start : kRoundCols;
     const float top = top_of(g), least = -top - kBelow;
     const Step s = step_of(a, g, from, n, top);
     for (int64_t i = 0; i < n; ++i) from[i] = nearest_level(in_steps(from[i], s.inverse, least, top)) * s.step;
@@ -93,16 +72,38 @@ template <typename T> LB_INLINE void spread(float* row, T value) {
   }
 }
 
-// Row of the matrix -> float32 in packed column order, zeros in padding: rotated, put in order, and, for products of
+#if LB_RMS
+// One over the root of the row's mean square, plus kNormEps. Sixteen sums, so that they can be a vector.
+LB_INLINE float rms_unit(const XT* x) {
+  float part[16] = {}, sum = 0.0f;
+  int64_t i = 0;
+  for (; i + 16 <= kK; i += 16)
+    for (int j = 0; j < 16; ++j) {
+      const float v = from_x(x[i + j]);
+      part[j] += v * v;
+    }
+  for (; i < kK; ++i) sum += from_x(x[i]) * from_x(x[i]);
+  for (int j = 0; j < 16; ++j) sum += part[j];
+  return 1.0f / __builtin_sqrtf(sum / float(kK) + kNormEps);
+}
+#endif
+
+// Row of the matrix -> float32 in packed column order, zeros in padding: normalised, rotated, put in order, and, for products of
 // floats, rounded. What comes before packing has room behind the row.
 LB_INLINE void gather_row([[maybe_unused]] const Args& a, const XT* x, int64_t, float* row) {
   [[maybe_unused]] float* const whole = row + kBlocks * 32;
+#if LB_RMS
+  const float unit = rms_unit(x);
+  const auto input = [&](int64_t i) { return from_x(x[i]) * unit * a.norm_weight[i]; };
+#else
+  const auto input = [&](int64_t i) { return from_x(x[i]); };
+#endif
 #if LB_ROTATE
-  for (int64_t i = 0; i < kK; ++i) whole[i] = from_x(x[i]);
-  rotate_row(whole);
+  for (int64_t i = 0; i < kK; ++i) whole[i] = input(i);
+  rotate_blocks<LB_ROTATE>(whole, kK, kRotateUnit);
   const auto value = [&](int64_t i) { return whole[stored_column(a, i)]; };
 #else
-  const auto value = [&](int64_t i) { return from_x(x[stored_column(a, i)]); };
+  const auto value = [&](int64_t i) { return input(stored_column(a, i)); };
 #endif
 #if LB_ROUND
   float* const ordered = whole + (LB_ROTATE ? kK : 0);
@@ -120,28 +121,32 @@ typedef int16_t Digit;
 #else
 typedef int8_t Digit;
 #endif
+// Which of a chunk's integers one row of digits holds: all of them, or the low or high digits of 16 bits.
+enum Round { kWhole, kLow, kHigh };
+
 // Sums are taken for each of the chunk's kParts scale groups, `stride` apart. kLevelUnit, a power of two, is what the
 // weight's integers count.
+template <Round WHICH>
 LB_INLINE void round_chunk(const float* row, int64_t n, Step s, float top, Digit* digits, float* scale, int32_t* init,
                            float* total, int64_t stride) {
-  *scale = s.step * kLevelUnit;
+  const float step = WHICH == kHigh ? s.step * 256.0f : s.step;
+  *scale = step * kLevelUnit;
   for (int64_t p = 0; p < kParts; ++p) {
     int32_t sum = 0;
     for (int64_t i = p * n / kParts; i < (p + 1) * n / kParts; ++i) {
-      // Adding 1.5 * 2**23 rounds to nearest even and leaves the integer in the low bits.
-      const float v = in_steps(row[i], s.inverse, -top - kBelow, top);
-      const int32_t q = int32_t(lb_bits(v + 12582912.0f) - 0x4b400000u);
+      const int32_t whole = nearest_int(in_steps(row[i], s.inverse, -top - kBelow, top));
+      const int32_t q = WHICH == kHigh ? high_digit(whole) : WHICH == kLow ? low_digit(whole) : whole;
       sum += q;
 #if LB_WORDS
       digits[i] = int16_t(q);  // sorted in load_tokens
 #elif LB_LIMBS == 1
       digits[i] = int8_t(q);
 #else
-      digits[i] = int8_t((q + 128) >> 8);
-      digits[i + kChunkCols] = int8_t(q);
+      digits[i] = high_digit(q);
+      digits[i + kChunkCols] = low_digit(q);
 #endif
     }
-    total[p * stride] = float(sum) * s.step;
+    total[p * stride] = float(sum) * step;
 #if LB_ZERO
     // -sum as the pair (-low, -high) with sum = 128 * high + low; see zero_pair.
     const int32_t high = (sum + 64) >> 7, low = sum - high * 128;
@@ -152,18 +157,30 @@ LB_INLINE void round_chunk(const float* row, int64_t n, Step s, float top, Digit
   }
 }
 
+// Chunk c of a row into row `to` of the prepared activations.
+template <Round WHICH>
+LB_INLINE void put_chunk(const Args& a, const float* row, int64_t t, int64_t c, int64_t to, Step s, float top) {
+  const int64_t at = to * a.m + t, part = to * kParts * a.m + t;
+  round_chunk<WHICH>(row + chunk_start(c), chunk_columns(c), s, top, a.xq + at * kTokenStride, a.xs + at, a.xi + part,
+                     a.xo + part, a.m);
+}
+
 // The largest level is top_of(group); where activations have no format of their own every chunk is a group, and it is
 // 127 (one digit) or 127 * 256 + 127 (two).
 LB_INLINE void round_row(const Args& a, const float* row, int64_t t) {
   for (int64_t c = 0; c < kChunks;) {
-    const int64_t g = c / kSpanChunks, end = c + kSpanChunks < kChunks ? c + kSpanChunks : kChunks;
+    const int64_t g = kLeadChunks ? c >= kLeadChunks : c / kSpanChunks;
+    const int64_t next = c < kLeadChunks ? kLeadChunks : c + kSpanChunks, end = next < kChunks ? next : kChunks;
     const int64_t columns = chunk_start(end - 1) + chunk_columns(end - 1) - chunk_start(c);
     const float top = top_of(g);
     const Step s = step_of(a, g, row + chunk_start(c), columns, top);
     for (; c < end; ++c) {
-      const int64_t at = c * a.m + t, part = c * kParts * a.m + t;
-      round_chunk(row + chunk_start(c), chunk_columns(c), s, top, a.xq + at * kTokenStride, a.xs + at, a.xi + part,
-                  a.xo + part, a.m);
+      if (c < kDoubleChunks) {
+        put_chunk<kLow>(a, row, t, c, c, s, top);
+        put_chunk<kHigh>(a, row, t, c, kChunks + c, s, top);
+      } else {
+        put_chunk<kWhole>(a, row, t, c, c, s, top);
+      }
     }
   }
 }

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <deque>
 #include <map>
@@ -23,6 +24,7 @@ struct uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 struct Dim { int x, y; };
+struct alignas(64) TensorMap { uint64_t opaque[16]; };
 
 namespace host {
 
@@ -50,15 +52,21 @@ struct Warpgroup {
   int arrived = 0;
   long round = 0;
   const void* in[128];
-  float result[128][128];
+  double result[128][128];
 };
 
-struct Bulk { uint32_t expected = 0, phase = 0; bool open = false; std::vector<Copy> copies; };
+// A barrier of shared memory: a phase ends when all have arrived and all bytes are there. Here it ends when somebody waits.
+struct Barrier {
+  int count = 1, missing = 1;
+  long bytes = 0;
+  uint32_t phase = 0;
+  std::vector<Copy> copies;
+};
 
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps, groups;
 inline std::vector<Warpgroup> warpgroups;
-inline std::map<uint64_t*, Bulk> bulks;
+inline std::map<uint64_t*, Barrier> barriers;
 inline std::vector<Range> ranges;
 inline std::vector<unsigned char> shared;
 inline unsigned char* shared_base;
@@ -112,7 +120,7 @@ inline void start_fibers(int threads) {
 
 inline void run_block(int threads) {
   start_fibers(threads);
-  bulks.clear();
+  barriers.clear();
   block_arrived = 0;
   memset(shared_base, 0xff, shared.data() + shared.size() - shared_base);
   for (long turn = 0, left = threads; left > 0; ++turn) {
@@ -192,15 +200,6 @@ inline uint16_t narrow(double v, int mantissa, int bias) {
 inline float from16(uint16_t bits) { return T::BF16 ? to_float((uint32_t)bits << 16) : from_half(bits); }
 inline uint16_t to16(double v) { return T::BF16 ? narrow(v, 7, 127) : narrow(v, 10, 15); }
 
-// Column k of a row of activations, as a descriptor with 128-byte swizzle says: bits 4 to 6 of the address are changed by
-// bits 7 to 9.
-inline uint16_t matrix_unit_reads(uint64_t descriptor, int row, int k) {
-  const uint32_t at = (uint32_t)(descriptor & 0x3fff) * 16 + row / 8 * 1024 + row % 8 * 128 + k * 2;
-  uint16_t value;
-  memcpy(&value, shared_base + (at ^ (at >> 3 & 0x70)), 2);
-  return value;
-}
-
 }  // namespace host
 
 #define threadIdx (host::current->thread)
@@ -209,6 +208,9 @@ inline uint16_t matrix_unit_reads(uint64_t descriptor, int row, int k) {
 
 LB_DEV uint32_t band(uint32_t a, uint32_t mask) { return a & mask; }
 LB_DEV uint32_t band_or(uint32_t a, uint32_t mask, uint32_t b) { return (a & mask) | b; }
+
+LB_DEV uint32_t band_xor(uint32_t a, uint32_t mask, uint32_t b) { return (a & mask) ^ b; }
+LB_DEV uint32_t rotr(uint32_t a, int by) { return a >> by | a << (32 - by); }
 
 template <uint32_t SELECTOR> LB_DEV uint32_t prmt(uint32_t a, uint32_t b) {
   const uint64_t pool = (uint64_t)b << 32 | a;
@@ -228,30 +230,6 @@ template <int BY> LB_DEV uint32_t lookup(const uint16_t* table, uint32_t four) {
   return table[four >> 8 * BY & 255] | (uint32_t)table[four >> (8 * BY + 16) & 255] << 16;
 }
 
-struct MmaIn { float c[4]; const uint32_t *a, *b; };
-
-LB_DEV void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
-  MmaIn in = {{c[0], c[1], c[2], c[3]}, a, b};
-  host::agree(&in, c, [](host::Warp& w) {
-    float left[16][16], right[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const MmaIn* m = (const MmaIn*)w.in[lane];
-      const int g = lane / 4, t = lane % 4;
-      for (int r = 0; r < 4; ++r)
-        for (int e = 0; e < 2; ++e) {
-          left[g + r % 2 * 8][t * 2 + e + r / 2 * 8] = host::from16(m->a[r] >> 16 * e);
-          if (r < 2) right[t * 2 + e + r * 8][g] = host::from16(m->b[r] >> 16 * e);
-        }
-    }
-    for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i) {
-        double sum = ((const MmaIn*)w.in[lane])->c[i];
-        for (int k = 0; k < 16; ++k) sum += (double)left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
-        ((float*)w.out[lane])[i] = (float)sum;
-      }
-  });
-}
-
 LB_DEV void ldmatrix(uint32_t* d, const void* row) {
   if (!host::in_shared(row, 16) || (uintptr_t)row % 16) host::fail("ldmatrix reads outside shared memory");
   host::agree(row, d, [](host::Warp& w) {
@@ -260,10 +238,37 @@ LB_DEV void ldmatrix(uint32_t* d, const void* row) {
   });
 }
 
+LB_DEV void ldmatrix_columns(uint32_t (&d)[4], uint32_t address) {
+  const unsigned char* column = host::shared_base + address;
+  if (!host::in_shared(column, 16) || address % 16) host::fail("ldmatrix reads outside shared memory");
+  host::agree(column, d, [](host::Warp& w) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 8; ++i) {
+        const char* from = (const char*)w.in[i / 2 * 8 + lane % 4 * 2 + i % 2];
+        memcpy((char*)w.out[lane] + i * 2, from + lane / 4 * 2, 2);
+      }
+  });
+}
+template <class V> inline V load_checked(const void* p) {
+  V v = {};
+  if ((uintptr_t)p % sizeof(V) || !host::in_global(p, sizeof(V)))
+    host::fail("a load is outside its tensor, or not aligned");
+  else
+    memcpy(&v, p, sizeof(V));
+  return v;
+}
+LB_DEV uint4 load_once16(const void* p) { return load_checked<uint4>(p); }
+LB_DEV uint2 load_once8(const void* p) { return load_checked<uint2>(p); }
+
 LB_DEV uint64_t stream_policy() { return 0; }
 LB_DEV void copy_stream(void* to, const void* from, uint64_t) { host::request(host::current->copies, to, from, 16, 16); }
 LB_DEV void copy_padded(void* to, const void* from, int bytes) {
   host::request(host::current->copies, to, from, bytes, 16);
+}
+template <int BYTES> LB_DEV void copy_cached(uint32_t to, const void* from) {
+  if (to % BYTES || (uintptr_t)from % BYTES || !host::in_global(from, BYTES)) return host::fail("a gather is not in its tensor");
+  memset(host::shared_base + to, 0xff, BYTES);
+  host::current->copies.push_back({host::shared_base + to, from, BYTES});
 }
 LB_DEV void copies_commit() {
   host::current->groups.push_back(host::current->copies);
@@ -276,63 +281,45 @@ template <int LEFT> LB_DEV void copies_wait() {
   }
 }
 
-LB_DEV void barrier_init(uint64_t* b) { host::bulks[b] = host::Bulk(); }
+LB_DEV void barrier_init(uint64_t* b, int count) { host::barriers[b] = {count, count}; }
 LB_DEV void barriers_ready() {}
+LB_DEV void barrier_arrive(uint64_t* b) {
+  if (--host::barriers[b].missing < 0) host::fail("a barrier is armed twice");
+}
 LB_DEV void barrier_expect(uint64_t* b, uint32_t bytes) {
-  host::Bulk& k = host::bulks[b];
-  if (k.open) host::fail("a barrier is armed twice");
-  k.open = true, k.expected = bytes;
+  barrier_arrive(b);
+  host::barriers[b].bytes += bytes;
 }
 LB_DEV void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* b, uint64_t) {
-  host::Bulk& k = host::bulks[b];
-  host::request(k.copies, to, from, bytes, bytes);
-  k.expected -= bytes;
+  host::request(host::barriers[b].copies, to, from, bytes, bytes);
+  host::barriers[b].bytes -= bytes;
+}
+LB_DEV void copy_tensor(void* to, const TensorMap* map, int column, int row, uint64_t* b) {
+  const uint64_t *m = map->opaque, line = m[1] * m[4];  // address, columns, rows, bytes from row to row and of an element
+  for (int i = 0; i < (int)m[5]; ++i)
+    for (int piece = 0; piece < 8; ++piece) {
+      const uint64_t at = column * m[4] + piece * 16;
+      const long bytes = row + i >= (long)m[2] || at >= line ? 0 : line - at < 16 ? line - at : 16;
+      const char* from = (const char*)m[0] + (bytes ? (uint64_t)(row + i) * m[3] + at : 0);
+      host::request(host::barriers[b].copies, (char*)to + i * 128 + (piece ^ (i & 7)) * 16, from, bytes, 16);
+      host::barriers[b].bytes -= 16;
+    }
 }
 LB_DEV void barrier_wait(uint64_t* b, uint32_t parity) {
-  host::Bulk& k = host::bulks[b];
-  while (k.phase % 2 == parity && !k.open) host::yield();
+  host::Barrier& k = host::barriers[b];
+  while (k.phase % 2 == parity && k.missing) host::yield();
   if (k.phase % 2 != parity) return;
-  if (k.expected) host::fail("a barrier expects other bytes than are copied");
+  if (k.bytes) host::fail("a barrier expects other bytes than are copied");
   host::perform(k.copies);
-  k.open = false, ++k.phase;
+  k.missing = k.count, ++k.phase;
 }
 
-struct WgmmaIn { float (*sums)[4]; const uint32_t* a; uint64_t x; bool add; };
-
-// `in` of 128 threads; the last one computes for all.
-template <int N> LB_DEV void wgmma(float (&sums)[N][4], const uint32_t (&a)[4], uint64_t x, bool add) {
-  static_assert(N <= 32, "tokens of a warpgroup's product");
-  WgmmaIn in = {sums, a, x, add};
-  const int thread = host::current->thread.x;
-  host::Warpgroup& w = host::warpgroups[thread / 128];
-  w.in[thread % 128] = &in;
-  const long round = w.round;
-  if (++w.arrived == 128) {
-    if ((x >> 62) != 1 || (x >> 32 & 0x3fff) != 64) host::fail("activations are not described as they lie");
-    for (int t = 0; t < 128; ++t) {
-      const WgmmaIn& m = *(const WgmmaIn*)w.in[t];
-      if (m.x != x || m.add != add) host::fail("warps disagree about a product");
-      for (int i = 0; i < N * 4; ++i) {
-        const int column = i / 4 * 8 + t % 4 * 2 + i % 2, row = t / 4 % 8 + i / 2 % 2 * 8;
-        double sum = add ? m.sums[i / 4][i % 4] : 0.0f;
-        for (int k = 0; k < 16; ++k) {
-          const WgmmaIn& from = *(const WgmmaIn*)w.in[t / 32 * 32 + row % 8 * 4 + k % 8 / 2];
-          const float left = host::from16(from.a[row / 8 + k / 8 * 2] >> k % 2 * 16);
-          sum += (double)left * host::from16(host::matrix_unit_reads(x, column, k));
-        }
-        w.result[t][i] = (float)sum;
-      }
-    }
-    for (int t = 0; t < 128; ++t) memcpy(((const WgmmaIn*)w.in[t])->sums, w.result[t], N * 16);
-    w.arrived = 0, ++w.round;
-  }
-  while (w.round == round) host::yield();
-}
 LB_DEV uint32_t shared_address(const void* p) { return (uint32_t)((const unsigned char*)p - host::shared_base); }
+template <int> LB_DEV void registers_less() {}
+template <int> LB_DEV void registers_more() {}
 LB_DEV void warpgroup_fence() {}
 LB_DEV void warpgroup_commit() {}
-template <int N> LB_DEV void warpgroup_wait(float (&)[N][4]) {}
-LB_DEV void copies_to_matrix_units() {}
+template <class S> LB_DEV void warpgroup_wait(S&) {}
 LB_DEV void wait_for_inputs() {}
 LB_DEV void let_next_start() {}
 LB_DEV void warp_sync() { host::agree(nullptr, nullptr, [](host::Warp&) {}); }
@@ -352,31 +339,61 @@ LB_DEV int arrive(int* counter) { return (*counter)++; }
 LB_DEV float load_fresh(const float* p) { return *p; }
 LB_DEV unsigned char* shared_memory() { return host::shared_base; }
 
+LB_DEV uint32_t lanes_max(uint32_t v, int lanes) {
+  struct In { uint32_t v; int lanes; } in = {v, lanes};
+  host::agree(&in, &v, [](host::Warp& w) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int lanes = ((const In*)w.in[lane])->lanes, first = lane / lanes * lanes;
+      uint32_t most = 0;
+      for (int i = first; i < first + lanes; ++i) most = std::max(most, ((const In*)w.in[i])->v);
+      *(uint32_t*)w.out[lane] = most;
+    }
+  });
+  return v;
+}
+
+LB_DEV float lanes_sum(float v) {
+  host::agree(&v, &v, [](host::Warp& w) {
+    float sum = 0.0f;
+    for (int lane = 0; lane < 32; ++lane) sum += *(const float*)w.in[lane];
+    for (int lane = 0; lane < 32; ++lane) *(float*)w.out[lane] = sum;
+  });
+  return v;
+}
+
 LB_DEV float half_float(uint16_t bits) { return host::from_half(bits); }
 LB_DEV float bfloat_float(uint16_t bits) { return host::to_float((uint32_t)bits << 16); }
 LB_DEV uint16_t float_half(float v) { return host::narrow(v, 10, 15); }
 LB_DEV uint16_t float_bfloat(float v) { return host::narrow(v, 7, 127); }
 LB_DEV uint32_t pair16(float v) { return host::to16(v) * 0x00010001u; }
 LB_DEV float bits_float(uint32_t bits) { return host::to_float(bits); }
+LB_DEV uint32_t float_bits(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  return bits;
+}
+LB_DEV float divide(float a, float b) { return a / b; }
 LB_DEV float exponential(float v) { return expf(v); }
 LB_DEV float fma32(float a, float b, float c) { return fmaf(a, b, c); }
 
 struct Args;
-void lb_launch(const Args& a);
+void lb_launch(const Args& a, int kernel);
 
-// Runs the kernel; thread blocks one after the other, in the given order (x + y * gridDim.x). Returns what went wrong.
+// Runs a kernel (0: the main one; 1: that before it); thread blocks one after the other, in the given order
+// (x + y * gridDim.x). Returns what went wrong.
 extern "C" __attribute__((visibility("default"))) const char* lb_emulate(
-    const Args* args, int blocks_x, int blocks_y, int threads, int shared_bytes, const int* order,
+    const Args* args, int kernel, int blocks_x, int blocks_y, int threads, int shared_bytes, const int* order,
     const host::Range* ranges, int range_count) {
   static const Args* a;
-  a = args;
+  static int which;
+  a = args, which = kernel;
   host::failure = nullptr;
   host::ranges.assign(ranges, ranges + range_count);
   host::shared.assign(shared_bytes + 1024, 0);
   host::shared_base = (unsigned char*)(((uintptr_t)host::shared.data() + 1023) & ~(uintptr_t)1023);
   host::shared.resize(host::shared_base - host::shared.data() + shared_bytes);
   host::grid = {blocks_x, blocks_y};
-  host::body = [] { lb_launch(*a); };
+  host::body = [] { lb_launch(*a, which); };
   for (int i = 0; i < blocks_x * blocks_y; ++i) {
     host::block = {order[i] % blocks_x, order[i] / blocks_x};
     host::run_block(threads);

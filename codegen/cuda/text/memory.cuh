@@ -1,20 +1,5 @@
 // From memory to the ring of stages of the warps that share one: weights, side values, activations.
 
-struct Args {
-  const uint16_t* x;
-  const uint32_t* plane[3];
-  const unsigned char* scale;
-  const unsigned char* zero;
-  const unsigned char* offset;
-  const float* tensor_scale;
-  const float* bias;
-  const void* residual;
-  void* out;
-  float* part;
-  int* count;
-  int tokens;
-};
-
 // Which row tile of the packed matrix is the r-th of a set. What lies beyond the last is read, but not used.
 LB_DEV int tile_of(int set, int r) {
   const int tile = T::GATED ? set + r * T::TILE_SETS : set * T::ROW_TILES + r;
@@ -32,8 +17,10 @@ constexpr int SCALE_AT = plane_at(T::PLANES);
 constexpr int ZERO_AT = SCALE_AT + SIDE_VALUES * T::SIDE_BYTES;
 constexpr int OFFSET_AT = ZERO_AT + (T::ZERO ? SIDE_VALUES : 0);
 constexpr int WEIGHT_BYTES = OFFSET_AT + (T::OFFSET ? SIDE_VALUES * T::SIDE_BYTES : 0);
-constexpr int X_AT = (WEIGHT_BYTES + T::ALIGN - 1) / T::ALIGN * T::ALIGN;
-constexpr int X_STRIDE = T::UNIT_BLOCKS * 128;
+constexpr int X_SCALE_AT = WEIGHT_BYTES;
+constexpr int X_SCALE_BYTES = T::GROUP_X ? T::FLUSHES * T::SCALE_TOKENS * 4 : 0;
+constexpr int X_AT = (X_SCALE_AT + X_SCALE_BYTES + T::ALIGN - 1) / T::ALIGN * T::ALIGN;
+constexpr int X_STRIDE = T::UNIT_BLOCKS * 64 * T::WIDTH;
 constexpr int STAGE = X_AT + T::TILE_M * X_STRIDE;
 static_assert(STAGE % (T::WGMMA ? 1024 : 16) == 0, "stages are aligned");
 
@@ -44,7 +31,12 @@ LB_DEV int group_of(int u, int j) {
 }
 
 // 16-byte pieces of a row of x in shared memory change places, so that eight rows' pieces lie in different banks.
-LB_DEV int swizzle(int row, int piece) { return piece ^ (row & 7); }
+LB_DEV int swizzle(int row, int piece) { return X_STRIDE == 64 ? piece ^ (row >> 1 & 3) : piece ^ (row & 7); }
+
+// The scales of the activations of unit u, for all its flushes.
+LB_DEV const float* scales_of(const Args& a, int token_block, int u) {
+  return a.x_scale + (size_t)(token_block * T::UNITS_PER_SET + u) * T::FLUSHES * T::SCALE_TOKENS;
+}
 
 struct Ring {
   unsigned char* stage;  // of the warps that share it
@@ -114,17 +106,19 @@ struct Ring {
   // Ask for the activations that meet unit u: rows from `first` on, zeros where the matrix has ended.
   LB_DEV void request_x(const Args& a, int slot, int u, int first) const {
     unsigned char* to = stage + slot * STAGE + X_AT;
-    constexpr int PIECES = T::UNIT_BLOCKS * 8, ALL = T::TILE_M * PIECES, STEP = T::ROW_WARPS * 32;
+    if constexpr (T::GROUP_X) run<false>(to - X_AT + X_SCALE_AT, scales_of(a, first / T::TILE_M, u), X_SCALE_BYTES, slot);
+    constexpr int PIECES = X_STRIDE / 16, PER = 16 / T::WIDTH, ALL = T::TILE_M * PIECES, STEP = T::ROW_WARPS * 32;
 #pragma unroll
     for (int start = 0; start < ALL; start += STEP) {
       const int i = start + me, row = i / PIECES, piece = i % PIECES;
       if (start + STEP > ALL && i >= ALL) break;
       unsigned char* at = to + row * X_STRIDE + swizzle(row, piece) * 16;
-      const int token = first + row, col = (u * PIECES + piece) * 8;
+      const int token = first + row, col = (u * PIECES + piece) * PER;
       if constexpr (T::PLAIN_COLUMNS) {
-        int bytes = (T::K - col) * 2;
+        int bytes = (T::X_COLUMNS - col) * T::WIDTH;
         bytes = token < a.tokens ? (bytes < 0 ? 0 : bytes > 16 ? 16 : bytes) : 0;
-        copy_padded(at, bytes ? a.x + (size_t)token * T::K + col : a.x, bytes);
+        const char* from = (const char*)a.ready;
+        copy_padded(at, bytes ? from + ((size_t)token * T::X_COLUMNS + col) * T::WIDTH : from, bytes);
       } else {
         gather(a, at, token, col);
       }
@@ -138,7 +132,7 @@ struct Ring {
     for (int i = 0; i < 8; ++i) {
       const int group = (col + i) / T::GROUP, inside = (col + i) % T::GROUP, from = group * T::SOURCE_GROUP + inside;
       const bool there = token < a.tokens && inside < T::SOURCE_GROUP && from < T::K;
-      const uint32_t value = there ? a.x[(size_t)token * T::K + from] : 0;
+      const uint32_t value = there ? ((const uint16_t*)a.x)[(size_t)token * T::K + from] : 0;
       pair[i / 2] = i % 2 ? pair[i / 2] | value << 16 : value;
     }
     *(uint4*)at = make_uint4(pair[0], pair[1], pair[2], pair[3]);
@@ -147,7 +141,6 @@ struct Ring {
   // What was asked for `AHEAD` requests ago is there, for all who share the stage, and all have read the last one.
   LB_DEV void wait(int slot, uint32_t parity) const {
     copies_wait<T::AHEAD - 1>();
-    if constexpr (T::WGMMA) copies_to_matrix_units();
     if constexpr (T::BULK) barrier_wait(barrier + slot, parity);
     if constexpr (T::ROW_WARPS == 1)
       warp_sync();

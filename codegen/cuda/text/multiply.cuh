@@ -2,12 +2,27 @@
 //
 // A weight is (d * FACTOR + addend(h) - zero) * scale + offset, where d is what the register holds. FACTOR waits until
 // the end. The rest meets sums: that of d * x, and, for what is added to d, that of x, which comes from a matrix
-// instruction too. Where many tokens share a weight (EXACT), addend and zero are added to d instead.
+// instruction too. Where many tokens share a weight (EXACT), addend and zero are added to d instead. Sums of bytes are
+// integers until then, and so exact; where activations have scales by group, those meet the sums as well.
+//
+// Every `if constexpr` over a loop has braces: without them nvcc 13 drops the next loop when a condition is false.
+
+template <bool INTEGER> struct Number { using type = float; };
+template <> struct Number<true> { using type = int; };
+template <bool FIRST> struct Pick {
+  template <class A, class B> static LB_DEV B& of(A&, B& b) { return b; }
+};
+template <> struct Pick<true> {
+  template <class A, class B> static LB_DEV A& of(A& a, B&) { return a; }
+};
 
 constexpr int TT = T::TOKEN_TILES;
+constexpr int STEPS = T::WIDTH == 2 ? 4 : 2;            // matrix instructions along a block
 constexpr int PARTS = T::ROW_TILES * 4 / T::ROW_WARPS;  // of 16 rows, that a warp multiplies
 constexpr int RUN = PARTS < 4 ? PARTS : 4;              // of them in one tile
-using Sums = float[PARTS][TT][4];
+using Raw = Number<T::INTEGER>::type;                   // what matrix instructions add up
+using Sums = Raw[PARTS][TT][4];
+using Totals = Number<T::INTEGER && T::DIRECT>::type[PARTS][TT][4];
 
 template <int WORDS> LB_DEV void load_words(uint32_t (&w)[WORDS], const unsigned char* from) {
   if constexpr (WORDS >= 4) {
@@ -57,8 +72,19 @@ struct Sides {
   }
 };
 
-// Scale the sums of a group and add them to those of the rows; x_sum holds the activations' sums.
-LB_DEV void flush(Sums& y, Sums& sum, float (&x_sum)[TT][4], const Sides& sides) {
+// Scale the sums of a group and add them to those of the rows; x_sum holds the activations' sums, x_scale the scales of
+// the stage's tokens. CLEAR: leave zeros in both.
+template <bool CLEAR> LB_DEV void flush(Totals& y, Sums& sum, Raw (&x_sum)[TT][4], const Sides& sides, const float* x_scale, int lane) {
+  float of_token[TT][2];
+  if constexpr (T::GROUP_X) {
+#pragma unroll
+    for (int t = 0; t < TT; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = t * 8 + lane % 4 * 2 + i;
+        of_token[t][i] = T::TILE_M >= 8 || token < T::SCALE_TOKENS ? x_scale[token] : 0.0f;
+      }
+  }
 #pragma unroll
   for (int m = 0; m < PARTS; ++m)
 #pragma unroll
@@ -67,19 +93,38 @@ LB_DEV void flush(Sums& y, Sums& sum, float (&x_sum)[TT][4], const Sides& sides)
       for (int t = 0; t < TT; ++t)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float v = sum[m][t][2 * h + i];
-          if constexpr (T::SUMS_X && !T::EXACT) v = fma32(sides.addend(m, h), x_sum[t][i], v);
-          float& out = y[m][t][2 * h + i];
+          float v = (float)sum[m][t][2 * h + i], all = T::SUMS_X ? (float)x_sum[t][i] : 0.0f;
+          if constexpr (T::SUMS_X && !T::EXACT) v = fma32(sides.addend(m, h), all, v);
+          if constexpr (T::GROUP_X) v *= of_token[t][i], all *= of_token[t][i];
+          float out = y[m][t][2 * h + i];
           out = T::IN_LOOP ? fma32(sides.scale[2 * m + h], v, out) : out + v;
-          if constexpr (T::OFFSET) out = fma32(sides.offset[2 * m + h] * T::UNFACTOR, x_sum[t][i], out);
-          sum[m][t][2 * h + i] = 0.0f;
+          if constexpr (T::OFFSET) out = fma32(sides.offset[2 * m + h] * T::UNFACTOR, all, out);
+          y[m][t][2 * h + i] = out;
+          if constexpr (CLEAR) sum[m][t][2 * h + i] = 0;
         }
-  if constexpr (T::SUMS_X)
+  if constexpr (T::SUMS_X && CLEAR) {
 #pragma unroll
-    for (int t = 0; t < TT; ++t) x_sum[t][0] = x_sum[t][1] = x_sum[t][2] = x_sum[t][3] = 0.0f;
+    for (int t = 0; t < TT; ++t) x_sum[t][0] = x_sum[t][1] = x_sum[t][2] = x_sum[t][3] = 0;
+  }
 }
 
-// The activations of 32 columns as right operands of two steps.
+LB_DEV const float* x_scales(const unsigned char* stage, int j) {
+  return (const float*)(stage + X_SCALE_AT) + j * T::SCALE_TOKENS;
+}
+
+// Zero points and addends meet operands: halves, or four unsigned bytes that become signed ones without carrying into
+// each other ("LiquidGEMM: Hardware-Efficient W4A8 GEMM Kernel for High-Performance LLM Serving").
+LB_DEV uint32_t shifted(uint32_t a, const Sides& sides, int part, int h) {
+  if constexpr (T::WIDTH == 1) {
+    if constexpr (!T::ZERO) return a;
+    return (a + (128 - (int)sides.zero[2 * part + h]) * 0x01010101u) ^ 0x80808080u;
+  } else {
+    if constexpr (!T::ZERO && T::addend(0) == 0.0f && T::addend(1) == 0.0f) return a;
+    return fma16(a, T::ONES, pair16(sides.addend(part, h)));
+  }
+}
+
+// The activations of 64 bytes of columns as right operands of two steps.
 LB_DEV void load_x(uint32_t (&x)[TT][4], const unsigned char* stage, const unsigned char* zeros, int pair, int lane) {
 #pragma unroll
   for (int t = 0; t < TT; ++t) {
@@ -89,11 +134,11 @@ LB_DEV void load_x(uint32_t (&x)[TT][4], const unsigned char* stage, const unsig
   }
 }
 
-LB_DEV void multiply_unit(Sums& y, const unsigned char* stage, const unsigned char* zeros, const uint16_t* table,
+LB_DEV void multiply_unit(Totals& y, const unsigned char* stage, const unsigned char* zeros, const uint16_t* table,
                           int first_part, int lane) {
   const uint32_t ones[4] = {T::ONES, T::ONES, T::ONES, T::ONES};
   Sums sum = {};
-  float x_sum[TT][4] = {};
+  Raw x_sum[TT][4] = {};
   Sides sides;
 #pragma unroll
   for (int b = 0; b < T::UNIT_BLOCKS; ++b) {
@@ -101,28 +146,30 @@ LB_DEV void multiply_unit(Sums& y, const unsigned char* stage, const unsigned ch
 #pragma unroll
     for (int m = 0; m < PARTS; ++m) words[m].load(stage, first_part + m, b, lane);
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      constexpr int PER = T::FLUSH / 16;
-      const int s = b * 4 + step;
+    for (int step = 0; step < STEPS; ++step) {
+      constexpr int PER = T::FLUSH * T::WIDTH / 32;
+      const int s = b * STEPS + step;
       uint32_t x[TT][4];
       if (T::EXACT && T::IN_LOOP && s % PER == 0) sides.load(stage, first_part, s / PER, lane);
       load_x(x, stage, zeros, s / 2, lane);
 #pragma unroll
       for (int m = 0; m < PARTS; ++m) {
-        uint32_t all[4][4];
+        uint32_t all[STEPS][4];
         decode(all, words[m].w0, words[m].w1, words[m].w2, table);
-        if constexpr (T::EXACT && (T::ZERO || T::addend(0) != 0.0f || T::addend(1) != 0.0f))
+        if constexpr (T::EXACT) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) all[step][i] = fma16(all[step][i], T::ONES, pair16(sides.addend(m, i % 2)));
+          for (int i = 0; i < 4; ++i) all[step][i] = shifted(all[step][i], sides, m, i % 2);
+        }
 #pragma unroll
-        for (int t = 0; t < TT; ++t) mma(T::DIRECT ? y[m][t] : sum[m][t], all[step], x[t] + step % 2 * 2);
+        for (int t = 0; t < TT; ++t) mma(Pick<T::DIRECT>::of(y[m][t], sum[m][t]), all[step], x[t] + step % 2 * 2);
       }
-      if constexpr (T::SUMS_X)
+      if constexpr (T::SUMS_X) {
 #pragma unroll
         for (int t = 0; t < TT; ++t) mma(x_sum[t], ones, x[t] + step % 2 * 2);
+      }
       if (!T::DIRECT && s % PER == PER - 1) {
         if (T::IN_LOOP && !T::EXACT) sides.load(stage, first_part, s / PER, lane);
-        flush(y, sum, x_sum, sides);
+        flush<true>(y, sum, x_sum, sides, x_scales(stage, s / PER), lane);
       }
     }
   }

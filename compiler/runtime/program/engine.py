@@ -13,12 +13,16 @@ from typing import Any
 import torch
 
 from lowbit.codegen import load_backend
+from lowbit.codegen.attend import MAX_QUERIES
+from lowbit.codegen.cpp.attend import partial_floats
 from lowbit.codegen.cpp.decoder.emit import emit_program
 from lowbit.codegen.cpp.decoder.spec import PARTS, DecoderSpec
 from lowbit.codegen.cpp.launch import load_openmp
 from lowbit.compiler.errors import KernelError, RunError
 from lowbit.compiler.ir.target import host_target
+from lowbit.compiler.runtime import prebuilt
 from lowbit.compiler.runtime.cache import KernelCache
+from lowbit.compiler.runtime.modules import PackedLinear
 from lowbit.compiler.runtime.program.cache import ProgramCache
 from lowbit.compiler.runtime.program.kernels import KernelTable, step_sizes
 from lowbit.compiler.runtime.program.parts import DecoderParts, LayerParts, LinearPart
@@ -89,6 +93,10 @@ class DecoderProgram:
     ) -> None:
         state = self._state
         state.keys, state.values, state.context = cache.keys.data_ptr(), cache.values.data_ptr(), cache.capacity
+        if cache.packed:
+            pointers, state.k_rows, state.v_rows = cache.pointers()
+            state.packed[:] = pointers
+            self._fit_prompt(cache.capacity if count > MAX_QUERIES else 0)
         self._fit_scores(cache.capacity)
         status = self._step(
             ctypes.byref(self._model),
@@ -142,13 +150,21 @@ class DecoderProgram:
         layers = (CLayer * self.spec.layers)(*[self._layer(layer) for layer in parts.layers])
         model = CModel(
             layers=ctypes.addressof(layers),
-            embedding=self._address(parts.embedding),
+            embedding=self._table(parts.embedding),
             norm=self._address(parts.norm),
             head=self._linear(parts.head),
         )
         model.rope[0] = model.rope[1] = self._address(parts.rope)
         self._keep.append(layers)
         return model
+
+    def _table(self, table: torch.Tensor | PackedLinear) -> int:
+        """Where the embedding table is: its numbers, or the addresses of its packed operands."""
+        if isinstance(table, torch.Tensor):
+            return self._address(table)
+        pointers = (ctypes.c_void_p * len(table.operands()))(*[self._address(t) for t in table.operands()])
+        self._keep.append(pointers)
+        return ctypes.addressof(pointers)
 
     def _layer(self, layer: LayerParts) -> Any:
         norms = {name: self._address(tensor) for name, tensor in layer.norms.items()}
@@ -186,8 +202,22 @@ class DecoderProgram:
         for name, size in floats.items():
             setattr(state, name, self._address(torch.zeros(size)))
         state.scratch = self._address(torch.zeros(room, dtype=torch.uint8))
-        self._scores = torch.empty(0)
+        self._scores = self._prompt = torch.empty(0)
+        if s.packed is not None:
+            rows = MAX_QUERIES * s.heads // s.kv_heads
+            splits = 4 * self.threads + 2 * s.kv_heads  # of all heads together
+            state.partial = self._address(torch.zeros(splits * rows * partial_floats(s.packed)))
+            state.few = self._address(torch.zeros(2 * MAX_QUERIES * s.q_width))
         return state
+
+    def _fit_prompt(self, positions: int) -> None:
+        """Float buffers of one layer's keys and values, for steps that do not attend to the packed cache."""
+        s = self.spec
+        keys, values = (s.kv_heads * positions * width for width in (s.head_dim, s.value_stride))
+        if self._prompt.numel() < keys + values:
+            self._prompt = torch.empty(keys + values)
+        self._state.keys = self._prompt.data_ptr()
+        self._state.values = self._prompt.data_ptr() + 4 * keys
 
     def _fit_scores(self, positions: int) -> None:
         """Room for four rows of scores per thread."""
@@ -214,6 +244,9 @@ def _load(spec: DecoderSpec) -> Any:
     parts = ("decoder", source.text, " ".join(source.flags), str(target), backend.toolchain())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
     found = store.lookup(key)
+    if found is None and (why := prebuilt.frozen()):
+        hint = "use mode='modules', or compile the program into the cache first"
+        raise KernelError("LB0409", f"the native program is not there, and nothing is compiled: {why}", hint=hint)
     evidence = {"program": "decoder", "target": str(target), "toolchain": backend.toolchain(), "error": 0.0}
     artifact: Path = found[0] if found else store.store(key, ".so", evidence, lambda out: backend.compile(source, out))
     load_openmp()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.codegen.cpp.decoder.spec import CacheType
 from lowbit.codegen.select import say_once
 from lowbit.compiler.errors import RunError
+from lowbit.compiler.runtime.embedding import quantize_embedding
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.compiler.runtime.program.cache import ProgramCache
 from lowbit.compiler.runtime.program.engine import DecoderProgram
@@ -33,19 +33,26 @@ def compile_program(
     max_tokens: int = 512,
     context: int | None = None,
     head: str | None = None,
-    cache: CacheType = "f16",
+    embedding: str | None = None,
+    cache: str | None = None,
     threads: int | None = None,
 ) -> nn.Module:
     """Build the program of a fused model, compare it with the model, and let `forward` and `generate` use it.
 
-    context: positions a sequence may have; the model's own limit, at most 4096, when None. head: a format for a dense
-    output layer (`int8.ch.sym`), which for small models is most of what a token reads. `model.lowbit_program` is the
-    program. Raises RunError LB0565 when program and model disagree; `check_program` refuses the rest beforehand.
+    cache: of keys and values, `f16`, `f32` or a format such as `kv4`; the one of the model's scheme when None. With a
+    format, prompts attend to their own keys and values unquantized, as with `QuantizedCache`; a prompt longer than
+    `max_tokens` is several. context: positions a sequence may have; the model's own limit, at most 4096, when None.
+    head: a format for a dense output layer (`int8.ch.sym`), which for small models is most of what a token reads.
+    embedding: the same for the embedding table and an output layer tied to it, which then share their bytes.
+    `model.lowbit_program` is the program. Raises RunError LB0565 when program and model disagree; `check_program`
+    refuses the rest beforehand.
     """
+    if embedding is not None:
+        quantize_embedding(model, embedding)
     if head is not None:
         _quantize_head(model, head)
     limit = int(getattr(getattr(model, "config", None), "max_position_embeddings", 4096) or 4096)
-    parts = read_decoder(model, context or min(limit, 4096), cache)
+    parts = read_decoder(model, context or min(limit, 4096), _cache_of(model, cache))
     program = DecoderProgram(parts, max_tokens=max_tokens, context=parts.rope.shape[0], threads=threads)
     error = verify_program(program, model)
     _log.info("program verified: logits differ by %.1e", error)
@@ -56,12 +63,17 @@ def compile_program(
 def check_program(model: nn.Module, **options: Any) -> None:
     """Refuse what has no program, without changing the model: RunError LB0560 for a part it does not know, LB0566 in
     training mode, LB0568 for an option there is not; KernelError LB0430 for sizes or a cache type."""
-    known = ("context", "head", "cache", "threads")
+    known = ("context", "head", "embedding", "cache", "threads")
     if unknown := sorted(set(options) - set(known)):
         raise RunError("LB0568", f"mode 'program' has no option {unknown[0]!r}", hint=f"use {', '.join(known)}")
     if model.training:
         raise RunError("LB0566", "the model is in training mode", hint="call model.eval() first")
-    read_decoder(model, 16, options.get("cache", "f16"))
+    read_decoder(model, 16, _cache_of(model, options.get("cache")))
+
+
+def _cache_of(model: nn.Module, cache: str | None) -> str:
+    """What keys and values are kept in: what was asked for, else what the model was quantized for, else float16."""
+    return cache or str(getattr(model, "kv_format", "")) or "f16"
 
 
 def _quantize_head(model: nn.Module, text: str) -> None:

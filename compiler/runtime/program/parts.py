@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lowbit.codegen.cpp.decoder.spec import Activation, CacheType, DecoderSpec
+from lowbit.codegen.cpp.decoder.spec import Activation, DecoderSpec
 from lowbit.compiler.errors import RunError
+from lowbit.compiler.runtime.embedding import QuantEmbedding
 from lowbit.compiler.runtime.fused import QuantGatedMLP, SiblingLinear
 from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
 
@@ -55,7 +56,7 @@ class DecoderParts:
 
     spec: DecoderSpec
     layers: list[LayerParts]
-    embedding: torch.Tensor
+    embedding: torch.Tensor | PackedLinear
     norm: torch.Tensor
     head: LinearPart
     rope: torch.Tensor
@@ -66,7 +67,7 @@ def refuse(path: str, why: str) -> RunError:
     return RunError("LB0560", f"no program for this model: {why}", where=path, hint="use mode='modules'")
 
 
-def read_decoder(model: nn.Module, context: int, cache: CacheType = "f16") -> DecoderParts:
+def read_decoder(model: nn.Module, context: int, cache: str = "f16") -> DecoderParts:
     """The parts of `model` for up to `context` positions; raises RunError (LB0560) naming what does not fit."""
     config: Any = getattr(model, "config", None)
     trunk = getattr(model, "model", None)
@@ -77,14 +78,17 @@ def read_decoder(model: nn.Module, context: int, cache: CacheType = "f16") -> De
     _settings(config)
     blocks = list(cast(nn.ModuleList, trunk.layers))
     layers = [_layer(block, f"model.layers.{i}", _window(config, i)) for i, block in enumerate(blocks)]
-    table = cast(nn.Embedding, trunk.embed_tokens)
-    embedding = table.weight.detach()
+    table: Any = trunk.embed_tokens
+    packed = table.packed if isinstance(table, QuantEmbedding) else None
+    embedding: torch.Tensor = table.weight.detach() if packed is None else packed.operands()[0]
     norm, eps = _norm(cast(nn.Module, trunk.norm), "model.norm")
     rope = _rope(cast(nn.Module, trunk.rotary_emb), embedding, context)
     spec = _spec(config, blocks, table, eps, rope, cache, layers)
-    if embedding.device.type != "cpu" or embedding.dtype not in _DTYPES:
+    if spec.packed is not None and (sliding := [i for i, layer in enumerate(layers) if layer.window]):
+        raise refuse(f"model.layers.{sliding[0]}", f"a cache of {cache} has no sliding windows")
+    if embedding.device.type != "cpu" or (packed is None and embedding.dtype not in _DTYPES):
         raise refuse("model", f"it is on {embedding.device.type} in {embedding.dtype}, not on the CPU")
-    return DecoderParts(spec, layers, embedding, norm, _linear(model.lm_head, "lm_head"), rope)
+    return DecoderParts(spec, layers, packed or embedding, norm, _linear(model.lm_head, "lm_head"), rope)
 
 
 def _children(module: nn.Module, path: str, what: str, known: Collection[str], needed: Collection[str] = ()) -> None:
@@ -201,10 +205,10 @@ def _rope(module: nn.Module, like: torch.Tensor, context: int) -> torch.Tensor:
 def _spec(
     config: Any,
     blocks: list[nn.Module],
-    table: nn.Embedding,
+    table: Any,
     eps: float,
     rope: torch.Tensor,
-    cache: CacheType,
+    cache: str,
     layers: list[LayerParts],
 ) -> DecoderSpec:
     attention: Any = blocks[0].self_attn
@@ -223,6 +227,6 @@ def _spec(
         scale=float(attention.scaling),
         activation=_ACTIVATIONS[str(getattr(config, "hidden_act", None) or config.hidden_activation)],
         embed_scale=float(getattr(table, "embed_scale", 1.0)),
-        embedding=_DTYPES.get(table.weight.dtype, "f32"),
+        embedding=table.key if isinstance(table, QuantEmbedding) else _DTYPES.get(table.weight.dtype, "f32"),
         cache=cache,
     )

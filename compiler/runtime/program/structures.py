@@ -35,4 +35,9 @@ CState: Any = _structure(
     *((buffer, _P) for buffer in ("hidden", "normed", "qkv", "mixed", "inner", "scores")),
     ("scratch", _P),
     ("scratch_bytes", _I),
+    ("packed", _P * 8),
+    ("k_rows", _I),
+    ("v_rows", _I),
+    ("partial", _P),
+    ("few", _P),
 )

@@ -12,6 +12,7 @@ from torch import nn
 from lowbit.codegen.reference.backend import run_reference
 from lowbit.compiler.errors import RunError
 from lowbit.compiler.runtime.dispatch import parse_spec
+from lowbit.compiler.runtime.kvsim import simulated
 from lowbit.compiler.runtime.modules import PackedLinear
 from lowbit.compiler.runtime.program.engine import DecoderProgram
 
@@ -55,7 +56,8 @@ def verify_program(program: DecoderProgram, model: nn.Module, prompt: int = 6, s
     total = min(prompt + steps, program.context)
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(0, program.spec.vocab, (total,), generator=rng)
-    with torch.no_grad(), reference_layers(model):
+    cached = simulated(model, program.spec.cache) if program.spec.packed is not None else contextlib.nullcontext()
+    with torch.no_grad(), reference_layers(model), cached:
         want = model(input_ids=ids[None], use_cache=False).logits[0].float()
     cache = program.new_cache(total)
     got = [program.run(ids[:prompt], cache, keep=min(prompt, total))]

@@ -14,9 +14,10 @@ from _cpp import BACKEND, Job, build, error, expected, launch, spec_of, tensors_
 
 import lowbit.quantizers.formats as formats
 from lowbit.codegen.backend import Source
-from lowbit.codegen.cpp.expr import Printer, name, number
+from lowbit.codegen.cpp.expr import Node, Printer, name, number
 from lowbit.codegen.cpp.expr import build as build_expression
 from lowbit.codegen.cpp.plan import Plan
+from lowbit.codegen.cpp.products import InPlaceProducts
 from lowbit.codegen.decode import extract_program
 from lowbit.codegen.schedule import M_CLASSES, Schedule
 from lowbit.compiler.errors import KernelError
@@ -65,6 +66,35 @@ def test_a_new_element_runs_without_any_change_to_the_backend(monkeypatch: pytes
     for job, run in zip(jobs, build(jobs), strict=True):
         weights, x = tensors_of(job.spec), torch.randn(5, 100)
         assert error(launch(run, job.spec, x, weights), expected(job.spec, x, weights)) < 1e-6
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_codes_multiplied_where_they_stand_are_multiples_of_the_code(bits: int) -> None:
+    """Every step's expression, run on bytes, is the code times the power of two that its accumulator stands for."""
+    plan = Plan(spec_of(f"int{bits}.g128.asym", "int16", (16,), 128), Schedule(1, 16).with_extra(residues=4))
+    form = InPlaceProducts(plan)
+    assert form.shifts[0] == 0
+    assert len(form.shifts) == len(set(form.shifts)) <= 4
+
+    def run(node: Node, bytes_: dict[str, int]) -> int:
+        args, value = [run(a, bytes_) for a in node.args], node.value
+        if node.op == "name":
+            return bytes_[str(value)]
+        if node.op == "shift":
+            return args[0] >> value if value > 0 else args[0] << -value
+        return args[0] & value if node.op == "mask" else args[0] & value | args[1]
+
+    for step in range(form.steps):
+        node = form.code(step)
+        for code in range(2**bits):
+            low, bytes_ = 0, {}
+            for j, width in enumerate(plan.planes):  # the code's bits in their place, all others set
+                vector, slot = divmod(step, 8 // width)
+                mask = (1 << width) - 1
+                part = code >> low & mask
+                bytes_[f"w{j}_{vector}"] = 255 & ~(mask << slot * width) | part << slot * width
+                low += width
+            assert run(node, bytes_) == code << form.shifts[form.accumulator(step)] <= 255
 
 
 @needs_compiler

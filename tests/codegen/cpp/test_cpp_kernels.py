@@ -114,6 +114,7 @@ def test_schedules_agree_bit_for_bit_where_the_order_of_sums_is_the_same() -> No
     target = Target("cpu", HOST)
     chosen = {s: m for m in (1, 4, 8, 64) for s in BACKEND.schedules(spec, target, m)}
     extra = [Schedule(3, 48).with_extra(accs=2), Schedule(5, 48).with_extra(buffered=1, tokens=10)]
+    extra += [Schedule(2, 32).with_extra(residues=3, prefetch=1024)]
     jobs = [Job(spec, HOST, m, s) for s, m in list(chosen.items())[::4]] + [Job(spec, HOST, 1, s) for s in extra]
     weights, x = tensors_of(spec), torch.randn(23, 160)
     want, before = expected(spec, x, weights), torch.get_num_threads()

@@ -31,32 +31,66 @@ def test_scalar_formats_are_served(fmt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "why"), [("vq.d4.k256", "vector"), ("int4.g8.sym", "smaller than a step"), ("e6m1.ch", "no exact f16")]
+    ("fmt", "why"), [("vq.d4.k256.f32", "float16"), ("int4.g8.sym", "smaller than a step"), ("e6m1.ch", "no exact f16")]
 )
 def test_what_is_not_served_says_why(fmt: str, why: str) -> None:
     assert why in str(BACKEND.serves(parse_format(fmt)))
-    assert BACKEND.serves(parse_format("int4.g64.sym"), "int8.token") is not None
+
+
+@pytest.mark.parametrize(
+    ("fmt", "activation", "compute"),
+    [("int8.ch.sym", "int8.token", "int8"), ("int4.g64.sym.perm", "int4.g64.w2", "int8"),
+     ("e3m2.ch", "e4m3.token", "float"), ("e2m1.g16.e4m3.t32", "int8.token.static", "float")],
+)  # fmt: skip
+def test_rounded_activations_are_served(fmt: str, activation: str, compute: str) -> None:
+    spec = spec_of(fmt, (100,), 320, activation=activation)
+    assert spec.compute == compute
+    assert BACKEND.supports(spec, HOPPER) is None
+    assert "multiple of 16" in str(BACKEND.serves(parse_format(fmt), "int8.g24"))
+    assert "mantissa" in str(BACKEND.serves(parse_format(fmt), "e4m0.token"))
+
+
+def test_groups_that_do_not_nest_are_refused() -> None:
+    spec = spec_of("int4.g96.sym", (64,), 192, activation="int8.g64")
+    assert BACKEND.supports(spec, HOPPER) is None  # all columns of both in steps of 32
+    padded = spec_of("int4.g48.sym", (64,), 192, activation="int8.g64")
+    assert "whole groups" in str(BACKEND.supports(padded, HOPPER))
+
+
+def test_bytes_meet_warpgroups_on_hopper_only() -> None:
+    """Four-bit products as such are emulated there; activations of four bits are multiplied as bytes."""
+    spec = spec_of("int4.g64.sym.perm", (8192,), 8192, "bf16", "bf16", activation="int4.g64.w2")
+    for target, warpgroups in ((HOPPER, 1), (AMPERE, 0)):
+        best = next(iter(BACKEND.schedules(spec, target, 512)))
+        assert best.get("wgmma", 0) == warpgroups
+        text = BACKEND.emit(spec, best, target).text
+        assert ".s4" not in text
+        assert ("k32.s32.s8.s8 " in text) == bool(warpgroups)
+    fp8 = spec_of("e3m2.ch", (8192,), 8192, "bf16", "bf16", activation="e4m3.token")
+    assert next(iter(BACKEND.schedules(fp8, HOPPER, 512))).get("fp8", 0)
+    assert not any(s.get("fp8", 0) for s in BACKEND.schedules(fp8, AMPERE, 512))
 
 
 def test_specs_that_are_not_supported_say_why() -> None:
     spec = spec_of("int4.g64.sym", (64,), 128)
     assert "layout" in str(BACKEND.supports(replace(spec, layout=str(LAYOUTS["words"])), HOPPER))
-    assert "come later" in str(BACKEND.supports(replace(spec, compute="int8"), HOPPER))
+    assert "rounded by their format" in str(BACKEND.supports(replace(spec, compute="int8"), HOPPER))
     assert "order" in str(BACKEND.supports(replace(spec, epilogue=("residual", "bias")), HOPPER))
 
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, *, nvcc: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("lowbit.codegen.cuda.backend.find_nvcc", lambda: "/bin/nvcc" if nvcc else None)
+    monkeypatch.setattr("lowbit.codegen.cuda.backend.no_compiler", lambda: None if nvcc else "nothing compiles")
 
 
 def test_layout_by_machine_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
     int4 = parse_format("int4.g64.sym")
     on_machine(monkeypatch, nvcc=True)
     assert kernel_layout(int4, HOPPER) == FRAGMENTS
-    assert layout_name(parse_format("vq.d4.k256"), HOPPER) == "vectors"
+    assert layout_name(parse_format("vq.d4.k256"), HOPPER) == "vectors8"
+    assert layout_name(parse_format("vq.d4.k256.f32"), HOPPER) == "vectors"
     assert layout_name(parse_format("int4.g8.sym"), HOPPER) == "words"
-    assert layout_name(int4, HOPPER, "int8.token") == "words"
+    assert layout_name(int4, HOPPER, "int8.token") == "fragments"
     on_machine(monkeypatch, nvcc=False)
     assert layout_name(int4, HOPPER) == "words"
     assert layout_name(int4, Target("cpu", "generic")) == "panel16"

@@ -8,8 +8,9 @@ from itertools import product
 import pytest
 import torch
 
-from lowbit.codegen.cuda.bits import Op, Sequence, Type16, half_of, run, text, to_bits
+from lowbit.codegen.cuda.bits import ByteType, Op, Sequence, Type16, half_of, run, run_words, text, to_bits
 from lowbit.codegen.cuda.recipe import Recipe, _proven, find_recipe
+from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
 from lowbit.codegen.cuda.value import read_value
 from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
 from lowbit.compiler.ir.program import program
@@ -64,6 +65,48 @@ def test_instructions_a_weight(name: str, dtype: Type16) -> None:
     recipe = find_recipe(scalar_format(f"{name}.ch").element, dtype)
     assert recipe is not None
     assert recipe.cost <= LIMITS[name, dtype]
+
+
+BYTES = [("s8", scalar_format(f"int{b}.ch.{s}").element) for b in range(1, 9) for s in ("sym", "asym")]
+BYTES += [("e4m3", scalar_format(f"{e}.ch").element) for e in ("e3m2", "e2m3", "e2m1", "e4m3", "e3m3", "e2m2")]
+
+
+@pytest.mark.parametrize(
+    ("operand", "element"), BYTES, ids=lambda x: x if isinstance(x, str) else f"{x.name}{x.symmetric}"
+)
+def test_bytes_in_every_place(operand: ByteType, element: Element) -> None:
+    """Byte i of lane t's register for the first half of 32 columns is column 4t + i of the instruction's operand; that
+    is the matrix's column 8 (i % 2) + 2 t + i // 2, as `prepare` stores activations."""
+    recipe = find_byte_recipe(element, operand)
+    assert recipe is not None
+    codes = torch.randint(0, 2**element.bits, (16, 64), generator=torch.Generator().manual_seed(element.bits))
+    planes = LAYOUTS["fragments"].pack(codes.repeat(4, 1).to(torch.uint8), element.bits)
+    words = {
+        f"w{p}[{i}]": plane.reshape(4, 32, width)[0, :, i].to(torch.int64) & 0xFFFFFFFF
+        for p, (width, plane) in enumerate(zip(plane_bits(element.bits), planes, strict=True))
+        for i in range(width)
+    }
+    found, lane = run_words(recipe.sequence, words), torch.arange(32)
+    for step, q, h, i in product(range(2), range(2), range(2), range(4)):
+        byte = (found[f"a[{step}][{2 * q + h}]"] >> 8 * i & 255).to(torch.uint8)
+        got = (
+            byte.view(torch.int8 if operand == "s8" else torch.float8_e4m3fn).double() * recipe.factor
+            + recipe.addend[0]
+        )
+        column = step * 32 + q * 16 + i % 2 * 8 + lane % 4 * 2 + i // 2
+        want = element.levels().double()[codes[h * 8 + lane // 4, column]]
+        assert torch.equal(got[want.isfinite()], want[want.isfinite()])
+
+
+def test_bytes_cost_little() -> None:
+    """Symmetric integers need no sums of activations; four codes take one or two instructions."""
+    for bits, limit in ((8, 0.25), (4, 0.375), (2, 0.4375)):
+        recipe = find_byte_recipe(scalar_format(f"int{bits}.ch.sym").element, "s8")
+        assert recipe is not None
+        assert not recipe.sums_activations
+        assert recipe.cost <= limit
+    assert find_byte_recipe(scalar_format("int8.ch.asym").element, "s8", plain=True) is None
+    assert find_byte_recipe(scalar_format("e5m2.ch").element, "e4m3") is None
 
 
 @pytest.mark.parametrize(("exponent", "mantissa"), [(1, 0), (2, 4), (3, 3), (4, 2), (1, 6), (5, 1)])

@@ -6,19 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from lowbit.codegen.backend import Launcher
 from lowbit.codegen.schedule import Schedule
-from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.tune.database import Entry
+from lowbit.codegen.tune.tuner import Job, Outcome
 from lowbit.compiler.ir.target import Target
-from lowbit.quantizers.qtensor import PackedWeight, unpack
+from lowbit.quantizers.qtensor import unpack
 from lowbit.quantizers.weights import unpack_weights
 
 BENCH = Path(__file__).resolve().parents[3] / "bench"
@@ -33,45 +34,29 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     import kernels  # type: ignore[import-not-found]
 
     monkeypatch.setattr(kernel_cases, "DEVICE", "cpu")
-    monkeypatch.setattr(kernel_cases, "COLD_BYTES", 1 << 16)
     grid = [kernels.Problem(FMT, 64, 128), kernels.Problem("int4.g128.sym", 64, 128)]
     monkeypatch.setattr(kernels, "problems", lambda: iter(grid))
-    monkeypatch.setattr(kernels, "TOKENS", (1, 16))
-    monkeypatch.setattr(kernels, "Builder", FakeBuilder)
+    monkeypatch.setattr(kernels, "M_CLASSES", (1, 2, 16))
     monkeypatch.setattr(kernels, "_device_target", lambda: Target.parse("sm_90"))
-    ticks = iter(range(1, 10**6))
-    monkeypatch.setattr(kernels, "seconds_per_call", lambda calls: 1e-6 * (1000 - next(ticks) % 997))
+    monkeypatch.setattr(kernels, "device_name", lambda target: "sm_90; fake; 1 multiprocessors")
+    monkeypatch.setattr(kernels, "export", lambda target, path: 0)
     yield kernels
     for name in ("kernels", "kernel_cases", "kernel_peers"):
         sys.modules.pop(name, None)
 
 
-class FakeBuilder:
-    """Launchers that compute with torch: wrong ones for split schedules, and one that fails to build."""
-
-    def __init__(self, target: Target, folder: Path) -> None:
-        self.target = target
-
-    def build(self, spec: KernelSpec, schedules: Iterable[Schedule]) -> tuple[dict[Schedule, Launcher], dict[str, str]]:
-        unique = list(dict.fromkeys(schedules))
-        return {s: self.launcher(s.split_k == 2) for s in unique[1:]}, {str(s): "made to fail" for s in unique[:1]}
-
-    @staticmethod
-    def launcher(wrong: bool) -> Launcher:
-        def launch(x: torch.Tensor, w: PackedWeight, bias: object, residual: object, out: torch.Tensor) -> None:
-            dense = torch.cat([q.dequantize() for q in unpack(w)])
-            out.copy_(x.float() @ dense.T)
-            if wrong:
-                out[0, 0] = float("nan")
-
-        return launch
+def outcome(job: Job, complete: bool = True) -> Outcome:
+    """What the tuner would say."""
+    best, default = Schedule(tile_m=2), Schedule()
+    entry = Entry("triton", job.spec.key(), job.tokens, best, "c", 1e-5, 1e-3, default, 2e-5, 9, "t", (), complete)
+    return Outcome(job, "triton", entry, failures=["tile_m=4: wrong: relative error 1 > 0.01"])
 
 
 def test_oracle_agrees_with_the_layout(bench: ModuleType) -> None:
     weight = bench.random_weight(bench.Problem(FMT, 48, 192))
     (q,) = unpack(weight)
     torch.testing.assert_close(bench.dequantize(weight), q.dequantize())
-    copies = bench.copies_of(weight, 1 << 14)
+    copies = bench.copies_of(weight, 4 * weight.nbytes())
     assert len(copies) == 4
     assert len({c.planes[0].data_ptr() for c in copies}) == 4
 
@@ -83,52 +68,52 @@ def test_oracle_of_offsets_and_vectors(fmt: str, bench: ModuleType) -> None:
     (q,) = unpack_weights(weight)
     torch.testing.assert_close(bench.dequantize(weight), q.dequantize())
     assert problem.nbytes == weight.nbytes()
-    assert len({next(iter(c.tensors.values())).data_ptr() for c in bench.copies_of(weight, 1 << 14)}) == 4
+    assert len({next(iter(c.tensors.values())).data_ptr() for c in bench.copies_of(weight, 1)}) == 4
 
 
-def test_tuning_keeps_the_fastest_right_schedule(bench: ModuleType, tmp_path: Path) -> None:
+def test_tuning_asks_for_what_tells_most_first_and_reports_what_came_back(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    folders: list[str | None] = []
+
+    def tuned(jobs: list[Job], target: Target, options: object, settled: Any, adopt: object) -> list[Outcome]:
+        folders.append(os.environ.get("LOWBIT_TUNING"))
+        asked.extend((job.spec.format, job.tokens) for job in jobs)
+        for i, job in enumerate(jobs):
+            settled(i + 1, len(jobs), outcome(job))
+        return [outcome(job) for job in jobs]
+
+    monkeypatch.setattr(bench, "tune_kernels", tuned)
     run = bench.Run(tmp_path, 1000)
     assert bench.run_stage(run, "tune", bench.tune)
+    assert asked == [(fmt, m) for part in ((1, 16), (2,)) for fmt in (FMT, "int4.g128.sym") for m in part]
+    assert folders == [str(tmp_path / "tuning")]
     stored = json.loads((tmp_path / "tune.json").read_text())
     assert stored["complete"]
+    assert stored["wrong"] == len(asked)
     for found in stored["problems"].values():
-        assert [r["m"] for r in found["rows"]] == [1, 16]
-        assert found["failed"]
-        for row in found["rows"]:
-            assert all(row["seconds"] <= other["seconds"] for other in row["others"])
-            assert row["schedule"]["split_k"] != 2
-            assert row["error"] < 0.01
-        assert all(w["schedule"]["split_k"] == 2 for w in found["wrong"])
+        assert sorted(row["m"] for row in found["rows"]) == [1, 2, 16]
+        assert all(row["schedule"]["tile_m"] == 2 for row in found["rows"])
+    assert bench.run_stage(bench.Run(tmp_path, 1000), "tune", pytest.fail)
 
 
 def test_a_run_out_of_time_goes_on_later(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = bench.Run(tmp_path, 1000)
-    finished = []
-
-    def stop_after_one(problem: object, result: object) -> None:
-        finished.append(problem)
-        run.deadline = 0.0
-
-    monkeypatch.setattr(bench, "_print_best", stop_after_one)
-    assert not bench.run_stage(run, "tune", bench.tune)
+    monkeypatch.setattr(bench, "tune_kernels", lambda jobs, *rest: [outcome(job, complete=False) for job in jobs])
+    assert not bench.run_stage(bench.Run(tmp_path, 1000), "tune", bench.tune)
     assert "out of time" in capsys.readouterr().out
-    assert not run.read("tune")["complete"]
-    again = bench.Run(tmp_path, 1000)
-    assert bench.run_stage(again, "tune", bench.tune)
-    assert len(finished) == 2
-    assert len(set(map(str, finished))) == 2
-    assert bench.run_stage(again, "tune", pytest.fail)
+    assert not bench.Run(tmp_path, 1000).read("tune")["complete"]
+    assert not bench.run_stage(bench.Run(tmp_path, 5), "tune", pytest.fail)
 
 
 def test_shortlist_spreads_over_kinds(bench: ModuleType) -> None:
     spec = bench.Problem("int4.g128.sym", 8192, 8192).spec
-    chosen = bench.shortlist(spec, Target.parse("sm_90"), 1)
+    chosen = bench.ranked(spec, Target.parse("sm_90"), 1)
     assert len(chosen) == len(set(chosen)) == bench.SHORTLIST
     assert {s.get("gemv", 0) for s in chosen} == {0, 1}
     assert len({s.tile_n for s in chosen}) >= 3
-    assert all(n != chosen[0] for n in bench.neighbours(spec, Target.parse("sm_90"), chosen[0]))
 
 
 def test_peers_say_why_they_are_left_out(bench: ModuleType) -> None:

@@ -58,7 +58,7 @@ def test_models_come_back_as_they_were(tmp_path: Path) -> None:
         want = model(IDS).logits
         for other in (loaded, again, third):
             assert torch.equal(other(IDS).logits, want)
-    assert module_inputs(third)[PATH] == native.LayerInput("int4.g32.w1.static", 16)
+    assert module_inputs(third)[PATH] == native.StoredInput("int4.g32.w1.static", 16)
     checkpoint = read_checkpoint(out)
     assert checkpoint.method == "lowbit"
     assert checkpoint.quantization_config["schema"] == 2
@@ -70,7 +70,7 @@ def test_a_run_writes_what_layers_do_to_their_inputs(tmp_path: Path) -> None:
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "base")
     source, scheme = open_model(tmp_path / "base"), load_scheme("w4a16", format="int4.g32.sym", method="rtn")
     q = round_to_nearest(source.tensor(f"{PATH}.weight"), scalar_format("int4.g32.sym"))
-    given = native.LayerInput("int8.g32.static", 0, torch.tensor([0.1, 0.2]))
+    given = native.StoredInput("int8.g32.static", 0, torch.tensor([0.1, 0.2]))
     out = write_checkpoint(tmp_path / "out", source, {PATH: lambda: q}, scheme, report={}, inputs={PATH: given})
     found = read_checkpoint(out).layer_input(PATH)
     assert (found.activation, found.rotate) == ("int8.g32.static", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.inmemory import choose
 from lowbit.compiler.job.models import load_dense
 from lowbit.compiler.runtime import dispatch
-from lowbit.quantizers.inputs import input_hooks
+from lowbit.quantizers.formats import parse_activation
+from lowbit.quantizers.inputs import LayerInput, input_hooks
+from lowbit.quantizers.observe import SiteStats
+from lowbit.quantizers.rewrites import Permute, parse_rewrite
 from lowbit.quantizers.scheme import Scheme
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -31,6 +35,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w4a4": {
         "weight": "int4.g32.sym", "method": "fmpq", "activation": "int4.g32", "rewrites": ["permute"],
         "options": {"share": 0.25, "budget": "greedy", "refits": 0},
+    },
+    "outliers": {
+        "weight": "int8.ch.sym", "method": "rtn", "activation": "int8.token.w32x16",
+        "rewrites": ["permute{outliers=2.6}"],
     },
     "rotated": {
         "weight": "int4.ch.sym", "activation": "int4.token.c90", "rewrites": ["rotate"], "options": {"refits": 0},
@@ -85,6 +93,10 @@ def test_the_checkpoint_computes_what_was_chosen(name: str, tmp_path: Path) -> N
     scale = float(float_logits.norm())
     assert float((loaded - expected).norm()) < 2e-3 * scale
     assert 2e-3 * scale < float((expected - float_logits).norm()) < 0.3 * scale
+    if name == "outliers":  # as many as calibration found in each place, 16 bits for no more than these
+        inputs = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["inputs"]
+        found = {what["activation"] for what in inputs.values()}
+        assert {"int8.token"} < found <= {"int8.token", "int8.token.w32x16", "int8.token.w64x16", "int8.token.w96x16"}
     by_transformers = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
     if name == "w8a8":  # read by compressed-tensors, which divides by 127.5 where the largest level is 127
         assert float((by_transformers - loaded).norm()) < 1e-2 * scale
@@ -175,9 +187,32 @@ def test_aware_calibration_changes_the_weights(tmp_path: Path) -> None:
     assert not torch.equal(plain[path][0].dequantize(), aware[path][0].dequantize())
 
 
+def test_outlier_channels_keep_their_precision() -> None:
+    """Channels beyond the threshold are rounded to 16 bits and leave the scale of the others alone (LLM.int8())."""
+    x, order = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)), torch.randperm(96)
+    x[:, 5], x[:, 70] = 80 * x[:, 5], 30 * x[:, 70]
+    rewrite = parse_rewrite("permute{outliers=6.0}")
+    assert isinstance(rewrite, Permute)
+    fmt = parse_activation("int8.token.w32x16")
+    stats = SiteStats(x.abs().amax(0), x.square().mean(0), x, 40)
+    assert (rewrite.wide(stats, fmt), rewrite.wide(stats, parse_activation("int8.g16.w1x16"))) == (32, 1)
+    order = torch.argsort(stats.absmax, descending=True)
+    error = (LayerInput(replace(fmt, wide=32), order).apply(x) - x).abs()
+    assert float(error[:, order[:2]].max()) < 80 * 5 / 32639
+    narrow = x[:, order[32:]].abs().amax(1)
+    assert (error[:, order[32:]] <= narrow[:, None] / 127 * 0.501).all()
+    plain = (parse_activation("int8.token").apply(x) - x).abs()
+    assert float(plain[:, order[32:]].mean()) > 5 * float(error[:, order[32:]].mean())
+
+
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "fmpq without groups": ({"method": "fmpq"}, RunError, "LB0516"),
     "a rewrite for nothing": ({"rewrites": ["smooth"]}, RunError, "LB0516"),
+    "two ways to say what is wide": (
+        {"method": "fmpq", "activation": "int4.g32", "rewrites": ["permute{outliers=6.0}"]},
+        RunError,
+        "LB0516",
+    ),
     "vectors": ({"weight": "vq.d4.k16", "method": "vptq", "activation": "int8.token"}, FormatError, "LB0243"),
     "groups that do not fit": ({"weight": "int4.g32.sym", "activation": "int8.g48"}, FormatError, "LB0243"),
 }

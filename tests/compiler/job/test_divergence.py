@@ -76,6 +76,7 @@ def test_bisection_names_the_wrong_pass(monkeypatch: pytest.MonkeyPatch) -> None
         "drop-silu",
         "fuse-siblings",
         "fuse-epilogue",
+        "fuse-norm",
     ]
     assert found.errors[1][1] < 1e-6
     assert bisect_passes(model, {"x": torch.ones(5, 32)}, 1e-5).first is None

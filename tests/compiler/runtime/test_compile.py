@@ -15,9 +15,10 @@ from lowbit.compiler.errors import KernelError, RunError
 from lowbit.compiler.runtime import dispatch
 from lowbit.compiler.runtime.compile import compile_model
 from lowbit.compiler.runtime.fused import QuantGatedMLP, SiblingLinear
-from lowbit.compiler.runtime.modules import QuantLinear
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, make_invariant
 
 IDS = torch.arange(24).reshape(2, 12)
+ALL_BUT_DOWN = ("lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +118,22 @@ def tiny_layer() -> QuantLinear:
     from _models import random_qtensor
 
     return QuantLinear.from_qtensor(random_qtensor("int4.g32.sym", 32, 64))
+
+
+@pytest.mark.real_kernels
+def test_batch_invariant_logits_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set by argument or environment, for layers alone and fused; one kernel per layer serves every call."""
+    layer = swap_linears(tiny_llama(num_hidden_layers=1), "int4.g32.sym", ALL_BUT_DOWN).model.layers[0].mlp.down_proj
+    x = torch.randn(19, 96)
+    make_invariant(layer)
+    with torch.no_grad():
+        whole = layer(x)
+        assert all(torch.equal(layer(x[:m]), whole[:m]) for m in (1, 2, 5, 8, 9))
+    assert len(dispatch.loaded_kernels()) == 1
+    monkeypatch.setenv("LOWBIT_BACKENDS", "reference")
+    model = compile_model(swap_linears(tiny_llama(), "int4.g32.sym"), max_tokens=8, batch_invariant=True)
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert packed
+    assert all(m.invariant and '"invariant":true' in m.key for m in packed)
+    monkeypatch.setenv("LOWBIT_BATCH_INVARIANT", "1")
+    assert all(m.invariant for m in swap_linears(tiny_llama(), "int4.g32.sym").modules() if isinstance(m, PackedLinear))

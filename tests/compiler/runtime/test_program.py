@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lowbit.compiler.errors import KernelError, RunError
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.compiler.runtime.program.cache import ProgramCache
 from lowbit.compiler.runtime.program.engine import DecoderProgram
+from lowbit.compiler.runtime.program.install import compile_program
 from lowbit.compiler.runtime.program.parts import read_decoder
 from lowbit.compiler.runtime.program.verify import verify_program
 
@@ -120,6 +122,41 @@ def test_architectures(name: str, changes: dict[str, Any]) -> None:
     assert verify_program(program, model, prompt=20, steps=3) < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["kv4.kc32.vt.w32.rot", pytest.param("k8v2.kt.vt32.w5", marks=pytest.mark.slow)])
+def test_a_packed_cache_is_that_of_the_modules(text: str) -> None:
+    """Prompts, single tokens, a few at once, and a prompt behind them: as with `QuantizedCache`."""
+    model: Any = _loud(tiny_llama(max_position_embeddings=320, head_dim=32))
+    program = DecoderProgram(read_decoder(model, 320, text), max_tokens=64, context=320)
+    own, ids = program.new_cache(8), _ids(300)
+    pieces = ids.split([40, *[1] * 190, 5, 40, *[1] * 25])
+    got = torch.cat([program.run(part, own, keep=part.numel()) for part in pieces])
+    cache = lowbit.QuantizedCache(model, text)
+    model.set_attn_implementation("lowbit")
+    want = torch.cat([model(part[None], past_key_values=cache).logits[0] for part in pieces])
+    spread = (want - want.mean(-1, keepdim=True)).square().mean().sqrt()
+    assert float((got - want).square().mean().sqrt() / spread) < 2e-3
+    model.set_attn_implementation("sdpa")
+    plain = model(ids[None], use_cache=False).logits[0]  # what is compared differs from no quantization by far more
+    assert float((plain - want).square().mean().sqrt() / spread) > 2e-2
+    assert own.nbytes() < ProgramCache(replace(program.spec, cache="f16"), 300, 320).nbytes() / 2
+    with pytest.raises(KernelError, match="LB0427"):
+        own.crop(-1)
+
+
+@torch.no_grad()
+def test_a_models_own_cache_format_is_used() -> None:
+    model: Any = _loud(tiny_llama(max_position_embeddings=320, head_dim=32))
+    model.kv_format = "kv4.kc32.vt.w32.rot"  # what `lowbit.quantize` and `lowbit.load` leave there
+    compile_program(model, max_tokens=16, context=96)
+    assert model.lowbit_program.spec.cache == model.kv_format
+    prompt = _ids(12)
+    got = model.generate(prompt[None], max_new_tokens=60, do_sample=False, eos_token_id=None)
+    assert got[0].tolist() == model.lowbit_program.generate(prompt, 60).tolist()
+    with pytest.raises(RunError, match="LB0562"):
+        model.lowbit_program.run(_ids(30), model(got, use_cache=True).past_key_values)
+
+
 @pytest.mark.slow
 def test_float16_caches_and_bfloat16_models_stay_close() -> None:
     model = _tiny("Mistral", sliding_window=6).to(torch.bfloat16)
@@ -147,7 +184,11 @@ def test_refusals_name_the_part() -> None:
     with pytest.raises(RunError, match=r"LB0560.*dynamic"):
         read_decoder(tiny_llama(rope_parameters=rope), 32)
     with pytest.raises(KernelError, match="LB0430"):
-        read_decoder(tiny_llama(), 32, "kv4")  # type: ignore[arg-type]
+        read_decoder(tiny_llama(), 32, "int4")
+    with pytest.raises(KernelError, match=r"LB0430.*correction"):
+        read_decoder(tiny_llama(), 32, "kv4.kc32.vt.w32.gear2r4")
+    with pytest.raises(RunError, match=r"LB0560.*sliding"):
+        read_decoder(_tiny("Mistral", sliding_window=6), 32, "kv4")
     quantized = swap_linears(tiny_llama(), "int4.g32.sym")
     with pytest.raises(RunError, match="LB0566"):
         lowbit.compile(quantized.train(), mode="program")

@@ -40,4 +40,9 @@ struct State {
   float *hidden, *normed, *qkv, *mixed, *inner, *scores;
   void* scratch;
   int64_t scratch_bytes;
+  // A packed cache: planes, scales, minima and windows of keys and of values, the windows' rows; keys and values above
+  // are then float32 buffers of one layer. few: queries and results of a step of few tokens.
+  void* packed[8];
+  int64_t k_rows, v_rows;
+  float *partial, *few;
 };

@@ -32,8 +32,10 @@ static void place_heads(const Model& model, const Layer& l, const State& s, int6
       rotate(x, cosine, sine);
       if (!key) for (int64_t i = 0; i < kHeadDim; ++i) x[i] *= kScale;
     }
+#if !LB_PACKED
     for (int64_t h = 0; h < kKvHeads; ++h)
       store_kv(s, layer, h, at + t, k + t * stride[1] + h * kHeadDim, v + t * stride[2] + h * kHeadDim);
+#endif
   }
 }
 
@@ -82,7 +84,11 @@ static int layer_step(const Model& model, const State& s, int64_t n, int64_t m, 
   clock.mark(kQkv);
   place_heads(model, l, s, n, q, k, v, stride, m, at, threads);
   clock.mark(kHeadsPart);
+#if LB_PACKED
+  packed_attention(s, n, q, k, v, stride, m, at, s.mixed, threads);
+#else
   attention(s, n, l.window, q, stride[0], m, at, s.mixed, threads);
+#endif
   clock.mark(kAttention);
   if (int e = linear(l.o, s.mixed, m, s.hidden, s.hidden, s, threads)) return e;
   clock.mark(kOutput);

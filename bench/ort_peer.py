@@ -1,0 +1,77 @@
+"""onnxruntime's `MatMulNBits`, the kernel behind its quantized language models, with int8 activations.
+
+onnxruntime and onnx may live in an environment of their own with the same Python: `LOWBIT_ORT` names its folder of
+packages (`site-packages`), which is looked at after everything else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["BITS", "GROUP", "find_onnxruntime", "products"]
+
+BITS = (8, 4, 2)
+GROUP = 128
+_ACCURACY = 4  # activations rounded to int8, as llama.cpp's and ours are
+
+
+def find_onnxruntime() -> Any:
+    """The module, or None where onnxruntime or onnx is missing."""
+    if (folder := os.environ.get("LOWBIT_ORT")) and folder not in sys.path:
+        sys.path.append(folder)
+    if any(importlib.util.find_spec(name) is None for name in ("onnxruntime", "onnx")):
+        return None
+    import onnxruntime
+
+    return onnxruntime
+
+
+def _model(bits: int, n: int, k: int, m: int, seed: int) -> tuple[bytes, torch.Tensor]:
+    """A model of one product with random weights, and these weights, float32 [n, k]."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = torch.Generator().manual_seed(seed)
+    groups, per = k // GROUP, 8 // bits
+    codes = torch.randint(0, 2**bits, (n, groups, GROUP), generator=rng, dtype=torch.uint8)
+    scales = torch.rand(n, groups, generator=rng) / 2**bits
+    parts = codes.view(n, groups, GROUP // per, per).to(torch.int32)
+    packed = (parts << (bits * torch.arange(per))).sum(-1).to(torch.uint8)
+    node = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft",
+        K=k, N=n, bits=bits, block_size=GROUP, accuracy_level=_ACCURACY,
+    )  # fmt: skip
+    initializers = [
+        numpy_helper.from_array(packed.numpy(), "codes"),
+        numpy_helper.from_array(scales.reshape(-1).numpy(), "scales"),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [m, size]) for name, size in (("x", k), ("y", n))]
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], initializers)
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=9)
+    weights = (codes.float() - 2 ** (bits - 1)) * scales[..., None]
+    return model.SerializeToString(), weights.reshape(n, k)
+
+
+def products(ort: Any, bits: int, n: int, x: torch.Tensor, copies: int, threads: int) -> list[Callable[[], Any]]:
+    """Calls that multiply x, float32 [M, K], with one copy each of random weights [n, K], on so many threads. The first
+    has run, and its result was compared. Raises RuntimeError where this version has no such kernel."""
+    m, k = x.shape
+    model, weights = _model(bits, n, k, m, 1)
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads, settings.log_severity_level = threads, 1, 3
+    given = {"x": x.numpy()}
+    try:
+        sessions = [ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"]) for _ in range(copies)]
+        got = torch.from_numpy(sessions[0].run(None, given)[0])
+    except Exception as e:  # onnxruntime's own classes, which differ from version to version
+        raise RuntimeError(f"onnxruntime has no {bits}-bit product: {str(e).splitlines()[0]}") from e
+    exact = x @ weights.T
+    error = float((got - exact).norm() / exact.norm())
+    assert error < 0.05, f"onnxruntime's {bits}-bit product is off by {error:.0%}"
+    return [lambda session=session: session.run(None, given) for session in sessions]  # type: ignore[misc]

@@ -1,0 +1,123 @@
+"""Schedules worth measuring on a CPU, and why a schedule cannot run there.
+
+`schedules` and `vector_schedules` name the few tiles that predictions are trusted to tell apart. What the predictions
+do not see (caches, prefetchers, how many threads there are) is what the rest of the space varies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from lowbit.codegen.cpp.plan import PANEL, Plan, word_table
+from lowbit.codegen.cpp.schedules import MACHINES, schedules
+from lowbit.codegen.cpp.vector_plan import VectorPlan
+from lowbit.codegen.cpp.vector_schedules import vector_schedules
+from lowbit.codegen.schedule import Schedule, m_class
+from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.errors import KernelError
+
+__all__ = ["illegal", "space"]
+
+_REGISTERS = {"avx512vbmi": 32, "avx512vnni": 32, "avx512": 32, "avx2vnni": 16, "avx2": 16, "neondot": 16, "neon": 16}
+_REGISTERS["generic"] = 8
+_MOST_DIRECT, _LEAST_BUFFERED = 16, 3  # tokens for which the one and the other shape are worth a look
+_MOST_PREFETCH = 4096  # bytes: what lies further ahead is evicted before it is read
+
+
+def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
+    """Schedules worth considering for `m` tokens, legal or not; the trusted ones first."""
+    tokens = m_class(m)
+    if spec.vector:
+        yield from vector_schedules(spec, arch, m)
+        yield from _vector_space(tokens)
+        return
+    yield from schedules(spec, arch, m)
+    words = (0, 1) if spec.limbs == 2 else (0,)
+    for word in words:
+        if tokens <= _MOST_DIRECT:
+            yield from _direct(spec, tokens, word)
+        if tokens >= _LEAST_BUFFERED or arch == "generic":
+            yield from _buffered(spec, tokens, word)
+
+
+def _direct(spec: KernelSpec, tokens: int, words: int) -> Iterator[Schedule]:
+    heights = [h for h in (1, 2, 4, 8) if h <= tokens]
+    plain = not words and spec.integer_levels is not None and spec.integer_levels.plain
+    residues = ((2, 1), (1, 2), (1, 3), (1, 4)) if plain else ((2, 1),)
+    splits = ((1, 1), *residues)
+    for height, panels, split, prefetch in product(heights, (1, 2, 4), splits, (0, 512, 1024, 2048)):
+        found = Schedule(height, panels * PANEL, spec.chunk_blocks * 32)
+        found = found.with_extra(accs=split[0], prefetch=prefetch)
+        found = found.with_extra(residues=split[1]) if split[1] > 1 else found
+        yield found.with_extra(words=1) if words else found
+
+
+def _buffered(spec: KernelSpec, tokens: int, words: int) -> Iterator[Schedule]:
+    for height, panels, block in product((2, 4, 6, 8, 12), (1, 2, 3, 4, 6), (48, 96, 192, 384)):
+        if height <= tokens and (block <= 2 * tokens or block == 48):
+            found = Schedule(height, panels * PANEL, spec.chunk_blocks * 32).with_extra(buffered=1, tokens=block)
+            yield found.with_extra(words=1) if words else found
+
+
+def _vector_space(tokens: int) -> Iterator[Schedule]:
+    if tokens <= _MOST_DIRECT:
+        for height, vectors in product([h for h in (1, 2, 4, 8) if h <= tokens], (1, 2, 4, 8)):
+            yield Schedule(height, PANEL).with_extra(vectors=vectors)
+    if tokens >= _LEAST_BUFFERED:
+        for height, panels, block in product((2, 4, 6, 8), (1, 2, 3, 4), (96, 192, 384)):
+            if height <= tokens:
+                yield Schedule(height, panels * PANEL).with_extra(buffered=1, tokens=block)
+
+
+def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:
+    """Why `schedule` cannot run `spec` on an instruction set, or None."""
+    if "silu_mul" in spec.epilogue and not spec.vector and schedule.tile_n % (2 * PANEL):
+        return f"gate and up rows go in pairs of panels, and {schedule.tile_n} rows are no whole pairs"
+    try:
+        plan = VectorPlan(spec, schedule) if spec.vector else Plan(spec, schedule)
+    except KernelError as e:
+        return e.message
+    if schedule.tile_n % PANEL:
+        return f"{schedule.tile_n} rows are not whole panels of {PANEL}"
+    if not plan.buffered and arch == "generic":
+        return "kernels that decode into registers need vector units: unrolled without, they take minutes to compile"
+    sums, room = _sums(plan), _REGISTERS[arch] - 4
+    if sums > max(room, _least_sums(plan)):
+        return f"{sums} running sums and what they are made of need more than {_REGISTERS[arch]} registers"
+    if isinstance(plan, Plan):
+        return _no_plan(plan, arch)
+    return None
+
+
+def _sums(plan: Plan | VectorPlan) -> int:
+    """Running sums of one register tile."""
+    if isinstance(plan, VectorPlan):
+        wide = max((part.lanes for part in plan.parts), default=16) / 16
+        return int(plan.tile_m * (plan.np if plan.buffered else max(1, plan.vectors * wide)))
+    each = 2 if plan.half_factor is not None and not plan.buffered else max(1, plan.digits)
+    scaled = 2 if plan.buffered and plan.integer and plan.spec.parts > 1 else 1  # a float beside every sum
+    return plan.tile_m * plan.np * max(plan.accs, plan.residues) * (1 if plan.buffered else each) * scaled
+
+
+def _least_sums(plan: Plan | VectorPlan) -> int:
+    """Sums of the smallest tile there is, which runs anyway: what does not fit lies in memory."""
+    if isinstance(plan, VectorPlan):
+        return 0
+    return (2 if plan.silu else 1) * max(2, plan.digits)
+
+
+def _no_plan(plan: Plan, arch: str) -> str | None:
+    if plan.prefetch > _MOST_PREFETCH or plan.prefetch % 64:
+        return f"{plan.prefetch} bytes ahead are not whole cache lines within {_MOST_PREFETCH}"
+    if plan.accs not in (1, 2):
+        return f"sums are split in one or two, not in {plan.accs}"
+    if plan.schedule.get("residues", 1) > 1 and (plan.residues == 1 or not MACHINES[arch].full):
+        return "codes are multiplied where they stand as unsigned bytes of full range, by one instruction"
+    if plan.unit > plan.slots:
+        return f"a unit of {plan.unit} panels is larger than the matrix, which has {plan.slots}"
+    if plan.schedule.get("words", 0) and (plan.spec.limbs != 2 or not arch.startswith("avx512")):
+        return "products of words are for two digits an activation, and their tables for AVX-512"
+    if plan.words and len(plan.levels.digits) > 1 and word_table(plan.levels.integers) is None:
+        return f"no table of 16-bit words holds the integers of {plan.spec.format}"
+    return None

@@ -1,0 +1,145 @@
+// The kernel before: a token's activations, in packed columns, rounded to levels with a scale for all or for every group.
+//
+// Some threads, a team, share a group: first they find its largest magnitude, then they round. Rounding is to nearest,
+// ties to even. Bytes of 16 columns are stored in the order in which weights' operands have them.
+
+constexpr int X_LANES = T::X_GROUPS == 1 ? T::PREPARE_THREADS : T::TEAM;
+constexpr int TEAMS = T::PREPARE_THREADS / X_LANES;
+constexpr int PIECE = 16;
+
+// The activation that meets a packed column.
+LB_DEV float activation_at(const Args& a, size_t token, int column) {
+  int from = column;
+  if constexpr (!T::DENSE) {
+    const int inside = column % T::GROUP;
+    from = inside < T::SOURCE_GROUP ? column / T::GROUP * T::SOURCE_GROUP + inside : T::K;
+  }
+  if (from >= T::K) return 0.0f;
+  if constexpr (T::ORDERED) from = a.columns[from];
+  const size_t at = token * T::K + from;
+  if constexpr (T::X == 0) return half_float(((const uint16_t*)a.x)[at]);
+  if constexpr (T::X == 1) return bfloat_float(((const uint16_t*)a.x)[at]);
+  return ((const float*)a.x)[at];
+}
+
+LB_DEV void load_piece(float (&v)[PIECE], const Args& a, size_t token, int column) {
+  if constexpr (T::DENSE && !T::ORDERED && T::X != 2 && T::K % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < PIECE; i += 8) {
+      uint4 held = make_uint4(0, 0, 0, 0);
+      if (column + i < T::K) held = *(const uint4*)((const uint16_t*)a.x + token * T::K + column + i);
+      const uint32_t words[4] = {held.x, held.y, held.z, held.w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const uint16_t bits = words[j / 2] >> 16 * (j % 2);
+        v[i + j] = T::X == 0 ? half_float(bits) : bfloat_float(bits);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) v[i] = activation_at(a, token, column + i);
+  }
+}
+
+// The nearest level of a scaled activation.
+LB_DEV float level(float v, float top) {
+  if (!(fabsf(v) < bits_float(0x7f800000))) v = 0.0f;
+  const float below = T::X_MANTISSA < 0 ? top + 1.0f : top;
+  v = fminf(fmaxf(v, -below), top);
+  if constexpr (T::X_MANTISSA < 0) return rintf(v);
+  // A float: adding and taking away 1.5 * 2**23 spacings rounds.
+  uint32_t power = float_bits(v) & 0x7f800000;
+  power = power < T::X_LEAST ? T::X_LEAST : power;
+  const float magic = bits_float(power - ((uint32_t)(T::X_MANTISSA & 31) << 23)) * 12582912.0f;
+  return (v + magic) - magic;
+}
+
+LB_DEV uint32_t operand_of(float v) {
+  if constexpr (T::WIDTH == 2) return T::BF16 ? float_bfloat(v) : float_half(v);
+  if constexpr (T::INTEGER) return (uint32_t)(int)v & 255;
+  const uint32_t bits = float_bits(v), sign = bits >> 24 & 0x80;
+  const float size = fabsf(v);  // e4m3
+  return sign | (size < 0.015625f ? (uint32_t)(size * 512.0f) : (bits >> 20 & 0x7ff) - (120 << 3));
+}
+
+LB_DEV void store_piece(const Args& a, size_t token, int column, const float (&v)[PIECE]) {
+  uint32_t words[PIECE * T::WIDTH / 4] = {};
+#pragma unroll
+  for (int i = 0; i < PIECE; ++i) {
+    const int byte = i % 8 / 2 * 4 + i % 2 * 2 + i / 8, place = T::WIDTH == 1 ? byte : i;
+    words[place * T::WIDTH / 4] |= operand_of(v[i]) << 8 * (place * T::WIDTH % 4);
+  }
+  uint4* to = (uint4*)((char*)a.ready + (token * T::X_COLUMNS + column) * T::WIDTH);
+#pragma unroll
+  for (int i = 0; i < T::WIDTH; ++i)
+    to[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+}
+
+// The largest over a team.
+LB_DEV uint32_t team_max(uint32_t v) {
+  v = lanes_max(v, X_LANES < 32 ? X_LANES : 32);
+  if constexpr (X_LANES > 32) {
+    uint32_t* all = (uint32_t*)shared_memory();
+    if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = v;
+    block_sync();
+    for (int i = 0; i < X_LANES / 32; ++i) v = all[i] > v ? all[i] : v;
+  }
+  return v;
+}
+
+LB_DEV void prepare(const Args& a) {
+  wait_for_inputs();
+  let_next_start();
+  const int token = blockIdx.x, team = threadIdx.x / X_LANES, me = threadIdx.x % X_LANES;
+  constexpr int TIMES = (T::X_GROUPS + TEAMS - 1) / TEAMS, STRIDE = X_LANES * PIECE;
+  for (int time = 0; time < TIMES; ++time) {
+    const int group = time * TEAMS + team;
+    const int first = group < T::X_GROUPS ? group * T::X_GROUP : T::X_COLUMNS;
+    const int last = group < T::X_GROUPS - 1 ? first + T::X_GROUP : T::X_COLUMNS;  // the last one has what pads the row
+    float v[PIECE], scale = 1.0f, inverse = 1.0f;
+    const float top = group < T::X_WIDE ? 127.0f : T::X_TOP;
+    if constexpr (T::STATIC_X) {
+      scale = group < T::X_GROUPS ? a.input_scale[group] : 0.0f;
+      inverse = scale > 0.0f ? divide(1.0f, scale) : 0.0f;
+    } else if constexpr (T::ROUND || T::HALVED) {
+      uint32_t most = 0;  // magnitudes are compared as integers: infinities and NaN are above all numbers
+      for (int c = first + me * PIECE; c < last; c += STRIDE) {
+        load_piece(v, a, token, c);
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+          const uint32_t size = float_bits(v[i]) & 0x7fffffff;
+          most = size > most ? size : most;
+        }
+      }
+      most = team_max(most);
+      const float largest = bits_float(most) * T::X_CLIP;
+      scale = largest > 1e-30f ? divide(largest, top) : 0.0f;
+      inverse = largest > 1e-30f && most < 0x7f800000 ? divide(1.0f, scale) : 0.0f;
+      if (most >= 0x7f800000) scale = bits_float(0x7fc00000);
+      if constexpr (T::HALVED) {
+        const Halving halving(most);
+        scale = halving.back, inverse = halving.unit;
+      }
+    }
+    for (int c = first + me * PIECE; c < last; c += STRIDE) {
+      load_piece(v, a, token, c);
+      if constexpr (T::ROUND) {
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) v[i] = level(v[i] * inverse, top);
+      } else if constexpr (T::HALVED) {
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) v[i] *= inverse;
+      }
+      store_piece(a, token, c, v);
+    }
+    if constexpr (T::TOKEN_X) {
+      if (me == 0 && group == 0) a.x_scale[token] = scale;
+    } else if constexpr (T::GROUP_X) {
+      const int end = group < T::X_GROUPS - 1 ? last / T::FLUSH : T::UNITS_PER_SET * T::FLUSHES;
+      if (group < T::X_GROUPS)
+        for (int f = first / T::FLUSH + me; f < end; f += X_LANES)
+          a.x_scale[((size_t)(token / T::TILE_M) * T::UNITS_PER_SET * T::FLUSHES + f) * T::SCALE_TOKENS +
+                    token % T::TILE_M] = scale;
+    }
+  }
+}

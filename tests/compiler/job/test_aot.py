@@ -1,0 +1,114 @@
+"""`lowbit.export`: a captured graph is fused, and the same function; a package needs no compiler or says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _models import swap_linears, tiny_llama
+from torch import nn
+
+import lowbit
+from lowbit.codegen.cpp.toolchain import find_compiler
+from lowbit.compiler.errors import LowbitError
+from lowbit.compiler.io.kernels import MANIFEST
+from lowbit.compiler.job.aot import kernels_of, lower
+from lowbit.compiler.runtime import dispatch
+from lowbit.compiler.runtime.package import PACKAGE
+
+
+class Block(nn.Module):
+    """A gated feed-forward part with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(32, 32, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+def _block() -> nn.Module:
+    torch.manual_seed(0)
+    model = swap_linears(Block().requires_grad_(False), "int4.g32.sym")
+    return model.eval()
+
+
+X = torch.linspace(-2, 2, 96).reshape(3, 32)
+
+
+def test_exported_graphs_are_fused_and_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWBIT_BACKENDS", "reference")
+    dispatch.reset()
+    model = _block()
+    want = model(X)
+    tokens = torch.export.Dim("tokens", min=1, max=64)
+    exported = torch.export.export(model, (X,), dynamic_shapes=({0: tokens},)).run_decompositions({})
+    gm, fused, kept = lower(exported.module(check_guards=False))
+    specs = kernels_of(torch.export.export(gm, (X.bfloat16(),)).graph)
+    assert fused == [
+        "gate + up: one kernel", "gate + up: silu_mul in the kernel", "down: residual in the kernel",
+    ]  # fmt: skip
+    assert not kept
+    assert [(s.epilogue, s.x_dtype) for s in specs] == [(("silu_mul",), "bf16"), (("residual",), "bf16")]
+    assert torch.allclose(gm(X), want, atol=1e-6)
+    assert torch.allclose(gm(X[:1]), want[:1], atol=1e-6)
+    dispatch.reset()
+
+
+def _code(run: object, *args: object) -> str:
+    with pytest.raises(LowbitError) as e:
+        run(*args)  # type: ignore[operator]
+    return e.value.code
+
+
+def test_what_cannot_be_exported_or_loaded_is_one_clear_error(tmp_path: Path) -> None:
+    assert _code(lowbit.export, tiny_llama(num_hidden_layers=1), tmp_path / "out") == "LB0574"
+    assert not (tmp_path / "out").exists()
+    assert _code(lowbit.load_exported, tmp_path) == "LB0576"
+    (tmp_path / PACKAGE).write_bytes(b"")
+    assert _code(lowbit.load_exported, tmp_path) == "LB0482"
+    entry = {
+        "spec": "{}", "backend": "cpp", "target": "sm_90", "schedule": {}, "tokens": [1], "file": "a" * 40 + ".so",
+        "sha256": "0" * 64, "source": "s", "toolchain": "t", "error": None,
+    }  # fmt: skip
+    (tmp_path / "kernels").mkdir()
+    head = {"schema": 1, "frozen": False, "max_tokens": 1, "dtype": "f32"}
+    (tmp_path / MANIFEST).write_text(json.dumps({**head, "kernels": [entry]}))
+    assert _code(lowbit.load_exported, tmp_path) == "LB0480"
+    shutil.rmtree(tmp_path / "kernels")
+    dispatch.reset()
+
+
+LOAD = """
+import sys, torch, lowbit
+run, (x, want) = lowbit.load_exported(sys.argv[1]), torch.load(sys.argv[2])
+for n in range(1, len(x) + 1):
+    assert torch.allclose(run(x[:n]), want[:n], atol=1e-5), n
+assert not {"transformers", "lowbit.compiler.frontend.dynamo"} & set(sys.modules)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+def test_a_package_runs_elsewhere_without_a_compiler(tmp_path: Path) -> None:
+    model, package = _block(), tmp_path / "package"
+    report = lowbit.export(model, package, X, max_tokens=4)
+    assert report.kernels == len(list((package / "kernels").glob("*.so"))) > 0
+    torch.save((X, model(X)), tmp_path / "call.pt")
+    hidden = {**os.environ, "PATH": "", "CXX": "", "LOWBIT_CACHE": str(tmp_path / "empty")}
+    command = [sys.executable, "-c", LOAD, str(package), str(tmp_path / "call.pt")]
+    done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+    assert not (tmp_path / "empty").exists()
+    next((package / "kernels").glob("*.so")).unlink()
+    done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=False)
+    assert "LB0480" in done.stderr
