@@ -17,10 +17,9 @@ import torch
 
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.program import Program, program
-from lowbit.compiler.ir.target import Target
-from lowbit.quantizers.formats import ActivationFormat, Element, FloatElement, Format, WeightFormat, exact_integers
+from lowbit.quantizers.formats import Element, FloatElement
 
-__all__ = ["OPERANDS", "Expansion", "OperandType", "expand", "operand_for"]
+__all__ = ["OPERANDS", "Expansion", "OperandType", "expand"]
 
 OperandType = Literal["e4m3", "f16", "bf16"]
 OPERANDS: dict[OperandType, tuple[int, int, torch.dtype]] = {
@@ -31,7 +30,6 @@ OPERANDS: dict[OperandType, tuple[int, int, torch.dtype]] = {
 """(exponent bits, mantissa bits, storage) of operands that are floats."""
 
 _POWERS = sorted(range(-24, 25), key=abs)  # tried for elements that are no small floats, the smallest first
-_FIRST_FP8 = 89  # sm_89
 
 
 @dataclass(frozen=True)
@@ -105,44 +103,3 @@ def _agree(levels: torch.Tensor, codes: torch.Tensor, exponent: int, operand: Op
     values = torch.ldexp(stored.double(), torch.tensor(exponent))
     finite = levels.isfinite()
     return torch.equal(values[finite], levels[finite].double())
-
-
-def operand_for(
-    fmt: WeightFormat, target: Target, activation: ActivationFormat | None, x_dtype: str = "bf16"
-) -> tuple[OperandType | Literal["s8"], str]:
-    """The type in which weights of `fmt` enter a GPU's matrix instructions, and the reason.
-
-    activation: what x is rounded to, None for numbers of `x_dtype` (`f16` or `bf16`). e4m3 where both sides are e4m3
-    and the target multiplies them (sm_89 on; sm_90's `mma.sync` would emulate it, so there only warpgroup instructions
-    of 64 rows and more gain), s8 where both sides are integers of a byte, else the 16-bit float.
-    Raises KernelError (LB0419) where the 16-bit float is not exact either.
-    """
-    wide: OperandType = "f16" if x_dtype == "f16" else "bf16"
-    if not isinstance(fmt, Format):
-        return wide, f"{fmt} is decoded from a codebook"
-    why = f"activations are {activation or x_dtype}"
-    if activation is not None and activation.integer:
-        levels = exact_integers(fmt)
-        if levels is not None and levels.largest < 128:
-            return "s8", f"{fmt.element.name} and {activation.element.name} are integers of a byte"
-        why = f"{fmt} is no integer of a byte"
-    elif activation is not None and str(activation.element.name) == "e4m3":
-        refusal = _no_fp8(fmt, target)
-        if refusal is None:
-            return "e4m3", f"every number of {fmt.element.name} is one of e4m3 times a power of two"
-        why = refusal
-    expand(fmt.element, wide)
-    return wide, why
-
-
-def _no_fp8(fmt: Format, target: Target) -> str | None:
-    """Why weights of `fmt` cannot be e4m3 operands on `target`, or None."""
-    if target.kind != "cuda" or int(target.arch.removeprefix("sm_").rstrip("a")) < _FIRST_FP8:
-        return f"{target} has no FP8 matrix instructions"
-    if fmt.zero or fmt.offset:
-        return f"{fmt} shifts its numbers, which e4m3 then does not hold"
-    try:
-        expand(fmt.element, "e4m3")
-    except KernelError as e:
-        return e.message
-    return None

@@ -29,7 +29,7 @@ from lowbit.codegen.cuda.value import Move, Number, read_value
 from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
 from lowbit.quantizers.formats import Element
 
-__all__ = ["Piece", "Recipe", "find_recipe", "gather", "pieces_of", "trial_words", "words_of"]
+__all__ = ["Piece", "Recipe", "find_recipe", "gather", "pieces_of", "trial_words"]
 
 _MANTISSA = {"f16": 10, "bf16": 7}
 _BIAS = {"f16": 15, "bf16": 127}
@@ -69,11 +69,6 @@ class Piece:
     low: int
     width: int
     to: int
-
-
-def words_of(bits: int) -> list[str]:
-    """Names of a lane's words of 16 rows x 64 columns, in the order they lie in memory, plane by plane."""
-    return [f"w{p}[{i}]" for p, width in enumerate(plane_bits(bits)) for i in range(width)]
 
 
 def pieces_of(moves: tuple[Move, ...], bits: int) -> list[Piece]:

@@ -28,7 +28,8 @@ def load_exported(folder: str | Path, *, frozen: bool = True) -> Callable[..., T
 
     Package and kernels are code: load only what you trust. frozen: from now on nothing is compiled in this process.
     Raises RunError LB0576 where there is no package, KernelError LB0482 where its kernels are missing, LB0480 for one
-    that is damaged, LB0483 when none of them runs on this machine.
+    that is damaged, LB0483 when none of them runs on this machine. Without a compiler torch cannot look up what the CPU
+    can do and logs that the package is outdated; it loads it all the same.
     """
     folder = Path(folder)
     package = folder / PACKAGE

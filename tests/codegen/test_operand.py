@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.codegen.operand import OPERANDS, expand, operand_for
+from lowbit.codegen.operand import OPERANDS, expand
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.target import Target
-from lowbit.quantizers.formats import FloatElement, catalog, parse_activation, parse_format
+from lowbit.quantizers.formats import FloatElement, catalog, parse_format
 
 SMALL = [FloatElement(e, m) for e in range(1, 5) for m in range(4) if e + m <= 6]
 
@@ -54,24 +53,3 @@ def test_what_e4m3_does_not_hold_is_refused() -> None:
     assert int4.program is None
     values = torch.tensor(int4.codes).to(torch.uint8).view(torch.float8_e4m3fn).float() * 2.0**int4.exponent
     assert values.tolist() == list(range(-8, 8))
-
-
-def test_which_operand_a_target_takes() -> None:
-    hopper, ampere = Target("cuda", "sm_90a"), Target("cuda", "sm_80")
-    fp8, int8 = parse_activation("e4m3.token"), parse_activation("int8.token")
-    cases = [
-        ("e3m2.ch", hopper, fp8, "e4m3"),
-        ("nvfp4", hopper, fp8, "e4m3"),
-        ("e3m2.ch", ampere, fp8, "bf16"),
-        ("e5m2.ch", hopper, fp8, "bf16"),
-        ("int4.g128.asym", hopper, fp8, "bf16"),
-        ("int4.g128.asym", hopper, int8, "s8"),
-        ("e2m3.ch", hopper, int8, "s8"),
-        ("e3m2.ch", hopper, int8, "bf16"),
-        ("e3m2.ch", hopper, None, "bf16"),
-        ("vq.d4.k256", hopper, fp8, "bf16"),
-    ]
-    for text, target, activation, want in cases:
-        operand, why = operand_for(parse_format(text), target, activation)
-        assert operand == want, (text, str(target), why)
-        assert why
