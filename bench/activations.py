@@ -57,12 +57,19 @@ ROWS: dict[str, dict[str, Any]] = {
     "a-e4m3": {"activation": "e4m3.token"},
     "a4": {"activation": "int4.token"},
     "a4-g64": {"activation": "int4.g64"},
+    "a4-g64-asym": {"activation": "int4.g64.asym"},
+    "a4-g32-asym": {"activation": "int4.g32.asym"},
     "fmpq10": {**FMPQ, "options": {"share": 0.1}},
     "fmpq20": {**FMPQ, "options": {"share": 0.2}},
     "fmpq20-greedy": {**FMPQ, "options": {"share": 0.216, "budget": "greedy"}},
     "fmpq20-moment": {**FMPQ, "options": {"share": 0.2}, "rewrites": ["permute{rank=moment}"]},
     "fmpq20-smooth": {**FMPQ, "options": {"share": 0.2}, "rewrites": ["smooth", "permute"]},
     "fmpq30": {**FMPQ, "options": {"share": 0.3}},
+    "fmpq10-asym": {**FMPQ, "options": {"share": 0.1}, "activation": "int4.g64.asym"},
+    "fmpq20-asym": {**FMPQ, "options": {"share": 0.2}, "activation": "int4.g64.asym"},
+    "fmpq30-asym": {**FMPQ, "options": {"share": 0.3}, "activation": "int4.g64.asym"},
+    "fmpq30-asym-c95": {**FMPQ, "options": {"share": 0.3}, "activation": "int4.g64.c95.asym"},
+    "fmpq30-asym-g32": {**FMPQ, "options": {"share": 0.3}, "activation": "int4.g32.asym"},
     "fmpq20-no-permutation": {**FMPQ, "options": {"share": 0.2}, "rewrites": [], "gather_blocks": True},
     "fmpq20-static": {**FMPQ, "options": {"share": 0.2}, "activation": "int4.g64.static"},
     "rotate-token": {"activation": "int4.token.c90", "rewrites": ["rotate"]},
@@ -82,12 +89,19 @@ ROWS: dict[str, dict[str, Any]] = {
     "w4a8": {"preset": "w4a8"},
     "w4a8-qserve": {"preset": "w4a8-qserve"},
     "w4a4": {"preset": "w4a4"},
+    "w4a4-sym": {"preset": "w4a4", "activation": "int4.g64"},
+    "w4a4-g32": {"preset": "w4a4", "activation": "int4.g32.asym"},
     "w4a4-aware": {"preset": "w4a4", "options": {"aware": True}},
     "w4a4-quarot": {"preset": "w4a4-quarot"},
     "w4a4-atom": {"preset": "w4a4-atom"},
     "w4a4kv4": {"preset": "w4a4kv4"},
+    "w4a4kv4-g32": {"preset": "w4a4kv4", "activation": "int4.g32.asym"},
+    "w4a4kv4-g32-kc32": {"preset": "w4a4kv4", "activation": "int4.g32.asym", "kv": "kv4.kc32.vt.w64"},
+    "w4a4kv4-g32-rot": {"preset": "w4a4kv4", "activation": "int4.g32.asym", "kv": "kv4.kc64.vt.w64.rot"},
+    "w4a4kv4-g32-aware": {"preset": "w4a4kv4", "activation": "int4.g32.asym", "options": {"aware": True}},
+    "w4a4kv4-aware": {"preset": "w4a4kv4", "options": {"aware": True}},
 }
-"""Name -> scheme. Without a preset, weights stay in float."""
+"""Name -> scheme: changes to a preset, which quantizes weights too, or, without one, to a model with float weights."""
 
 
 @dataclass
@@ -145,8 +159,9 @@ def scheme_of(name: str) -> tuple[Scheme, bool]:
     preset = ROWS[name].get("preset")
     if preset is None:
         return Scheme.from_dict({"name": name, "weight": FLOAT, "method": "rtn", **values}), False
-    scheme = PRESETS[preset]
-    return replace(scheme, options={**scheme.options, **values.get("options", {})}), True
+    whole = PRESETS[preset].to_dict()
+    values["options"] = {**whole["options"], **values.get("options", {})}
+    return Scheme.from_dict({**whole, **values}), True
 
 
 def activations_only(model: nn.Module, scheme: Scheme, tokens: Tensor) -> Mapping[str, LayerInput]:
@@ -185,13 +200,27 @@ def gathered_blocks(model: nn.Module, scheme: Scheme, tokens: Tensor) -> Mapping
     return found
 
 
-def row(name: str, model: nn.Module, tokens: Tensor, windows: Tensor) -> dict[str, Any]:
+@dataclass
+class Chosen:
+    """What `choose` said last: rows that differ in nothing but their cache stand side by side and share it."""
+
+    scheme: Scheme | None = None
+    choice: Any = None
+
+    def get(self, model: nn.Module, scheme: Scheme, tokens: Tensor) -> Any:
+        alone = replace(scheme, kv=None, name="")
+        if self.scheme != alone:
+            self.scheme, self.choice = alone, choose(model, scheme, tokens)
+        return self.choice
+
+
+def row(name: str, model: nn.Module, tokens: Tensor, windows: Tensor, chosen: Chosen) -> dict[str, Any]:
     """One measurement; the model is left as it is."""
     scheme, weights = scheme_of(name)
     started = time.monotonic()
     changed = copy.deepcopy(model)
     if weights:
-        choice = choose(changed, scheme, tokens)
+        choice = chosen.get(changed, scheme, tokens)
         for edits in choice.edits:
             rewrite_module(changed, edits)
         for path, (q, _) in choice.layers.items():
@@ -232,9 +261,10 @@ def measure(args: argparse.Namespace) -> None:
     }
     if args.json and args.json.exists():
         document["results"] = json.loads(args.json.read_text(encoding="utf-8"))["results"]
+    chosen = Chosen()
     for name in args.rows:
         document["results"] = [r for r in document["results"] if r["row"] != name]
-        found = row(name, model, tokens, windows)
+        found = row(name, model, tokens, windows, chosen)
         base = next((r["perplexity"] for r in document["results"] if r["row"] == "float"), found["perplexity"])
         document["results"].append({**found, "over_float": found["perplexity"] / base - 1})
         print({k: v for k, v in document["results"][-1].items() if k != "scheme"}, flush=True)

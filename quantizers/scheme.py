@@ -195,8 +195,15 @@ PRESETS: dict[str, Scheme] = {
             activation="int8.token",
             rewrites=["smooth{outputs=0.3,inputs=false}", "rotate{online=false,heads=false}", "permute"],
         ),
-        _preset("w4a4", "int4.g64.sym", "fmpq", activation="int4.g64", rewrites=["permute"]),
-        _preset("w4a4kv4", "int4.g64.sym", "fmpq", activation="int4.g64", rewrites=["permute"], kv="kv4.kc64.vt.w64"),
+        _preset("w4a4", "int4.g64.sym", "fmpq", activation="int4.g64.asym", rewrites=["permute"]),
+        _preset(
+            "w4a4kv4",
+            "int4.g64.sym",
+            "fmpq",
+            activation="int4.g64.asym",
+            rewrites=["permute"],
+            kv="kv4.kc64.vt.w64",
+        ),
         _preset("w4a4-quarot", "int4.ch.sym", activation="int4.token.c90", rewrites=["rotate"]),
         _preset("w4a4-atom", "int4.g64.sym", activation="int4.g64.w2.c90", rewrites=["permute{rank=moment}"]),
         _preset("w3a16", "int3.g64.asym"),
@@ -212,7 +219,7 @@ PRESETS: dict[str, Scheme] = {
 w6-zeroquant is the FP6 of "ZeroQuant(4+2): Redefining LLMs Quantization with a New FP6-Centric Strategy for Diverse
 Generative Tasks" (Wu et al.): e3m2, one scale per row, rounded to nearest. w6a16-fp6 gives the mantissa a bit more.
 w8a8 is SmoothQuant's, w8a8-int8 LLM.int8()'s with outliers that calibration finds, w4a4 and w4a4kv4 are COMET's FMPQ
-with groups of 64. w4a4-atom differs from Atom in that the two groups of kept channels come first and have 4-bit
+with groups of 64, whose levels cover the range of each group: at the same bits that is worth more than any rewrite. w4a4-atom differs from Atom in that the two groups of kept channels come first and have 4-bit
 weights; w4a4-quarot has no rotation across heads; w4a8-qserve searches no ranges.
 """
 

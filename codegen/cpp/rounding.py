@@ -30,6 +30,7 @@ def rounding_problem(spec: KernelSpec) -> str | None:
 def rounding_macros(spec: KernelSpec) -> dict[str, int]:
     """LB_RMS: rows go through a norm first. LB_ROTATE: columns of a rotated block. LB_ROUND: 1 or 2 to round products'
     floats to integers or small floats. LB_STATIC: scales are an operand. LB_SATURATE: values can lie beyond the levels.
+    LB_ASYM: levels cover a group's range.
     """
     rounding = spec.rounding
     by_value = rounding is not None and spec.compute == "float"
@@ -38,7 +39,8 @@ def rounding_macros(spec: KernelSpec) -> dict[str, int]:
         "LB_ROTATE": spec.rotate,
         "LB_ROUND": 0 if rounding is None or not by_value else 1 if rounding.integer else 2,
         "LB_STATIC": int(rounding is not None and rounding.static),
-        "LB_SATURATE": int(rounding is not None and (rounding.static or rounding.clip != 1.0 or not rounding.integer)),
+        "LB_SATURATE": int(rounding is not None and rounding.saturates),
+        "LB_ASYM": int(rounding is not None and rounding.asym),
     }
 
 
@@ -64,8 +66,9 @@ def rounding_types(spec: KernelSpec) -> list[str]:
         f"[[maybe_unused]] constexpr float kClip = {_single(clip)}, kBelow = {below.hex()}f;",
         f"[[maybe_unused]] constexpr float kNormEps = {_single(spec.norm_eps)};",
         f"[[maybe_unused]] constexpr float kRotateUnit = {_single(spec.rotate**-0.5 if spec.rotate else 1.0)};",
+        f"[[maybe_unused]] constexpr int64_t kWideGroups = {wide};",
         "[[maybe_unused]] LB_INLINE float top_of(int64_t g) {",
-        f"return g < {wide} ? {highest.hex()}f : {_single(top)};",
+        f"return g < kWideGroups ? {highest.hex()}f : {_single(top)};",
         "}",
         "[[maybe_unused]] LB_INLINE int64_t stored_column([[maybe_unused]] const Args& a, int64_t i) {",
         f"return {column};",

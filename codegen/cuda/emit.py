@@ -148,6 +148,7 @@ def _preparation(plan: Plan) -> dict[str, int]:
         "X_GROUPS": rounding.groups(plan.spec.k) if rounding and plan.x_group else 1,
         "X_GROUP": group,
         "X_WIDE": rounding.wide if rounding else 0,
+        "ASYM_X": int(rounding is not None and rounding.asym),
         "X_MANTISSA": element.mantissa if isinstance(element, FloatElement) else -1,
         "PREPARE_THREADS": PREPARE_THREADS,
         "TEAM": min(32, 1 << (max(group // 16, 1) - 1).bit_length()),

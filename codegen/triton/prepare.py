@@ -51,7 +51,8 @@ def _load(t: Tiles) -> list[str]:
 
 
 def _step(t: Tiles, tile: list[str], bounds: str, shape: str) -> list[str]:
-    """`step` and `inverse`, the scale of the group and its reciprocal, from the largest magnitude of all tiles."""
+    """`scale` and `inverse`, the scale of the group and its reciprocal, from the largest magnitude or the range of all
+    tiles; `top` and, for levels that cover a range, `least`, the ends of the levels."""
     rounding = t.spec.rounding
     top, clip = (127.0, 1.0) if rounding is None else (rounding.top, rounding.clip)
     lines = [f"top = {top!r}"]
@@ -64,19 +65,36 @@ def _step(t: Tiles, tile: list[str], bounds: str, shape: str) -> list[str]:
         ]
         return lines
     # Magnitudes are compared as integers, which puts infinities and NaN above all numbers.
-    lines += [f"most = tl.zeros({shape}, tl.int32)", f"for part in range({bounds}):"]
+    ends = ["low", "high"] if rounding is not None and rounding.asym else []
+    lines += [f"{name} = tl.zeros({shape}, tl.int32)" for name in ("most", *ends)]
+    lines.append(f"for part in range({bounds}):")
     lines += [LOOP[len(BODY) :] + line for line in [*tile, *_load(t)]]
-    lines += ["    most = tl.maximum(most, x.to(tl.int32, bitcast=True) & 0x7fffffff)"]
-    lines += ["most = tl.max(most, axis=0)"] * (2 if shape.count(",") == 1 and t.integer else 1)
-    return [
-        *lines,
-        f"largest = most.to(tl.float32, bitcast=True) * {clip!r}",
+    lines += ["    bits = x.to(tl.int32, bitcast=True)", "    most = tl.maximum(most, bits & 0x7fffffff)"]
+    if ends:  # bits in the order of the floats: those of negative ones count down
+        lines += ["    bits = bits ^ ((bits >> 31) & 0x7fffffff)"]
+        lines += ["    low = tl.minimum(low, bits)", "    high = tl.maximum(high, bits)"]
+    axes = 2 if shape.count(",") == 1 and t.integer else 1
+    lines += [f"{name} = tl.{'min' if name == 'low' else 'max'}({name}, axis=0)" for name in ("most", *ends)] * axes
+    lines.append("largest = most.to(tl.float32, bitcast=True)")
+    if ends:
+        lines += [f"{e} = ({e} ^ (({e} >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)" for e in ends]
+        lines.append(f"largest = tl.where(group < {rounding.wide if rounding else 0}, largest, high - low)")
+    lines += [
+        f"largest = largest * {clip!r}",
         "scale = tl.div_rn(largest, top)",
         "scale = tl.where(largest > 1e-30, scale, 0.0)",
-        "inverse = tl.where(largest > 1e-30, tl.div_rn(1.0, scale), 0.0)",
-        "inverse = tl.where(most < 0x7f800000, inverse, 0.0)",
-        'scale = tl.where(most < 0x7f800000, scale, float("nan"))',
+        'counts = (largest > 1e-30) & (largest < float("inf"))',
+        "inverse = tl.where(counts, tl.div_rn(1.0, scale), 0.0)",
+        'scale = tl.where(largest < float("inf"), scale, float("nan"))',
     ]
+    if ends:
+        lines += [
+            f"least = (low * inverse * {clip!r} + {_MAGIC!r}) - {_MAGIC!r}",
+            f"least = tl.where(group < {rounding.wide if rounding else 0}, -top - 1.0, least)",
+            "top = least + top",
+            f"top = tl.where(group < {rounding.wide if rounding else 0}, {WIDE_TOPS[8]!r}, top)",
+        ]
+    return lines
 
 
 def _levels(t: Tiles) -> list[str]:
@@ -84,15 +102,15 @@ def _levels(t: Tiles) -> list[str]:
     rounding = t.spec.rounding
     lines = ["v = x * inverse", 'v = tl.where(tl.abs(v) < float("inf"), v, 0.0)']
     element = rounding.element if rounding is not None else None
-    below = "top" if isinstance(element, FloatElement) else "top + 1.0"
-    if rounding is not None and (rounding.static or rounding.clip != 1.0 or not rounding.integer):
-        lines.append(f"v = tl.minimum(tl.maximum(v, -({below})), top)")
+    least = "-top" if isinstance(element, FloatElement) else "-top - 1.0"
+    if rounding is not None and rounding.saturates:
+        lines.append(f"v = tl.minimum(tl.maximum(v, {'least' if rounding.asym else least}), top)")
     if not isinstance(element, FloatElement):
         return [*lines, f"v = (v + {_MAGIC!r}) - {_MAGIC!r}"]
-    least = (1 - element.exponent_bias + 127) << 23
+    smallest = (1 - element.exponent_bias + 127) << 23
     return [
         *lines,
-        f"power = tl.maximum(v.to(tl.int32, bitcast=True) & 0x7f800000, {least})",
+        f"power = tl.maximum(v.to(tl.int32, bitcast=True) & 0x7f800000, {smallest})",
         f"magic = (power - {element.mantissa << 23}).to(tl.float32, bitcast=True) * {_MAGIC!r}",
         "v = (v + magic) - magic",
     ]

@@ -32,7 +32,7 @@ class Fmpq(Gptq):
     share (rounded to whole groups, at least one), `greedy` divides that of the whole model so that it helps most.
     aware: calibrate the weights on rounded inputs."""
 
-    share: float = 0.2
+    share: float = 0.3
     budget: str = "equal"
     aware: bool = False
 

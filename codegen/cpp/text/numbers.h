@@ -12,6 +12,25 @@ LB_INLINE uint32_t largest_bits(const float* x, int64_t n) {
   return most;
 }
 
+// The least and the largest of x[n] and zero; where one is infinite or NaN, the range is.
+struct Range {
+  float low, high;
+};
+// A float's bits as an integer with the same order, and back: negative ones count down. Loops over it vectorize.
+LB_INLINE int32_t in_order(uint32_t bits) { return int32_t(bits ^ (uint32_t(int32_t(bits) >> 31) & 0x7fffffff)); }
+LB_INLINE Range range_of(const float* x, int64_t n) {
+  int32_t low = 0, high = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t v = in_order(lb_bits(x[i]));
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+  }
+  return {lb_float(uint32_t(in_order(uint32_t(low)))), lb_float(uint32_t(in_order(uint32_t(high))))};
+}
+
+// The nearest whole number of |x| < 2**22, ties to even: adding and taking away 1.5 * 2**23 rounds.
+LB_INLINE float whole_number(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
 // The nearest integer of |x| < 2**22, ties to even: adding 1.5 * 2**23 rounds and leaves it in the low bits.
 LB_INLINE int32_t nearest_int(float x) { return int32_t(lb_bits(x + 12582912.0f) - 0x4b400000u); }
 

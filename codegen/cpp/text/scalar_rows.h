@@ -1,35 +1,50 @@
 // Activations of one token for scalar formats: gathered into the packed column order, then rounded chunk by chunk.
 
-// What activations of a group are divided by, and its reciprocal; both 0 for a group that counts as zero.
+// What activations of a group are divided by, and its reciprocal, both 0 for a group that counts as zero; its least and
+// largest level.
 struct Step {
-  float step, inverse;
+  float step, inverse, least, top;
 };
 
-// The step that makes the largest magnitude, times kClip, the largest level. A group that is all below 1e-30 counts as
-// zero (its reciprocal would overflow); one with an infinity or NaN gets the step NaN, and so does its output.
-[[maybe_unused]] LB_INLINE Step find_step(const float* x, int64_t n, float top) {
-  const uint32_t most = largest_bits(x, n);
-  if (most >= 0x7f800000) return {lb_float(0x7fc00000), 0.0f};
-  const float largest = lb_float(most) * kClip, step = largest / top;
-  return largest > 1e-30f ? Step{step, 1.0f / step} : Step{0.0f, 0.0f};
+// The step by which the range that ends at `largest` has `top` levels beside zero. A range below 1e-30 counts as zero
+// (its reciprocal would overflow); one that is not finite gets the step NaN, and so does its output.
+[[maybe_unused]] LB_INLINE Step step_for(float largest, float top) {
+  if (!(largest - largest == 0.0f)) return {lb_float(0x7fc00000), 0.0f, 0.0f, 0.0f};
+  const float step = largest / top;
+  return largest > 1e-30f ? Step{step, 1.0f / step, -top - kBelow, top} : Step{0.0f, 0.0f, 0.0f, 0.0f};
+}
+
+// The step of group g from its `n` values: the largest magnitude, times kClip, becomes the largest level; or, where
+// levels cover the range, its ends, times kClip, become the first and the last.
+[[maybe_unused]] LB_INLINE Step find_step(const float* x, int64_t n, int64_t g) {
+#if LB_ASYM
+  if (g >= kWideGroups) {
+    const Range range = range_of(x, n);
+    Step s = step_for((range.high - range.low) * kClip, top_of(g));
+    s.least = whole_number(range.low * s.inverse * kClip);
+    s.top = s.least + top_of(g);
+    return s;
+  }
+#endif
+  return step_for(lb_float(largest_bits(x, n)) * kClip, top_of(g));
 }
 
 // The step of group g of activations, whose `n` values are at `x`.
-[[maybe_unused]] LB_INLINE Step step_of(const Args& a, int64_t g, const float* x, int64_t n, float top) {
+[[maybe_unused]] LB_INLINE Step step_of(const Args& a, int64_t g, const float* x, int64_t n) {
 #if LB_STATIC
-  const float step = a.input_scale[g];
-  return {step, step > 0.0f ? 1.0f / step : 0.0f};
+  const float step = a.input_scale[g], top = top_of(g);
+  return {step, step > 0.0f ? 1.0f / step : 0.0f, -top - kBelow, top};
 #else
-  return find_step(x, n, top);
+  return find_step(x, n, g);
 #endif
 }
 
-// x in steps, before rounding. What is not finite becomes 0; beyond the levels only clipped and static steps lead.
-[[maybe_unused]] LB_INLINE float in_steps(float x, float inverse, float least, float top) {
-  float v = x * inverse;
+// x in steps, before rounding. What is not finite becomes 0.
+[[maybe_unused]] LB_INLINE float in_steps(float x, const Step& s) {
+  float v = x * s.inverse;
   v = v - v == 0.0f ? v : 0.0f;
 #if LB_SATURATE
-  v = v < least ? least : v > top ? top : v;
+  v = v < s.least ? s.least : v > s.top ? s.top : v;
 #endif
   return v;
 }
@@ -40,7 +55,7 @@ struct Step {
 // rounds.
 LB_INLINE float nearest_level(float v) {
 #if LB_ROUND == 1
-  return (v + 12582912.0f) - 12582912.0f;
+  return whole_number(v);
 #else
   const uint32_t power = lb_bits(v) & 0x7f800000;
   const uint32_t spacing = (power > kLeastBits ? power : kLeastBits) - (uint32_t(kMantissa) << 23);
@@ -54,9 +69,8 @@ LB_INLINE void round_floats(const Args& a, float* x) {
   for (int64_t g = 0, start = 0, n; start < kK; ++g, start += n) {
     float* const from = x + start;
     n = start < kLeadColumns ? kLeadColumns : kK - start < kRoundCols ? kK - start : kRoundCols;
-    const float top = top_of(g), least = -top - kBelow;
-    const Step s = step_of(a, g, from, n, top);
-    for (int64_t i = 0; i < n; ++i) from[i] = nearest_level(in_steps(from[i], s.inverse, least, top)) * s.step;
+    const Step s = step_of(a, g, from, n);
+    for (int64_t i = 0; i < n; ++i) from[i] = nearest_level(in_steps(from[i], s)) * s.step;
   }
 }
 #endif
@@ -127,14 +141,14 @@ enum Round { kWhole, kLow, kHigh };
 // Sums are taken for each of the chunk's kParts scale groups, `stride` apart. kLevelUnit, a power of two, is what the
 // weight's integers count.
 template <Round WHICH>
-LB_INLINE void round_chunk(const float* row, int64_t n, Step s, float top, Digit* digits, float* scale, int32_t* init,
+LB_INLINE void round_chunk(const float* row, int64_t n, const Step& s, Digit* digits, float* scale, int32_t* init,
                            float* total, int64_t stride) {
   const float step = WHICH == kHigh ? s.step * 256.0f : s.step;
   *scale = step * kLevelUnit;
   for (int64_t p = 0; p < kParts; ++p) {
     int32_t sum = 0;
     for (int64_t i = p * n / kParts; i < (p + 1) * n / kParts; ++i) {
-      const int32_t whole = nearest_int(in_steps(row[i], s.inverse, -top - kBelow, top));
+      const int32_t whole = nearest_int(in_steps(row[i], s));
       const int32_t q = WHICH == kHigh ? high_digit(whole) : WHICH == kLow ? low_digit(whole) : whole;
       sum += q;
 #if LB_WORDS
@@ -159,9 +173,9 @@ LB_INLINE void round_chunk(const float* row, int64_t n, Step s, float top, Digit
 
 // Chunk c of a row into row `to` of the prepared activations.
 template <Round WHICH>
-LB_INLINE void put_chunk(const Args& a, const float* row, int64_t t, int64_t c, int64_t to, Step s, float top) {
+LB_INLINE void put_chunk(const Args& a, const float* row, int64_t t, int64_t c, int64_t to, const Step& s) {
   const int64_t at = to * a.m + t, part = to * kParts * a.m + t;
-  round_chunk<WHICH>(row + chunk_start(c), chunk_columns(c), s, top, a.xq + at * kTokenStride, a.xs + at, a.xi + part,
+  round_chunk<WHICH>(row + chunk_start(c), chunk_columns(c), s, a.xq + at * kTokenStride, a.xs + at, a.xi + part,
                      a.xo + part, a.m);
 }
 
@@ -172,14 +186,13 @@ LB_INLINE void round_row(const Args& a, const float* row, int64_t t) {
     const int64_t g = kLeadChunks ? c >= kLeadChunks : c / kSpanChunks;
     const int64_t next = c < kLeadChunks ? kLeadChunks : c + kSpanChunks, end = next < kChunks ? next : kChunks;
     const int64_t columns = chunk_start(end - 1) + chunk_columns(end - 1) - chunk_start(c);
-    const float top = top_of(g);
-    const Step s = step_of(a, g, row + chunk_start(c), columns, top);
+    const Step s = step_of(a, g, row + chunk_start(c), columns);
     for (; c < end; ++c) {
       if (c < kDoubleChunks) {
-        put_chunk<kLow>(a, row, t, c, c, s, top);
-        put_chunk<kHigh>(a, row, t, c, kChunks + c, s, top);
+        put_chunk<kLow>(a, row, t, c, c, s);
+        put_chunk<kHigh>(a, row, t, c, kChunks + c, s);
       } else {
-        put_chunk<kWhole>(a, row, t, c, c, s, top);
+        put_chunk<kWhole>(a, row, t, c, c, s);
       }
     }
   }

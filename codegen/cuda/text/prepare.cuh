@@ -1,7 +1,7 @@
 // The kernel before: a token's activations, in packed columns, rounded to levels with a scale for all or for every group.
 //
-// Some threads, a team, share a group: first they find its largest magnitude, then they round. Rounding is to nearest,
-// ties to even. Bytes of 16 columns are stored in the order in which weights' operands have them.
+// Some threads, a team, share a group: first they find its largest magnitude or its range, then they round. Rounding is
+// to nearest, ties to even. Bytes of 16 columns are stored in the order in which weights' operands have them.
 
 constexpr int X_LANES = T::X_GROUPS == 1 ? T::PREPARE_THREADS : T::TEAM;
 constexpr int TEAMS = T::PREPARE_THREADS / X_LANES;
@@ -42,10 +42,9 @@ LB_DEV void load_piece(float (&v)[PIECE], const Args& a, size_t token, int colum
 }
 
 // The nearest level of a scaled activation.
-LB_DEV float level(float v, float top) {
+LB_DEV float level(float v, float least, float top) {
   if (!(fabsf(v) < bits_float(0x7f800000))) v = 0.0f;
-  const float below = T::X_MANTISSA < 0 ? top + 1.0f : top;
-  v = fminf(fmaxf(v, -below), top);
+  v = fminf(fmaxf(v, least), top);
   if constexpr (T::X_MANTISSA < 0) return rintf(v);
   // A float: adding and taking away 1.5 * 2**23 spacings rounds.
   uint32_t power = float_bits(v) & 0x7f800000;
@@ -75,11 +74,16 @@ LB_DEV void store_piece(const Args& a, size_t token, int column, const float (&v
     to[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
 }
 
+// A float's bits as an unsigned integer with the same order, and back.
+LB_DEV uint32_t in_order(uint32_t bits) { return bits >> 31 ? ~bits : bits | 0x80000000; }
+LB_DEV float ordered_float(uint32_t place) { return bits_float(place >> 31 ? place & 0x7fffffff : ~place); }
+
 // The largest over a team.
 LB_DEV uint32_t team_max(uint32_t v) {
   v = lanes_max(v, X_LANES < 32 ? X_LANES : 32);
   if constexpr (X_LANES > 32) {
     uint32_t* all = (uint32_t*)shared_memory();
+    if constexpr (T::ASYM_X) block_sync();  // all have read what was there before
     if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = v;
     block_sync();
     for (int i = 0; i < X_LANES / 32; ++i) v = all[i] > v ? all[i] : v;
@@ -97,25 +101,41 @@ LB_DEV void prepare(const Args& a) {
     const int first = group < T::X_GROUPS ? group * T::X_GROUP : T::X_COLUMNS;
     const int last = group < T::X_GROUPS - 1 ? first + T::X_GROUP : T::X_COLUMNS;  // the last one has what pads the row
     float v[PIECE], scale = 1.0f, inverse = 1.0f;
-    const float top = group < T::X_WIDE ? 127.0f : T::X_TOP;
+    float top = group < T::X_WIDE ? 127.0f : T::X_TOP, least = T::X_MANTISSA < 0 ? -top - 1.0f : -top;
     if constexpr (T::STATIC_X) {
       scale = group < T::X_GROUPS ? a.input_scale[group] : 0.0f;
       inverse = scale > 0.0f ? divide(1.0f, scale) : 0.0f;
     } else if constexpr (T::ROUND || T::HALVED) {
       uint32_t most = 0;  // magnitudes are compared as integers: infinities and NaN are above all numbers
+      uint32_t high = in_order(0), low = ~in_order(0);
       for (int c = first + me * PIECE; c < last; c += STRIDE) {
         load_piece(v, a, token, c);
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
           const uint32_t size = float_bits(v[i]) & 0x7fffffff;
           most = size > most ? size : most;
+          if constexpr (T::ASYM_X) {
+            const uint32_t place = in_order(float_bits(v[i]));
+            high = place > high ? place : high;
+            low = ~place > low ? ~place : low;
+          }
         }
       }
       most = team_max(most);
-      const float largest = bits_float(most) * T::X_CLIP;
+      float largest = bits_float(most) * T::X_CLIP, from = 0.0f;
+      if constexpr (T::ASYM_X) {
+        high = team_max(high), low = team_max(low);
+        from = ordered_float(~low);
+        if (group >= T::X_WIDE) largest = (ordered_float(high) - from) * T::X_CLIP;
+      }
+      const bool finite = largest < bits_float(0x7f800000);
       scale = largest > 1e-30f ? divide(largest, top) : 0.0f;
-      inverse = largest > 1e-30f && most < 0x7f800000 ? divide(1.0f, scale) : 0.0f;
-      if (most >= 0x7f800000) scale = bits_float(0x7fc00000);
+      inverse = largest > 1e-30f && finite ? divide(1.0f, scale) : 0.0f;
+      if (!finite) scale = bits_float(0x7fc00000);
+      if (T::ASYM_X && group >= T::X_WIDE) {
+        least = rintf(from * inverse * T::X_CLIP);
+        top += least;
+      }
       if constexpr (T::HALVED) {
         const Halving halving(most);
         scale = halving.back, inverse = halving.unit;
@@ -125,7 +145,7 @@ LB_DEV void prepare(const Args& a) {
       load_piece(v, a, token, c);
       if constexpr (T::ROUND) {
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) v[i] = level(v[i] * inverse, top);
+        for (int i = 0; i < PIECE; ++i) v[i] = level(v[i] * inverse, least, top);
       } else if constexpr (T::HALVED) {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) v[i] *= inverse;

@@ -61,6 +61,8 @@ CASES: dict[str, tuple[KernelSpec, Schedule, int]] = {
         5,
     ),
     "mixed blocks": (spec_of("int4.g64.sym.perm", (100,), 576, "f32", activation="int4.g64.w2"), SOME, 5),
+    "ranges": (spec_of("int4.g64.sym.perm", (100,), 576, "f32", activation="int4.g64.w2.asym"), SOME, 5),
+    "ranges of tokens": (spec_of("int4.ch.asym", (100,), 581, activation="int4.token.c90.asym"), ONE, 3),
     "static scales": (spec_of("int8.ch.asym", (100,), 200, activation="int8.token.static"), SOME, 3),
     "rounded to numbers": (spec_of("e2m1.g32.e8m0", (100,), 581, activation="e4m3.g32"), SOME, 5),
     "W4A8, warpgroups": (

@@ -78,6 +78,8 @@ CASES = [
     Case("int4.g64.asym", "int4.g64.w1.static", "int8", 2, 160, DOT, (40, 40), ("silu_mul",)),
     Case("int3.g48.sym", "int8.g96", "int8", 2, 200, DOT),
     Case("int4.g48.sym", "int8.g64", "float", 2, 130, GEMV),
+    Case("int4.g64.sym.perm", "int4.g64.w1.asym", "int8", 3, 200, DOT),
+    Case("int4.g32.sym", "int4.g32.c90.asym", "float", 2, 100, GEMV),
     Case("e4m3.ch", "e4m3.token", "float", 3, 100, DOT),
     Case("int4.g32.sym.perm", "e2m1.g16.c90", "float", 2, 100, GEMV),
     Case("int4.g32.sym.perm", "", "float", 2, 100, DOT),

@@ -33,7 +33,7 @@ from lowbit.quantizers.scheme import Scheme
 SCHEMES: dict[str, dict[str, Any]] = {
     "w8a8": {"weight": "int8.ch.sym", "method": "rtn", "activation": "int8.token", "rewrites": ["smooth"]},
     "w4a4": {
-        "weight": "int4.g32.sym", "method": "fmpq", "activation": "int4.g32", "rewrites": ["permute"],
+        "weight": "int4.g32.sym", "method": "fmpq", "activation": "int4.g32.asym", "rewrites": ["permute"],
         "options": {"share": 0.25, "budget": "greedy", "refits": 0},
     },
     "outliers": {

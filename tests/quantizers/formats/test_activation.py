@@ -20,6 +20,8 @@ TEXTS = [
     "int8.g64.w1x16",
     "int8.token.w32x16",
     "int4.token.w64.c90",
+    "int4.g64.asym",
+    "int3.g64.w1.c90.asym",
 ]
 
 
@@ -42,6 +44,9 @@ def test_text_round_trips(text: str) -> None:
         ("int8.token.c101", "needed"),
         ("int1.token", "one bit"),
         ("int9.token", "int9"),
+        ("int8.g64.asym", "asymmetric"),
+        ("e2m1.g32.asym", "asymmetric"),
+        ("int4.g64.asym.static", "static scales"),
     ],
 )
 def test_text_that_means_nothing(text: str, why: str) -> None:
@@ -68,6 +73,8 @@ def test_rounding_is_to_the_nearest_level(text: str, k: int) -> None:
         assert torch.allclose((levels - x / steps).abs(), (table[:, None, None] - x / steps).abs().amin(0), atol=1e-5)
         return
     inside = x.abs() <= tops * steps * 1.000001
+    if fmt.asym and fmt.clip < 1:
+        inside &= (levels - x / steps).abs() <= 0.5001
     assert torch.equal(levels, levels.round())
     assert ((levels * steps - x).abs() <= (0.5001 + 3e-7 * tops) * steps)[inside].all()  # beside that of float32
     assert inside.all() or fmt.clip < 1
@@ -77,6 +84,23 @@ def test_the_largest_magnitude_is_the_largest_level_of_its_group() -> None:
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
     levels, _ = parse_activation("int4.g64.w2").round(x)
     assert levels.unflatten(1, (4, 64)).abs().amax(-1).tolist() == [[127, 127, 7, 7]] * 3
+
+
+def test_asymmetric_levels_cover_the_range_of_their_group() -> None:
+    fmt, x = parse_activation("int4.g64.w1.asym"), torch.randn(40, 256, generator=torch.Generator().manual_seed(2))
+    x[:, 128:192], x[:, 192:] = x[:, 128:192].abs() + 1, -x[:, 192:].abs()  # ranges that do not include zero
+    levels, steps = fmt.round(x)
+    grouped = levels.unflatten(1, (4, 64))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    assert (high - low)[:, 1].min() == 15
+    assert (grouped[:, 2] > 0).all()
+    assert (high[:, 2] == 15).all()
+    assert (low[:, 3] == -15).all()
+    assert grouped[:, 0].abs().amax(-1).eq(127).all()  # wide groups stay symmetric
+    assert (x - levels * steps.repeat_interleave(64, 1)).abs().max() < 0.51 * steps.max()
+    plain = parse_activation("int4.g64.w1")
+    assert (fmt.apply(x) - x)[:, 64:128].square().sum() < 0.8 * (plain.apply(x) - x)[:, 64:128].square().sum()
+    assert fmt.bits_per_value(256) == plain.bits_per_value(256) + 3 * 4 / 256
 
 
 def test_zeros_stay_zero_and_nan_spreads_over_its_group_only() -> None:
