@@ -31,9 +31,9 @@ mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/lowbit-triton-cache}
 
 bench() { "$PYTHON" bench/kernels.py --out "$OUT" --seconds "$(($(left) - 5))" "$@" 2>&1 | tee -a "$OUT/log.txt"; }
-# Kernels in CUDA C++ need nvcc; their results have a folder of their own.
+# Kernels in CUDA C++ need nvcc or NVRTC; their results have a folder of their own.
 cuda() {
-  command -v "${LOWBIT_NVCC:-nvcc}" >/dev/null || { echo "cuda: nvcc was not found"; return 0; }
+  "$PYTHON" -c 'import sys; from lowbit.codegen.cuda.toolchain import no_compiler; sys.exit(no_compiler())' || return 0
   mkdir -p "$OUT/cuda"
   "$PYTHON" bench/kernels.py --backend cuda --out "$OUT/cuda" --tuning "$OUT/tuning" --seconds "$(($(left) - 5))" "$@" 2>&1 | tee -a "$OUT/log.txt"
   return "${PIPESTATUS[0]}"
@@ -41,9 +41,12 @@ cuda() {
 
 gpu_tests() {
   if [ -e "$OUT/tests.json" ]; then echo "tests: already there"; return; fi
-  local parallel=() status
-  "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
-  timeout $(($(left) < 200 ? $(left) : 200)) "$PYTHON" -m pytest tests/gpu -q -m gpu -p no:cacheprovider "${parallel[@]}" \
+  local parallel=() passed=() status cores
+  cores=$(nproc)
+  "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n $((cores < 16 ? cores : 16))) # most of the time is compiling
+  [ -e "$OUT/tests.passed" ] && mapfile -t passed < <(sed 's/^/--deselect=/' "$OUT/tests.passed")
+  rm -f "$OUT/tests.xml"
+  timeout -s INT -k 10 $(($(left) < 200 ? $(left) : 200)) "$PYTHON" -m pytest tests/gpu -q -m gpu -p no:cacheprovider "${parallel[@]}" "${passed[@]}" \
     --junitxml="$OUT/tests.xml" 2>&1 | tee -a "$OUT/log.txt" | tail -40
   status=${PIPESTATUS[0]}
   "$PYTHON" bench/junit_summary.py "$OUT/tests.xml" "$status" "$OUT/tests.json"

@@ -5,7 +5,8 @@
 
 Every stage writes `DIR/<stage>.json` and is skipped when that file says it is complete. `tune` is lowbit's own tuner:
 its database in `DIR/tuning` keeps what was measured, and `DIR/tuning/shipped` what `codegen/tune/data` may take.
-`compare` saves after every matrix. Both go on where they stopped.
+`compare` saves after every matrix, and measures a matrix again when more of it was tuned. Both go on where they
+stopped; where both are asked for, tuning leaves comparing a part of the time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -46,6 +48,7 @@ from lowbit.quantizers.qtensor import PackedWeight
 STAGES = ("environment", "check", "tune", "compare")
 SHORTLIST = 12  # schedules measured for each (matrix, tokens)
 TELLING = (1, 16, 512)
+SHARE = 0.6  # of the time left, for tuning where comparing follows
 
 
 class OutOfTime(Exception):
@@ -62,8 +65,9 @@ class Run:
         formats: Sequence[str] = (),
         backend: str = "triton",
         tuning: Path | None = None,
+        share: float = 1.0,
     ) -> None:
-        self.out, self.tuning = out, tuning or out / "tuning"
+        self.out, self.tuning, self.share = out, tuning or out / "tuning", share
         self.formats = formats
         self.backend = backend
         self.deadline = time.monotonic() + seconds
@@ -192,7 +196,7 @@ def check(run: Run) -> dict[str, Any]:
 def tune(run: Run) -> dict[str, Any]:
     """All of the grid. The database lies in the run's tuning folder; `shipped` beside it has what can be committed."""
     with _databases(run.tuning):
-        found = _tuned(run, run.problems(), M_CLASSES, Options(budget=run.left() - 5, candidates=SHORTLIST))
+        found = _tuned(run, run.problems(), M_CLASSES, Options(budget=run.left() * run.share - 5, candidates=SHORTLIST))
         device = str(device_name(_device_target()))
         found["shipped"] = export(_device_target(), run.tuning / "shipped" / file_name(device))
     if found["left"]:
@@ -219,13 +223,15 @@ def compare(run: Run) -> dict[str, Any]:
     result = {"problems": {}, **run.read("compare")}
     tuned = run.read("tune").get("problems", {})
     for problem in run.problems():
-        if str(problem) in result["problems"] or not tuned.get(str(problem), {}).get("rows"):
+        rows = len(tuned.get(str(problem), {}).get("rows", ()))
+        if not rows or result["problems"].get(str(problem), {}).get("tuned_rows") == rows:
             continue
         run.need(20)
         weight = random_weight(problem)
         dense = dequantize(weight)
         with _databases(run.tuning):
-            entry: dict[str, Any] = {"lowbit": _time_ours(run, problem, weight, dense), "skipped": {}}
+            ours = _time_ours(run, problem, weight, dense)
+        entry: dict[str, Any] = {"lowbit": ours, "skipped": {}, "tuned_rows": rows}
         for name in PEERS:
             rows, why = _time_peer(run, name, problem, dense)
             entry[name] = rows
@@ -233,16 +239,19 @@ def compare(run: Run) -> dict[str, Any]:
                 entry["skipped"][name] = why
         result["problems"][str(problem)] = entry
         run.write("compare", result)
+    if not run.read("tune")["complete"]:
+        raise OutOfTime
     return result
 
 
 def _time_ours(run: Run, problem: Problem, weight: PackedWeight, dense: torch.Tensor) -> list[dict[str, Any]]:
     """The kernel that serving would use, for every token count."""
     spec, target, rows = problem.spec, _device_target(), []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # compilers are slow, and most of these are not tuned ones
+        kernels = list(pool.map(lambda m: build_kernel(spec, target, m, KernelCache()), TOKENS))
     copies = copies_of(weight, kernel_cases.COLD_BYTES)
-    for m in TOKENS:
+    for m, kernel in zip(TOKENS, kernels, strict=True):
         run.need(5)
-        kernel = build_kernel(spec, target, m, KernelCache())
         x = torch.randn(m, problem.k, device=kernel_cases.DEVICE, dtype=torch.bfloat16)
         out = torch.full((m, problem.n), float("nan"), device=kernel_cases.DEVICE, dtype=torch.bfloat16)
         kernel.launch(x, copies[0], None, None, out)
@@ -336,14 +345,16 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--arch", default="sm_90")
     args = parser.parse_args()
-    run = Run(args.out, args.seconds, args.format, args.backend, args.tuning)
+    asked = args.stage or STAGES
+    share = SHARE if {"tune", "compare"} <= set(asked) else 1.0
+    run = Run(args.out, args.seconds, args.format, args.backend, args.tuning, share)
     if args.dry_run:
         return 0 if run_stage(run, "dry-run", lambda r: dry_run(r, args.arch)) else 3
     if not torch.cuda.is_available():
         print("no CUDA device; --dry-run needs none", file=sys.stderr)
         return 2
     stages = {"environment": environment, "check": check, "tune": tune, "compare": compare}
-    done = [run_stage(run, name, stages[name]) for name in STAGES if name in (args.stage or STAGES)]
+    done = [run_stage(run, name, stages[name]) for name in STAGES if name in asked]
     return 0 if all(done) else 3
 
 

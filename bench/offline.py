@@ -88,6 +88,7 @@ def jobs() -> dict[str, Job]:
     add("sm_90", "int8.ch.sym", "bf16", "m256", replace(BYTES, tile_m=256), "int8.token")
     for fmt, dtype in (("e3m2.ch", "bf16"), ("int8.ch.sym", "bf16")):
         add("sm_90", fmt, dtype, "m1 as f16", SMALL["wide"].with_extra(half=1))
+    add("sm_90", "e3m2.ch", "bf16", "m128 as f16", WARPGROUPS.with_extra(half=1))
     for fmt in ("int2.g64.asym", "int8.ch.sym"):
         add("sm_90", fmt, "f16", "m1 tall", TALL[fmt])
     for fmt, far in VECTORS:

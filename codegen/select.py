@@ -23,6 +23,7 @@ __all__ = [
     "able",
     "candidates",
     "count_prebuilt",
+    "forget_prebuilt",
     "kernel_layout",
     "layout_name",
     "measured",
@@ -68,6 +69,11 @@ _PREBUILT: set[tuple[str, str]] = set()
 def count_prebuilt(backend: str, target: Target) -> None:
     """From now on `layout_name` counts a backend as able to run on `target`: compiled kernels of it are there."""
     _PREBUILT.add((backend, str(target)))
+
+
+def forget_prebuilt() -> None:
+    """No compiled kernels are there any more."""
+    _PREBUILT.clear()
 
 
 def able(spec: KernelSpec, target: Target, ahead: bool = False) -> Iterator[Backend]:

@@ -6,6 +6,9 @@ share: between one and two tiles, so that most tiles of the line belong to one o
 share is finished by the one that comes last, which adds all parts up in the order of K: the result does not depend on
 timing. After "Stream-K: Work-centric Parallel Decomposition for Dense Matrix-Matrix Multiplication on the GPU" (Osama
 et al.), its hybrid of waves and line. `codegen/cuda/text/pipeline.cuh` computes the same.
+
+Where a token's result must not depend on how many others there are, a tile's cuts must not depend on how many tiles
+there are: every tile is cut into the same shares (`FixedLine`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 
 from lowbit.compiler.errors import KernelError
 
-__all__ = ["Line", "Piece"]
+__all__ = ["FixedLine", "Line", "Piece"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Line:
         return self.tiles - self.waves * self.blocks
 
     @property
+    def parts(self) -> int:
+        """Partial tiles that wait in memory: two for every block, if any."""
+        return 2 * self.blocks if self.rest else 0
+
+    @property
     def longest(self) -> int:
         """Units of the block that has most to do."""
         return self.waves * self.units + math.ceil(self.rest * self.units / self.blocks)
@@ -75,3 +83,38 @@ class Line:
             found.append(Piece(block, first + tile, begin, stop))
             at += stop - begin
         return found
+
+
+@dataclass(frozen=True)
+class FixedLine:
+    """tiles, units, blocks: as for `Line`. split: shares of every tile, which go to blocks wave by wave."""
+
+    tiles: int
+    units: int
+    blocks: int
+    split: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.tiles, self.blocks, self.split) < 1 or self.split > self.units:
+            raise KernelError("LB0418", f"no work can be cut this way: {self}")
+
+    @property
+    def rest(self) -> int:
+        """Tiles that several blocks may share."""
+        return self.tiles if self.split > 1 else 0
+
+    @property
+    def parts(self) -> int:
+        """Partial tiles that wait in memory."""
+        return self.rest * self.split
+
+    @property
+    def longest(self) -> int:
+        """Units of the block that has most to do."""
+        return math.ceil(self.tiles * self.split / self.blocks) * math.ceil(self.units / self.split)
+
+    def pieces(self, block: int) -> list[Piece]:
+        """What a block does, in order."""
+        shares = [divmod(i, self.split) for i in range(block, self.tiles * self.split, self.blocks)]
+        cuts = [self.units * s // self.split for s in range(self.split + 1)]
+        return [Piece(block, tile, cuts[s], cuts[s + 1]) for tile, s in shares]

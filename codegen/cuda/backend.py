@@ -138,8 +138,6 @@ def _unrounded(activation: str) -> str | None:
     """Why activations cannot be rounded to a format, or None."""
     rounding = parse_activation(activation)
     element, levels = rounding.element, rounding.element.levels()
-    if rounding.wide and (rounding.wide_bits != 8 or not rounding.group):
-        return f"wide columns are groups of 8 bits, not {activation}"
     if rounding.group % 16:
         return f"groups of {rounding.group} activations are no multiple of 16"
     if isinstance(element, FloatElement) and not element.mantissa:

@@ -14,6 +14,7 @@ from lowbit.codegen.cuda.plan import PREPARE_THREADS, TILE, Plan
 from lowbit.codegen.cuda.vector_emit import VECTOR_HEADERS, vector_traits
 from lowbit.codegen.cuda.vector_plan import VectorPlan
 from lowbit.quantizers.formats import FloatElement
+from lowbit.quantizers.formats.activation import WIDE_TOPS
 
 __all__ = ["Machine", "emit_text"]
 
@@ -101,7 +102,8 @@ def _traits(plan: Plan) -> list[str]:
         "UNITS_PER_SET": plan.units_per_set, "UNITS": plan.units, "TILE_M": s.tile_m, "TOKEN_TILES": plan.token_tiles,
         "WARPS": s.warps, "STAGES": s.stages, "GROUPS": spec.groups, "GROUP": plan.padded_group,
         "SOURCE_GROUP": spec.k if spec.groups == 1 else spec.group, "FLUSH": plan.flush, "FLUSHES": plan.flushes,
-        "UNITS_PER_FLUSH": plan.units_per_flush,
+        "UNITS_PER_FLUSH": plan.units_per_flush, "SPLIT": s.split_k,
+        "LEAD_UNITS": plan.lead_units,
         "SIDE": _SIDES[spec.scale_dtype], "SIDE_BYTES": plan.side_bytes, "SEGMENTS": len(spec.segments),
         "N_OUT": spec.n_out, "OUT": _OUT[spec.out_dtype], "REDUCE_STRIDE": plan.reduce_stride,
         "BARRIER_BYTES": plan.barrier_bytes, "ROW_WARPS": plan.row_warps, "AHEAD": plan.ahead, "ALIGN": plan.align,
@@ -112,7 +114,7 @@ def _traits(plan: Plan) -> list[str]:
     flags = {
         "BF16": plan.dtype == "bf16", "BULK": bool(s.get("bulk", 0)), "IN_LOOP": plan.in_loop, "ZERO": spec.fmt.zero,
         "OFFSET": spec.fmt.offset, "SUMS_X": plan.sums_x, "EXACT": plan.exact, "GATED": plan.gated,
-        "DIRECT": plan.direct, "WGMMA": plan.warpgroup, "INTEGER": plan.operand == "s8",
+        "DIRECT": plan.direct, "WGMMA": plan.warpgroup, "FIXED": plan.fixed, "INTEGER": plan.operand == "s8",
         "TOKEN_X": plan.halved or (bool(spec.rounding) and not plan.x_group), "GROUP_X": bool(plan.x_group),
         "ROUND": bool(spec.rounding), "HALVED": plan.halved, "STATIC_X": bool(spec.rounding and spec.rounding.static),
         "DENSE": spec.groups == 1 or plan.padded_group == spec.group, "ORDERED": spec.fmt.ordered and plan.prepared,
@@ -147,7 +149,9 @@ def _preparation(plan: Plan) -> dict[str, int]:
         "X": ("f16", "bf16", "f32").index(plan.spec.x_dtype),
         "X_GROUPS": rounding.groups(plan.spec.k) if rounding and plan.x_group else 1,
         "X_GROUP": group,
-        "X_WIDE": rounding.wide if rounding else 0,
+        "X_WIDE": (min(rounding.wide, 1) if rounding.lead else rounding.wide) if rounding else 0,
+        "X_WIDE_TOP": int(WIDE_TOPS[rounding.wide_bits if rounding else 8]),
+        "X_LEAD": int(rounding is not None and bool(rounding.lead)),
         "ASYM_X": int(rounding is not None and rounding.asym),
         "X_MANTISSA": element.mantissa if isinstance(element, FloatElement) else -1,
         "PREPARE_THREADS": PREPARE_THREADS,

@@ -64,11 +64,13 @@ def predict(plan: Plan, target: Target, m: int) -> float:
     issue = warps * instructions(plan) / (gpu.multiprocessors * slots * gpu.clock)
     rate = gpu.matrix16 if plan.width == 2 else gpu.matrix8
     rate *= _TENSOR_SHARE if is_hopper(target) and not plan.warpgroup else 1.0
-    products = 2.0 * token_blocks * plan.token_tiles * 8 * plan.tile_sets * s.tile_n * plan.k_blocks * 64
+    columns = plan.k_blocks * 64 + plan.lead_units * s.tile_k
+    products = 2.0 * token_blocks * plan.token_tiles * 8 * plan.tile_sets * s.tile_n * columns
     multiply = products / rate
     compute = max(issue, multiply) * waves / busy
     # Ends of shares within a set of tiles meet through memory; the last round of a block's warps may be partly filled.
-    shared_sets = 0.0 if per_matrix == plan.tile_sets else FINISH
+    whole = s.split_k == 1 if plan.fixed else per_matrix == plan.tile_sets
+    shared_sets = 0.0 if whole else FINISH
     rounds = plan.units * token_blocks / blocks / plan.warp_groups
     longest = plan.line(blocks, m).longest if plan.warpgroup else math.ceil(rounds)
     uneven = longest / rounds
@@ -87,6 +89,8 @@ def _memory(plan: Plan, gpu: Gpu, m: int, token_blocks: int, blocks: int) -> flo
     weight = plan.tiles * TILE * plan.k_blocks * 64 * spec.fmt.bits / 8 + side
     outside = weight + m * (spec.k * 2 + spec.n_out * (4 if spec.out_dtype == "f32" else 2))
     inside = plan.units * token_blocks * (plan.stage_bytes["x"] * min(m / s.tile_m, 1.0)) + weight * token_blocks
+    if plan.fixed and s.split_k > 1:  # sums go to memory and back
+        inside += 8.0 * m * plan.tile_sets * s.tile_n * s.split_k
     resident = min(blocks, s.get("resident", 2) * gpu.multiprocessors)
     # A stage is asked for when the one before it has been used up: on average half of one is missing. Twice what
     # Little's law asks for, because requests of thread blocks come in bursts.

@@ -123,7 +123,8 @@ def _read(said: str, cubin: Path, plan: AnyPlan, target: Target) -> CudaReport:
     tool = find_tool("cuobjdump")
     if tool is None:
         raise KernelError("LB0463", "cuobjdump was not found", hint="install the CUDA toolkit, or triton, which has it")
-    lines = [(int(at, 16), name, rest) for at, name, rest in _LINE.findall(run_tool([tool, "-sass", str(cubin)]))]
+    kernels = _functions(run_tool([tool, "-sass", str(cubin)]))
+    lines = [line for found in kernels.values() for line in found]
     return CudaReport(
         target=str(target),
         registers=_numbers(r"Used (\d+) registers", said)["lb_kernel"],
@@ -132,9 +133,18 @@ def _read(said: str, cubin: Path, plan: AnyPlan, target: Target) -> CudaReport:
         shared_bytes=plan.shared_bytes,
         cubin_bytes=cubin.stat().st_size,
         sass=dict(Counter(name for _, name, _ in lines)),
-        loop=dict(Counter(name for _, name, _ in loop_of(lines))),
+        loop=dict(Counter(name for _, name, _ in loop_of(kernels["lb_kernel"]))),
         weights=_weights(plan),
     )
+
+
+def _functions(sass: str) -> dict[str, list[tuple[int, str, str]]]:
+    """Kernel -> its instructions (address, name, operands). Addresses begin anew with every kernel."""
+    found = {}
+    for part in re.split(r"Function : ", sass)[1:]:
+        name, _, text = part.partition("\n")
+        found[name.strip()] = [(int(at, 16), op, rest) for at, op, rest in _LINE.findall(text)]
+    return found
 
 
 def _weights(plan: AnyPlan) -> int:

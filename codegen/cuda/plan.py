@@ -17,7 +17,7 @@ from lowbit.codegen.cuda.recipe import Recipe, find_recipe
 from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
-from lowbit.codegen.streamk import Line
+from lowbit.codegen.streamk import FixedLine, Line
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats import K_ALIGN
@@ -41,7 +41,8 @@ class Plan:
     columns of a unit, warps that multiply, stages. Extra: `row_warps` warps share a unit, each taking some of its rows;
     `bulk`: copies by the copy engine of sm_90; `exact`: addends meet weights, not sums; `wgmma`: four warps multiply
     together while others fetch; `fp8`: operands are e4m3; `half`: they
-    are float16 where activations are bfloat16; `resident` thread blocks a multiprocessor holds;
+    are float16 where activations are bfloat16; `resident` thread blocks a multiprocessor holds; split_k: shares of a
+    tile's columns, where they must not depend on the number of tokens and `wgmma` multiplies;
     `early`: the kernel may start while the one before it ends."""
 
     spec: KernelSpec
@@ -96,21 +97,45 @@ class Plan:
 
     @property
     def x_columns(self) -> int:
-        """Columns of the activations that the main kernel reads."""
-        return self.k_blocks * BLOCK if self.prepared else self.spec.k
+        """Columns of the activations that the main kernel reads: high digits of the leading ones first."""
+        packed = self.k_blocks * BLOCK
+        return self.lead_units * self.schedule.tile_k + packed if self.prepared else self.spec.k
 
     @cached_property
     def x_group(self) -> int:
-        """Packed columns that share an activation scale; 0 where all do, or none is rounded."""
+        """Packed columns that share an activation scale, or of the leading ones where the others share one too; 0 where
+        all do, or none is rounded."""
         s, rounding = self.spec, self.spec.rounding
-        if rounding is None or rounding.groups(s.k) == 1:
+        if rounding is None or (rounding.groups(s.k) == 1 and not self.digits):
             return 0
-        size = rounding.group_size(s.k)
+        if rounding.groups(s.k) == 1:
+            return self.k_blocks * BLOCK
+        return self._packed(rounding.lead or rounding.group_size(s.k))
+
+    def _packed(self, columns: int) -> int:
+        """How many packed columns so many leading ones are."""
+        s = self.spec
         if s.groups == 1 or self.padded_group == s.group:
-            return size
-        if size % s.group:
-            raise KernelError("LB0460", f"groups of {size} activations are not whole groups of {s.group} weights")
-        return size // s.group * self.padded_group
+            return columns
+        if columns % s.group:
+            raise KernelError("LB0460", f"groups of {columns} activations are not whole groups of {s.group} weights")
+        return columns // s.group * self.padded_group
+
+    @property
+    def digits(self) -> bool:
+        """Whether the leading columns are two digits of 8 bits, high ones times 256."""
+        rounding = self.spec.rounding
+        return rounding is not None and rounding.wide > 0 and rounding.wide_bits == 16
+
+    @cached_property
+    def lead_units(self) -> int:
+        """Units whose weights meet high digits: they come first, and once more with everything else."""
+        if not self.digits:
+            return 0
+        assert self.spec.rounding is not None
+        wide = self.spec.rounding.wide_columns(self.spec.k)
+        whole = self.k_blocks * BLOCK if wide == self.spec.k else self._packed(wide)
+        return math.ceil(whole / self.schedule.tile_k)
 
     @cached_property
     def planes(self) -> tuple[int, ...]:
@@ -149,8 +174,8 @@ class Plan:
 
     @property
     def units_per_set(self) -> int:
-        """Units along the columns."""
-        return math.ceil(self.k_blocks / self.unit_blocks)
+        """Units along the columns; those of columns with two digits twice."""
+        return self.lead_units + math.ceil(self.k_blocks / self.unit_blocks)
 
     @property
     def units(self) -> int:
@@ -239,7 +264,7 @@ class Plan:
         """Units whose products add up before they are scaled, where groups are longer than a unit. FP8 products are
         taken out of the matrix unit's sums after every unit, as in "DeepSeek-V3 Technical Report"."""
         groups = [self.padded_group] * self.in_loop + [self.x_group] * bool(self.x_group)
-        if not groups or self.operand == "e4m3" or self.sums_x:
+        if not groups or self.operand == "e4m3" or self.sums_x or self.lead_units:
             return 1
         return max(1, math.gcd(*groups) // self.schedule.tile_k) if math.gcd(*groups) % self.schedule.tile_k == 0 else 1
 
@@ -329,18 +354,28 @@ class Plan:
         With wgmma one line of work goes over both."""
         per, token_blocks = self.schedule.get("resident", 2), self.token_blocks(tokens)
         lines = token_blocks if self.warpgroup else 1
-        blocks = max(1, min(self.units * lines, per * multiprocessors))
+        shares = self.tile_sets * self.schedule.split_k if self.fixed else self.units
+        blocks = max(1, min(shares * lines, per * multiprocessors))
         return blocks, token_blocks // lines
 
-    def line(self, blocks: int, tokens: int) -> Line:
+    @property
+    def fixed(self) -> bool:
+        """Whether tiles are cut the same way whatever the number of tokens: with wgmma, where results must not depend
+        on it. Other kernels cut the line of one tile of tokens, which has nothing to do with their number."""
+        return self.warpgroup and self.spec.invariant
+
+    def line(self, blocks: int, tokens: int) -> Line | FixedLine:
         """With wgmma, what each of `blocks` thread blocks does."""
-        return Line(self.tile_sets * self.token_blocks(tokens), self.units_per_set, blocks)
+        tiles = self.tile_sets * self.token_blocks(tokens)
+        if self.fixed:
+            return FixedLine(tiles, self.units_per_set, blocks, self.schedule.split_k)
+        return Line(tiles, self.units_per_set, blocks)
 
     def part_floats(self, grid: tuple[int, int], tokens: int) -> int:
-        """float32 of workspace for partial sums: two sets of tiles for every thread block."""
-        if self.warpgroup and not self.line(grid[0], tokens).rest:
-            return 0
-        return grid[0] * grid[1] * 2 * self.schedule.tile_m * self.row_tiles * TILE
+        """float32 of workspace for partial sums: two sets of tiles for every thread block, or with wgmma as many as are
+        shared."""
+        parts = self.line(grid[0], tokens).parts if self.warpgroup else grid[0] * grid[1] * 2
+        return parts * self.schedule.tile_m * self.row_tiles * TILE
 
     def counts(self, grid: tuple[int, int], tokens: int) -> int:
         """Arrival counters: one for every tile that may be shared."""

@@ -142,6 +142,27 @@ def _by_bytes(bits: int, pieces: list[Piece], magic: int, high: bool) -> Sequenc
     return s
 
 
+def _by_two_bytes(bits: int, pieces: list[Piece]) -> Sequence:
+    """The low and the high bytes of four weights at once, then interleaved."""
+    s = Sequence()
+    cut = [_cut(p) for p in pieces]
+    low, high = [p for p, _ in cut if p], [p for _, p in cut if p]
+    for step, h in product(range(_STEPS), range(2)):
+        below, above = (gather(s, bits, part, (step, h), 0, 0, _BYTES) for part in (low, high))
+        for c in range(2):
+            s.outputs[f"a[{step}][{2 * c + h}]"] = s.add("prmt", below, above, 0x7351 if c else 0x6240)
+    return s
+
+
+def _cut(p: Piece) -> tuple[Piece | None, Piece | None]:
+    """What of a piece comes to the low byte, and to the high byte."""
+    below = min(max(8 - p.to, 0), p.width)
+    return (
+        Piece(p.plane, p.low, below, p.to) if below else None,
+        Piece(p.plane, p.low + below, p.width - below, p.to + below - 8) if below < p.width else None,
+    )
+
+
 def _scaled(s: Sequence, factor: float, addend: float, dtype: Type16) -> Sequence:
     """The same with every register multiplied and added to."""
     pair = [half_of(v, dtype) * _HALVES for v in (factor, addend)]
@@ -188,6 +209,8 @@ def _floats(n: Number, bits: int, dtype: Type16) -> Iterator[Recipe]:
     if all(p.to >= 8 for p in pieces):
         lower = [Piece(p.plane, p.low, p.width, p.to - 8) for p in pieces]
         ways.append(_by_bytes(bits, lower, 0, True))
+    elif ways:
+        ways.append(_by_two_bytes(bits, pieces))
     for s in ways:
         yield Recipe(dtype, s if lift == 1.0 else _scaled(s, lift, 0.0, dtype), n.factor, (n.addend, n.addend))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -13,6 +14,7 @@ from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.triton.gpus import gpu_of, is_hopper
+from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target
 
 __all__ = ["candidates", "illegal", "space"]
@@ -33,6 +35,12 @@ def illegal(plan: Plan, target: Target) -> str | None:
         return "gate and up are two tiles of 64 rows"
     if plan.ahead < 1:
         return "a ring has at least two stages"
+    try:
+        _ = plan.flush
+    except KernelError as e:  # a step of bytes is longer than one of halves
+        return e.message
+    if s.split_k != 1 and not (plan.fixed and 1 < s.split_k <= plan.units_per_set):
+        return f"{s.split_k} fixed shares are for batch-invariant wgmma, at most {plan.units_per_set}"
     if why := _no_warpgroup(plan, target) if plan.warpgroup else _no_bytes(plan):
         return why
     if plan.direct and plan.operand == "s8" and plan.k_blocks * BLOCK * 128 * 128 >= 2**31:
@@ -57,8 +65,6 @@ def _no_warpgroup(plan: Plan, target: Target) -> str | None:
         return "with wgmma 4, 8 or 12 warps hold 16 rows each, of 8 tokens and more, and copies are bulk copies"
     if s.get("resident", 2) != 1:
         return "with wgmma one thread block fills a multiprocessor"
-    if plan.spec.invariant:
-        return "with wgmma shares of work depend on the number of tokens"
     if s.tile_k * plan.width != 2 * BLOCK or plan.flush < plan.step or plan.sums_x:
         return "with wgmma a unit has 128 bytes of columns, and nothing asks for sums of activations"
     if plan.operand == "e4m3":
@@ -124,4 +130,6 @@ def space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
                 continue
             base = Schedule(height, 128 if gated else warps * 16, 128 if integer or fp8 else 64, warps, stages)
             if not gated or warps == 8:
-                yield base.with_extra(row_warps=warps, wgmma=1, resident=1, **bulk, **({"fp8": 1} if fp8 else {}))
+                base = base.with_extra(row_warps=warps, wgmma=1, resident=1, **bulk, **({"fp8": 1} if fp8 else {}))
+                for found in (base, base.with_extra(half=1)) if _halving_pays(spec) else (base,):
+                    yield from (replace(found, split_k=n) for n in ((1, 2, 3, 4, 6, 8) if spec.invariant else (1,)))

@@ -29,7 +29,7 @@ def unserved_vectors(fmt: VectorFormat) -> str | None:
     if fmt.dim < 2:
         return "vectors of one element are no vectors here"
     if fmt.table != "f16":
-        return f"codebooks are float16, not {fmt.table}"
+        return "codebooks are float16, not " + ("bytes with a scale" if fmt.scaled else fmt.table)
     return None
 
 

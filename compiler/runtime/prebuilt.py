@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lowbit.codegen import load_backend
 from lowbit.codegen.backend import Backend, Source
-from lowbit.codegen.select import candidates, count_prebuilt, say_once
+from lowbit.codegen.select import candidates, count_prebuilt, forget_prebuilt, say_once
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import CheckpointError, KernelError
 from lowbit.compiler.io.kernels import FOLDER, KernelFolder, StoredKernel, read_kernels
@@ -85,7 +85,8 @@ def use_kernels(folder: Path, trust: bool | None = None) -> KernelFolder | None:
         return None
     _folders.insert(0, found)
     for kernel in found.kernels:
-        count_prebuilt(kernel.backend, kernel.target)
+        for target in _devices(kernel.target):
+            count_prebuilt(kernel.backend, target)
     if found.frozen:
         freeze(f"the checkpoint {found.folder} is frozen")
     return found
@@ -107,6 +108,7 @@ def _decline(found: KernelFolder) -> None:
 def forget_kernels() -> None:
     """Use no checkpoint's kernels any more, and compile again: for tests."""
     _folders.clear()
+    forget_prebuilt()
     _refused.cache_clear()
     freeze("")
 
@@ -124,6 +126,14 @@ def runnable_targets(target: Target) -> list[Target]:
     if number in (0, 90):
         return [target]
     return [target, *(Target("cuda", f"sm_{n}") for n in range(number - 1, number // 10 * 10 - 1, -1))]
+
+
+def _devices(target: Target) -> list[Target]:
+    """What runs the kernels of `target`, as `runnable_targets` has it: GPUs decide by it how weights are packed."""
+    number = int(target.arch.removeprefix("sm_").rstrip("a") or 0) if target.kind == "cuda" else 0
+    if number in (0, 90):
+        return [target]
+    return [Target("cuda", f"sm_{n}") for n in range(number, number // 10 * 10 + 10)]
 
 
 def prebuilt_kernel(spec: KernelSpec, target: Target, m: int) -> BuiltKernel | None:

@@ -17,7 +17,9 @@ from lowbit.codegen.check import sample_weight
 from lowbit.codegen.cuda.emulate import Emulation
 from lowbit.codegen.cuda.launch import core_spec
 from lowbit.codegen.cuda.plan import Plan
+from lowbit.codegen.cuda.space import illegal
 from lowbit.codegen.invariant import one_for_all
+from lowbit.codegen.reference.backend import run_reference
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.select import candidates
 from lowbit.codegen.spec import KernelSpec
@@ -29,7 +31,7 @@ from lowbit.quantizers.weights import pack_weights
 TOKENS = (*range(1, 18), 64, 129)
 H200 = Target("cuda", "sm_90")
 CPP = [("int4.g64.sym", "int16"), ("int3.g48.asym", "int16"), ("e3m2.ch", "int8"),
-       ("vq.d4.k16.r4", "float")]  # fmt: skip
+       ("vq.d4.k16.r4", "float"), ("vq.d6.k16.s8", "int16")]  # fmt: skip
 
 
 def chosen(spec: KernelSpec, backend: str, target: Target) -> Schedule:
@@ -74,6 +76,49 @@ def test_cuda_emulated(fmt: str) -> None:
         for m, out in outs.items():
             emulation.launch(x[:m].contiguous(), layer.weight, None, None, out, 3, None)
         assert all(torch.equal(out, outs[33][:m]) for m, out in outs.items())
+
+
+WARPGROUPS = Schedule(8, 64, 64, 4, 3, split_k=2).with_extra(row_warps=4, wgmma=1, bulk=1, resident=1)
+GATED = ("silu_mul", "residual")
+PIPELINES = {
+    "shares": (cuda_spec("int4.g64.asym", (96,), 320, "f16"), WARPGROUPS),
+    "whole tiles": (cuda_spec("int4.g128.sym", (96,), 320), replace(WARPGROUPS, tile_m=64, split_k=1)),
+    "float16 operands, gate and up": (
+        cuda_spec("e3m2.ch", (70, 70), 320, epilogue=GATED),
+        replace(WARPGROUPS, tile_n=128, warps=8, split_k=3).with_extra(row_warps=8, half=1),
+    ),
+    "bytes": (
+        cuda_spec("int4.g64.asym", (96,), 448, activation="int8.g64.w1x16"),
+        replace(WARPGROUPS, tile_k=128, split_k=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "shares")) for n in PIPELINES])
+def test_pipelines_of_warpgroups(name: str) -> None:
+    """The cuts of a tile are its own: as many thread blocks as a call of some size has leave the same bits."""
+    spec, schedule = PIPELINES[name]
+    layer = Layer.make(replace(spec, invariant=True))
+    plan = Plan(core_spec(layer.spec), schedule)
+    assert illegal(plan, H200) is None
+    assert illegal(replace(plan, spec=spec), H200) is not None or schedule.split_k == 1
+    emulation, (x, residual) = Emulation(plan), layer.inputs(TOKENS[-1])
+    outs = {m: torch.full((m, spec.n_out), float("nan")) for m in TOKENS}
+    for m, out in outs.items():
+        rest = None if residual is None else residual[:m].contiguous()
+        emulation.launch(x[:m].contiguous(), layer.weight, layer.bias, rest, out, 1 + m % 7)
+    assert all(torch.equal(out, outs[TOKENS[-1]][:m]) for m, out in outs.items())
+    want = run_reference(layer.spec, x, layer.weight, layer.bias, residual)
+    assert float((outs[TOKENS[-1]] - want).norm() / want.norm()) < 1e-4
+
+
+def test_warpgroups_are_chosen_where_they_win() -> None:
+    spec = replace(cuda_spec("int4.g128.sym", (8192,), 8192, "bf16", "bf16"), invariant=True)
+    backend = load_backend("cuda")
+    best = chosen(spec, "cuda", H200)
+    assert best.get("wgmma", 0)
+    others = [s for s in backend.schedules(spec, H200, 512) if not s.get("wgmma", 0)]
+    assert backend.predict(spec, best, H200, 512) < min(backend.predict(spec, s, H200, 512) for s in others)
 
 
 def test_triton_interpreted() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.codegen.streamk import Line
+from lowbit.codegen.streamk import FixedLine, Line
 from lowbit.compiler.errors import KernelError
 
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 20), st.integers(1, 140))
@@ -47,7 +47,25 @@ def test_waves_are_whole_where_they_fit() -> None:
     assert (Line(50, 10, 132).waves, Line(50, 10, 132).longest) == (0, 4)
 
 
+@given(SIZES, st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_fixed_cuts_do_not_depend_on_the_number_of_tiles(sizes: tuple[int, int, int], split: int) -> None:
+    tiles, units, blocks = sizes
+    split = min(split, units)
+    line, one = FixedLine(tiles, units, blocks, split), FixedLine(1, units, 1, split)
+    cuts = [(p.first, p.last) for p in one.pieces(0)]
+    found = [line.pieces(block) for block in range(blocks)]
+    for tile in range(tiles):
+        assert sorted((p.first, p.last) for pieces in found for p in pieces if p.tile == tile) == cuts
+    assert [first for first, _ in cuts] == [0, *(last for _, last in cuts[:-1])]
+    assert cuts[-1][1] == units
+    assert max(sum(p.last - p.first for p in pieces) for pieces in found) <= line.longest
+    assert line.parts == (0 if split == 1 else tiles * split)
+
+
 def test_nonsense_is_refused() -> None:
     for sizes in ((0, 1, 1), (2, 3, 7)):
         with pytest.raises(KernelError, match="LB0418"):
             Line(*sizes)
+    with pytest.raises(KernelError, match="LB0418"):
+        FixedLine(4, 3, 2, 4)

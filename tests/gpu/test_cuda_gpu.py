@@ -132,7 +132,8 @@ ROUNDED = {
 @pytest.mark.parametrize(
     ("fmt", "activation"),
     [("int8.ch.sym", "int8.token"), ("int4.g128.sym", "int8.token"), ("int4.g64.asym", "int8.g64"),
-     ("int4.g64.sym.perm", "int4.g64.w2"), ("e3m2.ch", "e4m3.token"), ("e2m1.g32.e8m0", "int8.g32")],
+     ("int4.g64.sym.perm", "int4.g64.w2"), ("e3m2.ch", "e4m3.token"), ("e2m1.g32.e8m0", "int8.g32"),
+     ("int4.g64.asym", "int8.g64.w1x16"), ("int8.ch.sym", "int8.token.w32x16")],
 )  # fmt: skip
 def test_rounded_activations(fmt: str, activation: str, shape: str, load: Load) -> None:
     for x in ("bf16", "f16", "f32"):
@@ -181,6 +182,27 @@ def test_waves_and_shared_tiles(m: int, load: Load) -> None:
     for _ in range(10):
         launch(x, problem.weight, None, None, again)
         assert torch.equal(first, again)
+
+
+INVARIANT = {
+    "few": SCHEDULES["few"],
+    "whole tiles": SCHEDULES["warpgroups"],
+    "shares": replace(SCHEDULES["warpgroups"], split_k=3),
+    "shares, 128 tokens": replace(SCHEDULES["wide warpgroups"], split_k=2),
+}
+
+
+@pytest.mark.parametrize("shape", INVARIANT)
+def test_bits_do_not_depend_on_the_batch(shape: str, load: Load) -> None:
+    problem = problem_of("int4.g64.asym", (1000,), 2048)
+    spec = replace(problem.spec, invariant=True)
+    launch = load(spec, INVARIANT[shape])
+    x = problem.tokens(129)[0]
+    outs = {m: problem.out(m) for m in (*range(1, 18), 64, 129)}
+    for m, out in outs.items():
+        launch(x[:m].contiguous(), problem.weight, None, None, out)
+    problem.check(x, None, outs[129])
+    assert all(torch.equal(out, outs[129][:m]) for m, out in outs.items())
 
 
 def test_nvrtc_makes_kernels_that_run(monkeypatch: pytest.MonkeyPatch, load: Load) -> None:

@@ -372,6 +372,7 @@ LB_DEV uint32_t float_bits(float v) {
   memcpy(&bits, &v, 4);
   return bits;
 }
+LB_DEV float raised_byte(uint32_t word, int i) { return 8388608.0f + (float)(word >> 8 * i & 255); }
 LB_DEV float divide(float a, float b) { return a / b; }
 LB_DEV float exponential(float v) { return expf(v); }
 LB_DEV float fma32(float a, float b, float c) { return fmaf(a, b, c); }

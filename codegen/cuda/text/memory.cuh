@@ -1,5 +1,11 @@
 // From memory to the ring of stages of the warps that share one: weights, side values, activations.
 
+// Of numbers that are not negative: signed division takes more instructions.
+struct Quotient { int whole, rest; };
+LB_DEV constexpr Quotient quotient(int n, int by) {
+  return {(int)((unsigned)n / (unsigned)by), (int)((unsigned)n % (unsigned)by)};
+}
+
 // Which row tile of the packed matrix is the r-th of a set. What lies beyond the last is read, but not used.
 LB_DEV int tile_of(int set, int r) {
   const int tile = T::GATED ? set + r * T::TILE_SETS : set * T::ROW_TILES + r;
@@ -24,9 +30,13 @@ constexpr int X_STRIDE = T::UNIT_BLOCKS * 64 * T::WIDTH;
 constexpr int STAGE = X_AT + T::TILE_M * X_STRIDE;
 static_assert(STAGE % (T::WGMMA ? 1024 : 16) == 0, "stages are aligned");
 
+// The unit of weights that meets unit u of activations: leading columns may be two digits, of which the high ones are all
+// activations' first units.
+LB_DEV int weights_of(int u) { return T::LEAD_UNITS > 0 && u >= T::LEAD_UNITS ? u - T::LEAD_UNITS : u; }
+
 // The group whose scale holds for the j-th part of unit u of a row.
 LB_DEV int group_of(int u, int j) {
-  const int group = (u * T::UNIT_BLOCKS * 64 + j * T::FLUSH) / T::GROUP;
+  const int group = quotient(u * T::UNIT_BLOCKS * 64 + j * T::FLUSH, T::GROUP).whole;
   return group < T::GROUPS ? group : T::GROUPS - 1;
 }
 
@@ -69,7 +79,8 @@ struct Ring {
     }
   }
 
-  template <bool WHOLE> LB_DEV void weights(const Args& a, unsigned char* to, int slot, int set, int u) const {
+  template <bool WHOLE> LB_DEV void weights(const Args& a, unsigned char* to, int slot, int set, int x_unit) const {
+    const int u = weights_of(x_unit);
 #pragma unroll
     for (int r = 0; r < T::ROW_TILES; ++r) {
       const size_t tile = tile_of(set, r);
@@ -110,7 +121,7 @@ struct Ring {
     constexpr int PIECES = X_STRIDE / 16, PER = 16 / T::WIDTH, ALL = T::TILE_M * PIECES, STEP = T::ROW_WARPS * 32;
 #pragma unroll
     for (int start = 0; start < ALL; start += STEP) {
-      const int i = start + me, row = i / PIECES, piece = i % PIECES;
+      const int i = start + me, row = quotient(i, PIECES).whole, piece = quotient(i, PIECES).rest;
       if (start + STEP > ALL && i >= ALL) break;
       unsigned char* at = to + row * X_STRIDE + swizzle(row, piece) * 16;
       const int token = first + row, col = (u * PIECES + piece) * PER;

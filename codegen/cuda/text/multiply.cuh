@@ -19,6 +19,7 @@ template <> struct Pick<true> {
 constexpr int TT = T::TOKEN_TILES;
 constexpr int STEPS = T::WIDTH == 2 ? 4 : 2;            // matrix instructions along a block
 constexpr int PARTS = T::ROW_TILES * 4 / T::ROW_WARPS;  // of 16 rows, that a warp multiplies
+constexpr int PAIR = T::TILE_M == 1 ? 1 : 2;            // a lane's tokens of a tile: of a single one none is odd
 constexpr int RUN = PARTS < 4 ? PARTS : 4;              // of them in one tile
 using Raw = Number<T::INTEGER>::type;                   // what matrix instructions add up
 using Sums = Raw[PARTS][TT][4];
@@ -66,10 +67,15 @@ struct Sides {
     }
   }
 
-  // What is added to d.
+  // What is added to d. Zero points are 2**23 too large, which the addend makes up for where a float holds both.
   LB_DEV float addend(int part, int h) const {
-    return T::addend(h) - (T::ZERO ? zero[2 * part + h] * T::UNFACTOR : 0.0f);
+    constexpr float MORE = 8388608.0f * T::UNFACTOR, ADDEND[2] = {T::addend(0) + MORE, T::addend(1) + MORE};
+    constexpr bool HELD = ADDEND[0] - MORE == T::addend(0) && ADDEND[1] - MORE == T::addend(1);
+    if constexpr (!T::ZERO) return T::addend(h);
+    if constexpr (HELD) return (T::addend(h) + MORE) - zero[2 * part + h] * T::UNFACTOR;
+    return T::addend(h) - (zero[2 * part + h] - 8388608.0f) * T::UNFACTOR;
   }
+  LB_DEV int zero_of(int part, int h) const { return (int)(float_bits(zero[2 * part + h]) & 255); }
 };
 
 // Scale the sums of a group and add them to those of the rows; x_sum holds the activations' sums, x_scale the scales of
@@ -92,7 +98,7 @@ template <bool CLEAR> LB_DEV void flush(Totals& y, Sums& sum, Raw (&x_sum)[TT][4
 #pragma unroll
       for (int t = 0; t < TT; ++t)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < PAIR; ++i) {
           float v = (float)sum[m][t][2 * h + i], all = T::SUMS_X ? (float)x_sum[t][i] : 0.0f;
           if constexpr (T::SUMS_X && !T::EXACT) v = fma32(sides.addend(m, h), all, v);
           if constexpr (T::GROUP_X) v *= of_token[t][i], all *= of_token[t][i];
@@ -100,8 +106,11 @@ template <bool CLEAR> LB_DEV void flush(Totals& y, Sums& sum, Raw (&x_sum)[TT][4
           out = T::IN_LOOP ? fma32(sides.scale[2 * m + h], v, out) : out + v;
           if constexpr (T::OFFSET) out = fma32(sides.offset[2 * m + h] * T::UNFACTOR, all, out);
           y[m][t][2 * h + i] = out;
-          if constexpr (CLEAR) sum[m][t][2 * h + i] = 0;
         }
+  if constexpr (CLEAR) {  // all of them: matrix instructions take zeros from no register
+#pragma unroll
+    for (int i = 0; i < PARTS * TT * 4; ++i) sum[i / 4 / TT][i / 4 % TT][i % 4] = 0;
+  }
   if constexpr (T::SUMS_X && CLEAR) {
 #pragma unroll
     for (int t = 0; t < TT; ++t) x_sum[t][0] = x_sum[t][1] = x_sum[t][2] = x_sum[t][3] = 0;
@@ -117,7 +126,7 @@ LB_DEV const float* x_scales(const unsigned char* stage, int j) {
 LB_DEV uint32_t shifted(uint32_t a, const Sides& sides, int part, int h) {
   if constexpr (T::WIDTH == 1) {
     if constexpr (!T::ZERO) return a;
-    return (a + (128 - (int)sides.zero[2 * part + h]) * 0x01010101u) ^ 0x80808080u;
+    return (a + (128 - sides.zero_of(part, h)) * 0x01010101u) ^ 0x80808080u;
   } else {
     if constexpr (!T::ZERO && T::addend(0) == 0.0f && T::addend(1) == 0.0f) return a;
     return fma16(a, T::ONES, pair16(sides.addend(part, h)));

@@ -3,7 +3,8 @@
 //
 // A tile of the output is a set of row tiles by TILE_M tokens, and its work the units along the columns. Every thread
 // block first takes whole tiles, wave by wave; what is left of the last waves is one line of units, cut into equal shares
-// (`codegen/streamk.py`), so that all blocks end together. A warp of a warpgroup holds 16 rows of a tile, in the registers
+// (`codegen/streamk.py`), so that all blocks end together. FIXED: every tile is cut into SPLIT shares instead, whatever the
+// number of tokens, so that its sums always add up in one order. A warp of a warpgroup holds 16 rows of a tile, in the registers
 // that `mma` takes. While a unit is multiplied the next one is decoded.
 
 constexpr int BAND = 16;  // token tiles that share weights in the second-level cache
@@ -14,6 +15,7 @@ constexpr int CHUNK_TILES = CHUNK / 8;
 struct Piece {
   int set, token_block, begin, end;  // units
   int rest;                          // the tile, counted from the first that is shared; negative: all of it is one block's
+  int share;                         // of a tile with a fixed number of them
 };
 
 struct Line {
@@ -30,7 +32,14 @@ struct Line {
   LB_DEV Piece piece(int tile, int begin, int end, int rest) const {
     const int band = tile / (BAND * T::TILE_SETS), first = band * BAND, inside = tile - first * T::TILE_SETS;
     const int height = token_blocks - first < BAND ? token_blocks - first : BAND;
-    return {inside / height, first + inside % height, begin, end, rest};
+    return {inside / height, first + inside % height, begin, end, rest, 0};
+  }
+  LB_DEV Piece share_of(int i) const {
+    const int tile = i / T::SPLIT, share = i % T::SPLIT;
+    Piece p = piece(tile, T::UNITS_PER_SET * share / T::SPLIT, T::UNITS_PER_SET * (share + 1) / T::SPLIT,
+                    T::SPLIT > 1 ? tile : -1);
+    p.share = share;
+    return p;
   }
 };
 
@@ -41,8 +50,12 @@ struct Pieces {
 
   LB_DEV Pieces(const Line& line, int block)
       : line(line), block(block), wave(0), at(line.start(block)), end(line.start(block + 1)) {}
-  LB_DEV bool more() const { return wave < line.waves || at < end; }
+  LB_DEV bool more() const {
+    if constexpr (T::FIXED) return wave * line.blocks + block < line.tiles * T::SPLIT;
+    return wave < line.waves || at < end;
+  }
   LB_DEV Piece next() {
+    if constexpr (T::FIXED) return line.share_of(wave++ * line.blocks + block);
     if (wave < line.waves) return line.piece(wave++ * line.blocks + block, 0, T::UNITS_PER_SET, -1);
     const int rest = at / T::UNITS_PER_SET, first = rest * T::UNITS_PER_SET, begin = at - first;
     at = first + T::UNITS_PER_SET < end ? first + T::UNITS_PER_SET : end;
@@ -169,8 +182,9 @@ struct Pipeline {
     }
   }
 
-  // Partial sums of a shared tile by thread block `block`, whose line has at most two of them.
+  // Partial sums of a shared tile by thread block `block`, whose line has at most two of them; or of its share `block`.
   LB_DEV float* partial(int block, int rest) const {
+    if constexpr (T::FIXED) return a.part + ((size_t)rest * T::SPLIT + block) * T::TILE_M * ROWS;
     const int which = line.start(block) / T::UNITS_PER_SET == rest ? 0 : 1;
     return a.part + ((size_t)block * 2 + which) * T::TILE_M * ROWS;
   }
@@ -192,7 +206,7 @@ struct Pipeline {
       group_sync(0, ROLES);
       const float* held = sums();
       if (p.rest >= 0) {
-        float* mine = partial(blockIdx.x, p.rest) + c * CHUNK * ROWS;
+        float* mine = partial(T::FIXED ? p.share : blockIdx.x, p.rest) + c * CHUNK * ROWS;
         for (int i = threadIdx.x; i < CHUNK * ROWS; i += ROLES)
           if (first + c * CHUNK + i / ROWS < a.tokens) mine[i] = held[i / ROWS * T::REDUCE_STRIDE + i % ROWS];
       } else {
@@ -208,7 +222,9 @@ struct Pipeline {
 
   // Whoever comes last adds all parts of a tile up, always in the same order.
   LB_DEV void join(const Piece& p) const {
-    const int from = line.owner(p.rest * T::UNITS_PER_SET), to = line.owner((p.rest + 1) * T::UNITS_PER_SET - 1);
+    int from = 0, to = T::SPLIT - 1;
+    if constexpr (!T::FIXED)
+      from = line.owner(p.rest * T::UNITS_PER_SET), to = line.owner((p.rest + 1) * T::UNITS_PER_SET - 1);
     fence();
     group_sync(0, ROLES);
     if (threadIdx.x == 0) {

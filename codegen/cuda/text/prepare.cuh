@@ -3,9 +3,19 @@
 // Some threads, a team, share a group: first they find its largest magnitude or its range, then they round. Rounding is
 // to nearest, ties to even. Bytes of 16 columns are stored in the order in which weights' operands have them.
 
-constexpr int X_LANES = T::X_GROUPS == 1 ? T::PREPARE_THREADS : T::TEAM;
+// Levels of 16 bits are two digits of 8: the high ones of the leading units' columns are stored before everything else,
+// under 256 times the scale.
+
+constexpr int X_LANES = T::X_GROUPS == 1 || T::X_LEAD ? T::PREPARE_THREADS : T::TEAM;
 constexpr int TEAMS = T::PREPARE_THREADS / X_LANES;
 constexpr int PIECE = 16;
+constexpr int HIGH_COLUMNS = T::LEAD_UNITS * T::UNIT_BLOCKS * 64, PACKED_COLUMNS = T::X_COLUMNS - HIGH_COLUMNS;
+constexpr int HIGH_FLUSHES = T::LEAD_UNITS * T::FLUSHES;
+
+// Where a group begins; the last one has what pads the row.
+LB_DEV constexpr int group_start(int group) {
+  return group >= T::X_GROUPS ? PACKED_COLUMNS : group * T::X_GROUP;
+}
 
 // The activation that meets a packed column.
 LB_DEV float activation_at(const Args& a, size_t token, int column) {
@@ -74,6 +84,28 @@ LB_DEV void store_piece(const Args& a, size_t token, int column, const float (&v
     to[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
 }
 
+// Levels of packed columns, as digits where they have two.
+LB_DEV void store_levels(const Args& a, size_t token, int column, bool wide, float (&v)[PIECE]) {
+  if constexpr (HIGH_COLUMNS > 0) {
+    float high[PIECE];
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) {
+      high[i] = wide ? floorf((v[i] + 128.0f) * (1.0f / 256.0f)) : 0.0f;
+      v[i] -= 256.0f * high[i];
+    }
+    if (column < HIGH_COLUMNS) store_piece(a, token, column, high);
+    if (column >= PACKED_COLUMNS) return;
+  }
+  store_piece(a, token, HIGH_COLUMNS + column, v);
+}
+
+// The scale of some flushes of a token, where the main kernel looks for it.
+LB_DEV void store_scale(const Args& a, int token, int flush, float scale) {
+  float* at = a.x_scale + (size_t)(token / T::TILE_M) * T::UNITS_PER_SET * T::FLUSHES * T::SCALE_TOKENS + token % T::TILE_M;
+  at[(size_t)(HIGH_FLUSHES + flush) * T::SCALE_TOKENS] = scale;
+  if (flush < HIGH_FLUSHES) at[(size_t)flush * T::SCALE_TOKENS] = 256.0f * scale;
+}
+
 // A float's bits as an unsigned integer with the same order, and back.
 LB_DEV uint32_t in_order(uint32_t bits) { return bits >> 31 ? ~bits : bits | 0x80000000; }
 LB_DEV float ordered_float(uint32_t place) { return bits_float(place >> 31 ? place & 0x7fffffff : ~place); }
@@ -83,7 +115,7 @@ LB_DEV uint32_t team_max(uint32_t v) {
   v = lanes_max(v, X_LANES < 32 ? X_LANES : 32);
   if constexpr (X_LANES > 32) {
     uint32_t* all = (uint32_t*)shared_memory();
-    if constexpr (T::ASYM_X) block_sync();  // all have read what was there before
+    if constexpr (T::ASYM_X || T::X_GROUPS > 1) block_sync();  // all have read what was there before
     if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = v;
     block_sync();
     for (int i = 0; i < X_LANES / 32; ++i) v = all[i] > v ? all[i] : v;
@@ -98,10 +130,9 @@ LB_DEV void prepare(const Args& a) {
   constexpr int TIMES = (T::X_GROUPS + TEAMS - 1) / TEAMS, STRIDE = X_LANES * PIECE;
   for (int time = 0; time < TIMES; ++time) {
     const int group = time * TEAMS + team;
-    const int first = group < T::X_GROUPS ? group * T::X_GROUP : T::X_COLUMNS;
-    const int last = group < T::X_GROUPS - 1 ? first + T::X_GROUP : T::X_COLUMNS;  // the last one has what pads the row
+    const int first = group_start(group), last = group_start(group + 1);
     float v[PIECE], scale = 1.0f, inverse = 1.0f;
-    float top = group < T::X_WIDE ? 127.0f : T::X_TOP, least = T::X_MANTISSA < 0 ? -top - 1.0f : -top;
+    float top = group < T::X_WIDE ? (float)T::X_WIDE_TOP : T::X_TOP, least = T::X_MANTISSA < 0 ? -top - 1.0f : -top;
     if constexpr (T::STATIC_X) {
       scale = group < T::X_GROUPS ? a.input_scale[group] : 0.0f;
       inverse = scale > 0.0f ? divide(1.0f, scale) : 0.0f;
@@ -150,16 +181,18 @@ LB_DEV void prepare(const Args& a) {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) v[i] *= inverse;
       }
-      store_piece(a, token, c, v);
+      store_levels(a, token, c, group < T::X_WIDE, v);
     }
     if constexpr (T::TOKEN_X) {
       if (me == 0 && group == 0) a.x_scale[token] = scale;
     } else if constexpr (T::GROUP_X) {
-      const int end = group < T::X_GROUPS - 1 ? last / T::FLUSH : T::UNITS_PER_SET * T::FLUSHES;
+      const int end = group < T::X_GROUPS - 1 ? last / T::FLUSH : T::UNITS_PER_SET * T::FLUSHES - HIGH_FLUSHES;
       if (group < T::X_GROUPS)
-        for (int f = first / T::FLUSH + me; f < end; f += X_LANES)
-          a.x_scale[((size_t)(token / T::TILE_M) * T::UNITS_PER_SET * T::FLUSHES + f) * T::SCALE_TOKENS +
-                    token % T::TILE_M] = scale;
+        for (int f = first / T::FLUSH + me; f < end; f += X_LANES) store_scale(a, token, f, scale);
     }
+  }
+  for (int c = PACKED_COLUMNS + threadIdx.x * PIECE; c < HIGH_COLUMNS; c += T::PREPARE_THREADS * PIECE) {
+    float none[PIECE] = {};
+    store_levels(a, token, c, false, none);
   }
 }

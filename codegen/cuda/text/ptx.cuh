@@ -243,6 +243,8 @@ LB_DEV uint32_t pair16(float v) {
 }
 LB_DEV float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 LB_DEV uint32_t float_bits(float v) { return __float_as_uint(v); }
+// 2**23 plus a byte of a word.
+LB_DEV float raised_byte(uint32_t word, int i) { return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7540u + i)); }
 LB_DEV float exponential(float v) { return __expf(v); }
 LB_DEV float fma32(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 LB_DEV float divide(float a, float b) { return __fdiv_rn(a, b); }

@@ -32,9 +32,10 @@ template <int COUNT> LB_DEV void sides_of(float* out, const unsigned char* value
   for (int i = 0; i < COUNT; ++i) out[i] = side_float(held, i);
 }
 
+// The same of zero points, each 2**23 more: so a byte becomes a float in one instruction.
 template <int COUNT> LB_DEV void zeros_of(float* out, const unsigned char* values, int g, int w) {
-  alignas(16) unsigned char held[COUNT];
+  alignas(16) unsigned char held[COUNT < 4 ? 4 : COUNT];
   load_bytes<COUNT>(held, values + g * 8 + w * 2);
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) out[i] = (float)held[i];
+  for (int i = 0; i < COUNT; ++i) out[i] = raised_byte(((const uint32_t*)held)[i / 4], i % 4);
 }

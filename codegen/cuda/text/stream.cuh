@@ -53,10 +53,11 @@ LB_DEV void stream(const Args& a) {
   const auto next = [&](int current) {
     const unsigned char* stage = ring.stage + slot * STAGE;
     ring.wait(slot, parity);
-    const int ahead = current + T::AHEAD * T::GROUPS_OF_WARPS, free = (slot + T::AHEAD) % T::STAGES;
+    const int ahead = current + T::AHEAD * T::GROUPS_OF_WARPS, free = quotient(slot + T::AHEAD, T::STAGES).rest;
     if (ahead < end) {
-      ring.request_weights(a, free, ahead / T::UNITS_PER_SET, ahead % T::UNITS_PER_SET);
-      ring.request_x(a, free, ahead % T::UNITS_PER_SET, block.first_token);
+      const Quotient at = quotient(ahead, T::UNITS_PER_SET);
+      ring.request_weights(a, free, at.whole, at.rest);
+      ring.request_x(a, free, at.rest, block.first_token);
     }
     copies_commit();
     if (++slot == T::STAGES) slot = 0, parity ^= 1;

@@ -39,7 +39,7 @@ def test_what_is_not_served_says_why(fmt: str, why: str) -> None:
 
 @pytest.mark.parametrize(
     ("fmt", "activation", "compute"),
-    [("int8.ch.sym", "int8.token", "int8"), ("int4.g64.sym.perm", "int4.g64.w2", "int8"),
+    [("int8.ch.sym", "int8.token.w32x16", "int8"), ("int4.g64.sym.perm", "int4.g64.w2x16", "int8"),
      ("e3m2.ch", "e4m3.token", "float"), ("e2m1.g16.e4m3.t32", "int8.token.static", "float")],
 )  # fmt: skip
 def test_rounded_activations_are_served(fmt: str, activation: str, compute: str) -> None:
@@ -69,6 +69,16 @@ def test_bytes_meet_warpgroups_on_hopper_only() -> None:
     fp8 = spec_of("e3m2.ch", (8192,), 8192, "bf16", "bf16", activation="e4m3.token")
     assert next(iter(BACKEND.schedules(fp8, HOPPER, 512))).get("fp8", 0)
     assert not any(s.get("fp8", 0) for s in BACKEND.schedules(fp8, AMPERE, 512))
+
+
+def test_groups_smaller_than_a_step_of_bytes() -> None:
+    """They are multiplied in halves, also where activations are FP8."""
+    spec = spec_of("nvfp4", (512,), 1024, "bf16", "bf16", activation="e4m3.token")
+    found = list(BACKEND.schedules(spec, HOPPER, 128))
+    assert found
+    assert not any(s.get("fp8", 0) for s in found)
+    bytes_ = Schedule(64, 128, 128, 8, 3).with_extra(row_warps=8, wgmma=1, bulk=1, resident=1, fp8=1)
+    assert "smaller than a step of 32" in str(BACKEND.illegal(spec, bytes_, HOPPER))
 
 
 def test_specs_that_are_not_supported_say_why() -> None:

@@ -63,6 +63,13 @@ CASES: dict[str, tuple[KernelSpec, Schedule, int]] = {
     "mixed blocks": (spec_of("int4.g64.sym.perm", (100,), 576, "f32", activation="int4.g64.w2"), SOME, 5),
     "ranges": (spec_of("int4.g64.sym.perm", (100,), 576, "f32", activation="int4.g64.w2.asym"), SOME, 5),
     "ranges of tokens": (spec_of("int4.ch.asym", (100,), 581, activation="int4.token.c90.asym"), ONE, 3),
+    "columns of two digits": (spec_of("int4.g64.asym", (100,), 576, activation="int4.g64.w1x16"), SOME, 5),
+    "leading columns": (spec_of("int8.ch.sym", (100,), 200, "f32", activation="int8.token.w32x16"), ONE, 3),
+    "leading columns of one digit": (spec_of("int8.ch.asym", (70, 30), 320, activation="int8.token.w96"), SOME, 3),
+    "numbers and two digits": (spec_of("e3m2.g64", (100,), 320, activation="int8.token.w32x16"), SOME, 5),
+    "padded groups of two digits": (spec_of("int4.g48.sym", (64,), 200, activation="int8.g96.w1x16"), SOME, 3),
+    "all columns of two digits": (spec_of("int4.g64.sym", (64,), 64, activation="int8.g64.w1x16"), ONE, 1),
+    "two digits, warpgroups": (spec_of("int4.g64.sym", (130,), 448, activation="int8.g64.w2x16"), BYTES, 70),
     "static scales": (spec_of("int8.ch.asym", (100,), 200, activation="int8.token.static"), SOME, 3),
     "rounded to numbers": (spec_of("e2m1.g32.e8m0", (100,), 581, activation="e4m3.g32"), SOME, 5),
     "W4A8, warpgroups": (
@@ -73,7 +80,8 @@ CASES: dict[str, tuple[KernelSpec, Schedule, int]] = {
     "W6A8, warpgroups": (spec_of("e3m2.ch", (200,), 576, activation="e4m3.token"), FP8, 70),
     "groups over units, 256 tokens": (spec_of("int4.g128.sym", (200,), 320), replace(WARPGROUPS, tile_m=256), 300),
 }
-HEAVY = ("static scales", "groups over units, 256 tokens")
+HEAVY = ("static scales", "groups over units, 256 tokens", "leading columns of one digit", "numbers and two digits",
+         "padded groups of two digits", "all columns of two digits", "two digits, warpgroups")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in CASES])
@@ -195,7 +203,8 @@ def draw(seed: int) -> tuple[KernelSpec, Schedule, int, int]:
             r.choice((1, 2, 4, 8, 16, 32, 64)), r.choice((64, 128, 256)), r.choice((64, 128)),
             row_warps * r.choice((1, 2, 4)), r.choice((2, 3, 4)),
         ).with_extra(row_warps=row_warps, exact=r.randrange(2), bulk=r.randrange(2), resident=1)  # fmt: skip
-        activation = r.choice(("", "", "int8.token", "int8.g64", "int4.g32.w1", "int4.g96", "e4m3.token", "e5m2.g64"))
+        activation = r.choice(("", "", "int8.token", "int8.g64", "int4.g32.w1", "int4.g96", "e4m3.token", "e5m2.g64",
+                               "int8.g64.w1x16", "int8.token.w32x16"))  # fmt: skip
         if r.random() < 0.3:
             n = r.choice((64, 128, 192))
             schedule = replace(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowbit.codegen.cuda.offline import CudaReport, inspect, loop_of
+from lowbit.codegen.cuda.offline import CudaReport, _functions, inspect, loop_of
 from lowbit.codegen.cuda.toolchain import compile_cubin, find_nvcc, find_tool, nvcc_version
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None or find_tool("cuobjdump") is
 
 QUICK = ("sm_90 int4.g128.sym bf16 m1", "sm_80 int4.g128.sym f16 m1", "sm_90 int4.g128.sym bf16 m128",
          "sm_90 int8.ch.sym int8.token m128", "sm_90 vq.d4.k256 bf16 m8")  # fmt: skip
-ARITHMETIC = {"sm_80 int4.g128.sym f16 m1": 1.25}
+ARITHMETIC = {"sm_80 int4.g128.sym f16 m1": 1.25, "sm_80 int2.g64.asym f16 m1": 1.4,
+              "sm_90 int2.g64.asym f16 m1": 1.4, "sm_90 int2.g64.asym f16 m1 tall": 1.3}  # fmt: skip
 """Integer and float instructions for each weight, everything in the main loop included."""
 
 
@@ -98,6 +99,24 @@ def test_the_main_loop_is_the_one_that_multiplies() -> None:
              (80, "BRA", " 0x40"), (96, "BRA", " 0x0")]  # fmt: skip
     assert [name for _, name, _ in loop_of(lines)] == ["LOP3.LUT", "HMMA.16816", "BRA"]
     assert loop_of(lines[:1]) == []
+
+
+def test_kernels_of_a_file_are_told_apart() -> None:
+    """Each has addresses of its own: the loop of one is not found in another's instructions."""
+    sass = """
+\t\tFunction : lb_prepare
+        /*0000*/                   LDG.E R2, [R4] ;                    /* 0x01 */
+        /*0010*/              @!P0 BRA 0x0 ;                           /* 0x02 */
+\t\tFunction : lb_kernel
+        /*0000*/                   HMMA.16816.F32 R4, R8, R2, RZ ;     /* 0x03 */
+        /*0010*/               @P1 BRA 0x0 ;                           /* 0x04 */
+"""
+    found = _functions(sass)
+    assert {name: [op for _, op, _ in lines] for name, lines in found.items()} == {
+        "lb_prepare": ["LDG.E", "BRA"], "lb_kernel": ["HMMA.16816.F32", "BRA"],
+    }  # fmt: skip
+    assert [op for _, op, _ in loop_of(found["lb_kernel"])] == ["HMMA.16816.F32", "BRA"]
+    assert loop_of(found["lb_prepare"]) == []
 
 
 def test_compiler_errors_are_shown(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_every_code_in_every_place(element: Element, dtype: Type16) -> None:
 
 LIMITS = {("int4", "f16"): 0.75, ("int4", "bf16"): 1.0, ("int2", "f16"): 0.75, ("int2", "bf16"): 0.75,
           ("int8", "f16"): 0.5, ("int8", "bf16"): 1.0, ("int3", "bf16"): 1.5, ("e3m2", "f16"): 1.75,
-          ("e2m1", "f16"): 1.5}  # fmt: skip
+          ("e2m1", "f16"): 1.5, ("e3m2", "bf16"): 3.0, ("e2m3", "bf16"): 2.25, ("e4m3", "bf16"): 2.25}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dtype"), LIMITS)

@@ -12,8 +12,11 @@ from lowbit.codegen.cuda.backend import CudaBackend
 from lowbit.codegen.cuda.vector_plan import VectorPlan
 from lowbit.codegen.cuda.vector_space import illegal_vectors
 from lowbit.codegen.schedule import M_CLASSES, Schedule
+from lowbit.codegen.select import layout_name
 from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.triton.backend import TritonBackend
 from lowbit.compiler.ir.target import Target
+from lowbit.quantizers.formats import parse_format
 
 pytestmark = [pytest.mark.real_kernels]
 
@@ -72,6 +75,9 @@ def test_codebooks_stay_where_they_fit(fmt: str, far: bool) -> None:
 
 def test_what_is_not_served_says_why() -> None:
     assert "float16" in str(BACKEND.supports(spec_of("vq.d4.k256.f32", (64,), 64), HOPPER))
+    assert "bytes with a scale" in str(BACKEND.supports(spec_of("vq.d4.k256.s8", (64,), 64), HOPPER))
+    assert BACKEND.serves(parse_format("vq.d4.k256.s8")) is not None
+    assert layout_name(parse_format("vq.d4.k256.s8"), HOPPER) == TritonBackend.vector_layout  # `triton` serves it
     assert "column norms" in str(BACKEND.supports(spec_of("vq.d4.k256.cn", (64,), 64, "f32", "f32"), HOPPER))
     plan = VectorPlan(spec_of("vq.d6.k64", (96,), 64, "f16"), FAR)
     assert "one piece" in str(illegal_vectors(plan, HOPPER))

@@ -108,6 +108,36 @@ def test_a_run_out_of_time_goes_on_later(
     assert not bench.run_stage(bench.Run(tmp_path, 5), "tune", pytest.fail)
 
 
+def test_a_matrix_is_compared_again_when_more_of_it_is_tuned(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(bench, "_time_ours", lambda run, problem, *rest: timed.append(str(problem)) or [])
+    monkeypatch.setattr(bench, "PEERS", {})
+    names = [f"{FMT}-64x128", "int4.g128.sym-64x128"]
+    run = bench.Run(tmp_path, 1000)
+    for rows, complete in (((1, 0), False), ((1, 0), False), ((2, 1), False), ((2, 1), True)):
+        found = {name: {"rows": [{}] * n} for name, n in zip(names, rows, strict=True)}
+        run.write("tune", {"stage": "tune", "problems": found, "complete": complete})
+        assert bench.run_stage(run, "compare", bench.compare) == complete
+    assert timed == [names[0], *names]
+    assert run.read("compare")["complete"]
+
+
+def test_tuning_leaves_time_for_comparing(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: list[float] = []
+
+    def tuned(jobs: list[Job], target: Target, options: Any, *rest: object) -> list[Outcome]:
+        budgets.append(options.budget)
+        return [outcome(job, complete=False) for job in jobs]
+
+    monkeypatch.setattr(bench, "tune_kernels", tuned)
+    for share in (1.0, bench.SHARE):
+        bench.run_stage(bench.Run(tmp_path, 1000, share=share), "tune", bench.tune)
+    assert 900 < budgets[0] < 1000
+    assert 500 < budgets[1] < 600
+
+
 def test_shortlist_spreads_over_kinds(bench: ModuleType) -> None:
     spec = bench.Problem("int4.g128.sym", 8192, 8192).spec
     chosen = bench.ranked(spec, Target.parse("sm_90"), 1)
@@ -145,13 +175,19 @@ def test_dry_run_needs_no_gpu(tmp_path: Path) -> None:
 def test_summary_of_a_junit_file(tmp_path: Path) -> None:
     xml = tmp_path / "tests.xml"
     xml.write_text(
-        '<testsuites><testsuite tests="2" failures="1" errors="0" skipped="0" time="1.5"><testcase name="a"/>'
+        '<testsuites><testsuite tests="2" failures="1" errors="0" skipped="0" time="1.5">'
+        '<testcase classname="tests.gpu.test_x" name="a[1-b.c]"/>'
         '<testcase name="b"><failure message="wrong&#10;more"/></testcase></testsuite></testsuites>'
     )
     command = [sys.executable, str(BENCH / "junit_summary.py"), str(xml)]
+    stopped = subprocess.run([*command, "124", str(tmp_path / "out.json")], check=False, capture_output=True)
+    assert stopped.returncode == 1
+    assert not (tmp_path / "out.json").exists()
+    assert (tmp_path / "out.passed").read_text() == "tests/gpu/test_x.py::a[1-b.c]\n"
     subprocess.run([*command, "1", str(tmp_path / "out.json")], check=True, capture_output=True)
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["tests"], result["failures"], result["failed"]) == (2, 1, {"b": ["wrong"]})
-    stopped = subprocess.run([*command, "124", str(tmp_path / "none.json")], check=False, capture_output=True)
-    assert stopped.returncode == 1
+    assert result["passed_before"] == 1
+    missing = subprocess.run([sys.executable, command[1], str(tmp_path / "none.xml"), "1", str(tmp_path / "none.json")])
+    assert missing.returncode == 1
     assert not (tmp_path / "none.json").exists()
