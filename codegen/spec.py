@@ -26,6 +26,7 @@ from lowbit.quantizers.formats import (
     parse_format,
 )
 from lowbit.quantizers.qtensor import padded_columns, padded_group
+from lowbit.quantizers.vqtensor import byte_rows
 
 __all__ = ["COMPUTE", "DTYPES", "EPILOGUES", "Compute", "KernelSpec", "rounded_products"]
 
@@ -43,8 +44,24 @@ def rounded_products(fmt: WeightFormat, k: int, layout: Layout, rounding: Activa
     """
     if not rounding.integer or exact_integers(fmt) is None:
         return "float"
+    if isinstance(fmt, VectorFormat):
+        return "int8"
     assert isinstance(fmt, Format)
     return "int8" if layout.container == 8 or (fmt.element.integer and padded_group(fmt, k) >= K_ALIGN) else "float"
+
+
+def _vector_rounding_problem(fmt: VectorFormat, rounding: ActivationFormat, k: int, compute: Compute) -> str | None:
+    """Why activations of a vector format cannot be rounded to `rounding`, or None: its kernels multiply bytes of
+    codebooks with integers that have one scale per token."""
+    if not fmt.scaled:
+        return f"products are of integers, which {fmt.table} codebooks are not"
+    if not rounding.integer or compute != "int8":
+        return f"products are of integers, not of {rounding.element.name} as {compute}"
+    if fmt.norm == "col":
+        return "norms of columns come before the rounding"
+    if rounding.static or rounding.wide or rounding.groups(k) > 1:
+        return "there is one scale per token, found at run time"
+    return None
 
 
 @dataclass(frozen=True)
@@ -96,8 +113,9 @@ class KernelSpec:
             )
         if self.norm_eps < 0 or (self.norm_eps and self.vector):
             raise KernelError("LB0401", f"no kernel of {self.format} weights has a norm of epsilon {self.norm_eps}")
-        if self.activation and self.vector:
-            raise KernelError("LB0416", f"activations of {self.format} weights are not rounded to {self.activation}")
+        if self.vector and (why := self.rounding_problem):
+            text = f"activations of {self.format} weights are not rounded to {self.activation}: {why}"
+            raise KernelError("LB0416", text)
 
     @cached_property
     def weight_format(self) -> WeightFormat:
@@ -130,9 +148,9 @@ class KernelSpec:
             sides += ["input_scale"] * (self.rounding is not None and self.rounding.static)
             sides += ["norm_weight"] * bool(self.norm_eps)
             return (*planes, "scale", *sides)
-        parts = ["index", "book"]
-        parts += ["residual_index", "residual_book"] if v.residual else []
-        parts += ["outlier_index", "outlier_book"] if v.outliers else []
+        books = ["", *(["residual_"] if v.residual else []), *(["outlier_"] if v.outliers else [])]
+        kinds = ("index", "book", "book_scale") if v.scaled else ("index", "book")
+        parts = [f"{book}{kind}" for book in books for kind in kinds]
         parts += ["columns"] if v.ordered else []
         return (*parts, *(["norm_scale", "norm_bias"] if v.norm != "none" else []))
 
@@ -233,11 +251,15 @@ class KernelSpec:
         """Chunks that share an activation scale: group of chunk c = c // span_chunks, but for `lead_blocks`."""
         if self.rounding is None:
             return 1
+        if self.vector:
+            return 2**31 - 1  # all of them, whatever a kernel's chunks are
         return self.span_blocks // self.chunk_blocks or self.chunks
 
     @cached_property
     def rounding_problem(self) -> str | None:
         """Why `int8` products cannot have the groups of `activation` beside those of the weight, or None."""
+        if self.rounding is not None and self.vector:
+            return _vector_rounding_problem(self.vector, self.rounding, self.k, self.compute)
         if self.rounding is None or self.compute != "int8":
             return None
         if self.rounding.wide and self.rounding.wide_bits > 8 and self.parts > 1:
@@ -265,9 +287,12 @@ class KernelSpec:
 
     @property
     def scale_dtype(self) -> str:
-        """Type of packed scales or codebooks: `f16`, `f32`, or in layouts of bytes also `e8m0` and `e4m3`."""
+        """Type of packed scales or codebooks: `f16`, `f32`, or in layouts of bytes also `e8m0` and `e4m3`; `u8` for
+        codebooks of bytes where kernels read them as such."""
         fmt = self.weight_format
         if not isinstance(fmt, Format):
+            if self.vector and self.vector.scaled:
+                return "u8" if byte_rows(self.layout_) else "f32"
             return "f16" if fmt.scale_dtype == torch.float16 else "f32"
         packed = fmt.packed_scale_dtype(self.layout_.side_container)
         return next(name for name, dtype in SCALE_DTYPES.items() if dtype == packed)

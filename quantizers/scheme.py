@@ -219,8 +219,9 @@ PRESETS: dict[str, Scheme] = {
 w6-zeroquant is the FP6 of "ZeroQuant(4+2): Redefining LLMs Quantization with a New FP6-Centric Strategy for Diverse
 Generative Tasks" (Wu et al.): e3m2, one scale per row, rounded to nearest. w6a16-fp6 gives the mantissa a bit more.
 w8a8 is SmoothQuant's, w8a8-int8 LLM.int8()'s with outliers that calibration finds, w4a4 and w4a4kv4 are COMET's FMPQ
-with groups of 64, whose levels cover the range of each group: at the same bits that is worth more than any rewrite. w4a4-atom differs from Atom in that the two groups of kept channels come first and have 4-bit
-weights; w4a4-quarot has no rotation across heads; w4a8-qserve searches no ranges.
+with groups of 64, whose levels here cover the range of each group. w4a4-atom differs from Atom in that the two groups
+of kept channels come first and have 4-bit weights; w4a4-quarot has no rotation across heads; w4a8-qserve searches no
+ranges.
 """
 
 

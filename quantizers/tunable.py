@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.quantizers.codebooks import store_book
 from lowbit.quantizers.qtensor import QTensor
-from lowbit.quantizers.vqtensor import VQTensor, dequantize_with
+from lowbit.quantizers.vqtensor import BOOKS, VQTensor, book_tensors, dequantize_with
 from lowbit.quantizers.weights import QWeight
 
 __all__ = ["Tunable", "TunableScalar", "TunableVectors", "tunable"]
 
 _SCALAR = ("scale", "offset")
-_VECTOR = ("centroids", "residual_centroids", "outlier_centroids", "norm_scale", "norm_bias")
+_VECTOR = (*BOOKS, "norm_scale", "norm_bias")
 
 
 class Tunable(nn.Module):
@@ -30,18 +31,22 @@ class Tunable(nn.Module):
         super().__init__()
         self.dtype = q.fmt.scale_dtype
         for name in names:
-            value: Tensor | None = getattr(q, name)
+            value: Tensor | None = q.book(name) if isinstance(q, VQTensor) and name in BOOKS else getattr(q, name)
             if value is not None:
                 self.register_parameter(name, nn.Parameter(value.detach().float().clone()))
 
     def stored(self) -> dict[str, Tensor]:
         """The side values as they would be stored, differentiable with respect to their masters."""
-        limit = torch.finfo(self.dtype).max
         rounded = {}
         for name, master in self.named_parameters():
-            near = master.detach().clamp(-limit, limit).to(self.dtype).float()
+            near = self._near(name, master.detach())
             rounded[name] = master + (near - master.detach())
         return rounded
+
+    def _near(self, name: str, master: Tensor) -> Tensor:
+        """float32: the value of one parameter nearest to `master` that can be stored."""
+        limit = torch.finfo(self.dtype).max
+        return master.clamp(-limit, limit).to(self.dtype).float()
 
     def weight(self) -> Tensor:
         """float32 [N, K]."""
@@ -52,7 +57,7 @@ class Tunable(nn.Module):
         raise NotImplementedError
 
     def _final(self) -> dict[str, Tensor]:
-        return {name: value.detach().to(self.dtype).contiguous() for name, value in self.stored().items()}
+        return {name: self._near(name, m.detach()).to(self.dtype).contiguous() for name, m in self.named_parameters()}
 
 
 class TunableScalar(Tunable):
@@ -95,8 +100,16 @@ class TunableVectors(Tunable):
         return dequantize_with(self._q, self.stored())
 
     def result(self) -> VQTensor:
-        found: dict[str, Any] = self._final()
+        near = {name: self._near(name, master.detach()) for name, master in self.named_parameters()}
+        books = book_tensors(self._q.fmt, {name: near.pop(name) for name in BOOKS if name in near})
+        norms = {name: value.to(self.dtype).contiguous() for name, value in near.items()}
+        found: dict[str, Any] = books | norms
         return replace(self._q, **found)
+
+    def _near(self, name: str, master: Tensor) -> Tensor:
+        if name in BOOKS and self._q.fmt.scaled:
+            return store_book(self._q.fmt, master)
+        return super()._near(name, master)
 
 
 def tunable(q: QWeight) -> Tunable:

@@ -10,10 +10,16 @@ from torch import Tensor
 
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.layout import Layout
+from lowbit.quantizers.codebooks import to_levels
 from lowbit.quantizers.formats import VectorFormat
 from lowbit.quantizers.qtensor import PackedWeight
 
-__all__ = ["VQTensor", "decode_vectors", "pack_vectors", "unpack_vectors"]
+__all__ = ["BOOKS", "VQTensor", "decode_vectors", "pack_vectors", "unpack_vectors"]
+
+BOOKS = ("centroids", "residual_centroids", "outlier_centroids")
+"""Codebooks of a `VQTensor`; the scale of each is called after it."""
+_ZERO = 128
+"""What packed bytes of codebooks exceed levels by: kernels multiply bytes that are never negative."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +30,8 @@ class VQTensor:
     matrix stands at each place (None: in their own order). indices, residual: int32 [vectors, main columns]; centroids
     [groups, centroids, dim] and residual_centroids [groups, residual, dim]; outlier_indices int32 [outlier vectors,
     outlier columns], outlier_centroids [centroids, dim]. norm_scale, norm_bias: [k] in the matrix's own order, or [n].
-    Float tensors have the format's table type; a tensor is present exactly when the format asks for it.
+    Codebooks have the format's table type, norms a float one; codebooks of bytes have float32 scales `<book>_scale`
+    [groups], or [1] for outliers. A tensor is present exactly when the format asks for it.
     """
 
     fmt: VectorFormat
@@ -39,6 +46,9 @@ class VQTensor:
     perm: Tensor | None = None
     norm_scale: Tensor | None = None
     norm_bias: Tensor | None = None
+    centroids_scale: Tensor | None = None
+    residual_centroids_scale: Tensor | None = None
+    outlier_centroids_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, shape in expected_shapes(self.fmt, self.n, self.k).items():
@@ -46,8 +56,9 @@ class VQTensor:
             got = None if value is None else tuple(value.shape)
             if got != shape:
                 raise FormatError("LB0226", f"{self.fmt} of {self.n}x{self.k} needs {name} {shape}, not {got}")
-            if value is not None and value.is_floating_point() and value.dtype != self.fmt.scale_dtype:
-                raise FormatError("LB0226", f"{self.fmt} needs {name} as {self.fmt.scale_dtype}, not {value.dtype}")
+            dtype = float_type(self.fmt, name)
+            if value is not None and dtype is not None and value.dtype != dtype:
+                raise FormatError("LB0226", f"{self.fmt} needs {name} as {dtype}, not {value.dtype}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,6 +69,14 @@ class VQTensor:
     def bits_per_weight(self) -> float:
         """Stored bits per weight, codebooks and all."""
         return self.fmt.bits_per_weight(self.n, self.k)
+
+    def book(self, name: str) -> Tensor | None:
+        """float32: the values of one of `BOOKS`, where there is one."""
+        value: Tensor | None = getattr(self, name)
+        if value is None or not self.fmt.scaled:
+            return None if value is None else value.float()
+        scale: Tensor = getattr(self, f"{name}_scale")
+        return value.float() * (scale if name == "outlier_centroids" else scale[:, None, None])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The [N, K] matrix of numbers these indices stand for: the oracle every kernel is compared with."""
@@ -70,6 +89,7 @@ def expected_shapes(fmt: VectorFormat, n: int, k: int) -> dict[str, tuple[int, .
     main = (fmt.vectors(n), size * fmt.groups)
     o = fmt.outliers
     norm = {"none": None, "col": (k,), "row": (n,)}[fmt.norm]
+    scale = (fmt.groups,) if fmt.scaled else None
     return {
         "indices": main,
         "centroids": (fmt.groups, fmt.centroids, fmt.dim),
@@ -80,7 +100,31 @@ def expected_shapes(fmt: VectorFormat, n: int, k: int) -> dict[str, tuple[int, .
         "perm": (k,) if fmt.ordered else None,
         "norm_scale": norm,
         "norm_bias": norm,
+        "centroids_scale": scale,
+        "residual_centroids_scale": scale if fmt.residual else None,
+        "outlier_centroids_scale": (1,) if o and fmt.scaled else None,
     }
+
+
+def float_type(fmt: VectorFormat, name: str) -> torch.dtype | None:
+    """Type of a tensor whose values are numbers, None for indices and orders."""
+    if name in BOOKS:
+        return fmt.book_dtype
+    if name.endswith("_centroids_scale") or name == "centroids_scale":
+        return torch.float32
+    return fmt.scale_dtype if name in ("norm_scale", "norm_bias") else None
+
+
+def book_tensors(fmt: VectorFormat, books: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that books (by field name, float values) are stored as: themselves, or levels and scales."""
+    found: dict[str, Tensor] = {}
+    for name, book in books.items():
+        if fmt.scaled:
+            found[name], scale = to_levels(book)
+            found[f"{name}_scale"] = scale.reshape(-1)
+        else:
+            found[name] = book.to(fmt.scale_dtype)
+    return found
 
 
 def decode_vectors(indices: Tensor, book: Tensor, n: int) -> Tensor:
@@ -99,8 +143,8 @@ def dequantize_with(q: VQTensor, tensors: dict[str, Tensor]) -> Tensor:
     """`q` as float32 [N, K] with some of its float tensors (by field name) replaced; differentiable in those."""
 
     def of(name: str) -> Tensor:
-        value: Tensor = tensors[name] if name in tensors else getattr(q, name)
-        return value.float()
+        value = tensors[name] if name in tensors else q.book(name) if name in BOOKS else getattr(q, name)
+        return _need(value).float()
 
     stored = decode_vectors(q.indices, of("centroids"), q.n)
     if q.residual is not None:
@@ -124,20 +168,23 @@ def pack_vectors(tensors: list[VQTensor], layout: Layout) -> PackedWeight:
     [vectors, main columns]; `book` [S, groups, centroids, dim] and `residual_book`; `outlier_index` [vectors, outlier
     columns] and `outlier_book` [S, centroids, dim]; `columns` int32 [k], the matrix column at each stored place;
     `norm_scale`, `norm_bias` float32, in stored order for column norms, rows of all segments for row norms. Books are
-    float16 or float32. Siblings must store their columns in the same order (formats that keep one pack alone).
+    float16 or float32. Those of bytes have a scale `<book>_scale` [S, groups] and become what `pack_book` says.
+    Siblings must store their columns in the same order (formats that keep one pack alone).
     """
     fmt, k = tensors[0].fmt, tensors[0].k
     if any(t.fmt != fmt or t.k != k for t in tensors) or (len(tensors) > 1 and (fmt.ordered or fmt.norm == "col")):
         raise FormatError("LB0223", "matrices packed together must share format, input columns and their order")
     parts = {"index": _pack_index([t.indices for t in tensors], fmt.index_bits, layout)}
-    parts["book"] = _book([t.centroids for t in tensors])
+    parts |= _book("book", [t.centroids for t in tensors], [t.centroids_scale for t in tensors], layout)
     if fmt.residual:
         parts["residual_index"] = _pack_index([_need(t.residual) for t in tensors], fmt.residual_bits, layout)
-        parts["residual_book"] = _book([_need(t.residual_centroids) for t in tensors])
+        scales = [t.residual_centroids_scale for t in tensors]
+        parts |= _book("residual_book", [_need(t.residual_centroids) for t in tensors], scales, layout)
     if fmt.outliers:
         bits = fmt.outliers.centroids.bit_length() - 1
         parts["outlier_index"] = _pack_index([_need(t.outlier_indices) for t in tensors], bits, layout)
-        parts["outlier_book"] = _book([_need(t.outlier_centroids) for t in tensors])
+        scales = [t.outlier_centroids_scale for t in tensors]
+        parts |= _book("outlier_book", [_need(t.outlier_centroids) for t in tensors], scales, layout)
     if fmt.ordered:
         parts["columns"] = _need(tensors[0].perm).to(torch.int32)
     if fmt.norm != "none":
@@ -163,20 +210,23 @@ def unpack_vectors(packed: PackedWeight) -> list[VQTensor]:
         norms: list[Tensor | None] = [None, None]
         if fmt.norm != "none":
             norms = [_unpack_norm(t[name], fmt, perm, slice(row, row + n)) for name in ("norm_scale", "norm_bias")]
-        books = [t[name][i].to(fmt.scale_dtype) if name in t else None for name in ("residual_book", "outlier_book")]
+        books = {field: _unpack_book(packed, name, i) for field, name in zip(BOOKS, _PACKED, strict=True)}
+        scales = {f"{field}_scale": t[f"{name}_scale"][i] for field, name in zip(BOOKS, _PACKED, strict=True)
+                  if f"{name}_scale" in t}  # fmt: skip
         out.append(
             VQTensor(
                 fmt,
                 n,
                 k,
                 main[i],
-                t["book"][i].to(fmt.scale_dtype),
+                _need(books["centroids"]),
                 rest[i],
-                books[0],
+                books["residual_centroids"],
                 first[i],
-                books[1],
+                books["outlier_centroids"],
                 perm,
                 *norms,
+                **scales,
             )
         )
         row += n
@@ -194,10 +244,50 @@ def _need(value: Tensor | None) -> Tensor:
     return value
 
 
-def _book(books: list[Tensor]) -> Tensor:
-    """Codebooks of all segments; bfloat16 is widened (exactly), because kernels read float16 and float32."""
+_PACKED = ("book", "residual_book", "outlier_book")
+"""Operands that hold `BOOKS`."""
+
+
+def byte_rows(layout: Layout) -> bool:
+    """True for layouts whose kernels read codebooks of bytes as they are: those of CPUs."""
+    return layout.row_tile > 1
+
+
+def row_bytes(dim: int) -> int:
+    """Bytes that a packed centroid of bytes takes: 4, 8 or 16."""
+    return 4 if dim <= 4 else 8 if dim <= 8 else 16
+
+
+def _book(name: str, books: list[Tensor], scales: list[Tensor | None], layout: Layout) -> dict[str, Tensor]:
+    """Codebooks of all segments, and their scales; bfloat16 is widened (exactly), because kernels read float16 and
+    float32.
+
+    Of bytes: level + 128 in rows of `row_bytes`, padded with level 0, where layouts are read by bytes; elsewhere
+    float32 values.
+    """
     stacked = torch.stack(books)
-    return stacked.float() if stacked.dtype == torch.bfloat16 else stacked.contiguous()
+    if stacked.dtype != torch.int8:
+        return {name: stacked.float() if stacked.dtype == torch.bfloat16 else stacked.contiguous()}
+    scale = torch.stack([_need(s) for s in scales])
+    dim = stacked.shape[-1]
+    if byte_rows(layout):
+        packed = torch.nn.functional.pad(stacked.to(torch.int16), (0, row_bytes(dim) - dim)) + _ZERO
+        return {name: packed.to(torch.uint8), f"{name}_scale": scale}
+    wide = scale if name == "outlier_book" else scale[:, :, None]
+    return {name: stacked.float() * wide[..., None], f"{name}_scale": scale}
+
+
+def _unpack_book(packed: PackedWeight, name: str, i: int) -> Tensor | None:
+    """The stored codebook of segment `i`; inverse of `_book`."""
+    fmt, t = packed.fmt, packed.tensors
+    assert isinstance(fmt, VectorFormat)
+    if name not in t or not fmt.scaled:
+        return t[name][i].to(fmt.scale_dtype) if name in t else None
+    if byte_rows(packed.layout):
+        dim = fmt.outliers.dim if name == "outlier_book" and fmt.outliers else fmt.dim
+        return (t[name][i][..., :dim].to(torch.int16) - _ZERO).to(torch.int8).contiguous()
+    scale = t[f"{name}_scale"][i].reshape([-1] + [1] * (t[name].ndim - 2))
+    return (t[name][i] / scale).round().to(torch.int8)
 
 
 def _pack_index(indices: list[Tensor], bits: int, layout: Layout) -> Tensor:

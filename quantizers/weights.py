@@ -15,7 +15,7 @@ from lowbit.quantizers.bitstream import pack_bits, unpack_bits
 from lowbit.quantizers.formats import Format, VectorFormat, WeightFormat
 from lowbit.quantizers.qtensor import PackedWeight, QTensor, pack, unpack
 from lowbit.quantizers.scales import largest_level, stored_scale
-from lowbit.quantizers.vqtensor import VQTensor, expected_shapes, pack_vectors, unpack_vectors
+from lowbit.quantizers.vqtensor import BOOKS, VQTensor, expected_shapes, float_type, pack_vectors, unpack_vectors
 
 __all__ = [
     "QWeight",
@@ -56,7 +56,8 @@ def stored(q: QWeight) -> dict[str, Tensor]:
     `weight_shape` int64 [2]. Vector formats:
     `indices` int32 [groups * vectors, words], one dense stream per row of vectors and column group with the residual
     index above the main one, `centroids`, `residual_centroids`, `outlier_indices` int16, `outlier_centroids`, `perm`
-    int16 (16 bits, unsigned), `norm_scale`, `norm_bias`, `weight_shape`.
+    int16 (16 bits, unsigned), `norm_scale`, `norm_bias`, and float32 `centroids_scale`, `residual_centroids_scale` and
+    `outlier_centroids_scale` beside codebooks of bytes, `weight_shape`.
     """
     return _stored_vectors(q) if isinstance(q, VQTensor) else _stored_scalar(q)
 
@@ -83,10 +84,10 @@ def _stored_vectors(q: VQTensor) -> dict[str, Tensor]:
         codes = codes | q.residual.long() << fmt.index_bits
     by_group = torch.cat(list(codes.chunk(fmt.groups, dim=1)))
     tensors = {"indices": pack_bits(by_group, fmt.index_bits + fmt.residual_bits), "centroids": q.centroids}
-    for name in ("residual_centroids", "outlier_indices", "outlier_centroids", "perm", "norm_scale", "norm_bias"):
+    for name in expected_shapes(fmt, *q.shape):
         value: Tensor | None = getattr(q, name)
-        if value is not None:
-            tensors[name] = value.contiguous() if value.is_floating_point() else value.to(torch.int16)
+        if value is not None and name not in (*tensors, "residual"):
+            tensors[name] = value.contiguous() if float_type(fmt, name) else value.to(torch.int16)
     return {**tensors, "weight_shape": torch.tensor(list(q.shape))}
 
 
@@ -100,8 +101,7 @@ def stored_shapes(fmt: WeightFormat, n: int, k: int) -> dict[str, tuple[torch.dt
             if name == "indices":
                 shapes[name] = (torch.int32, (fmt.groups * fmt.vectors(n), _words(size * width)))
             elif shape is not None and name != "residual":
-                whole = name in ("outlier_indices", "perm")
-                shapes[name] = (torch.int16 if whole else fmt.scale_dtype, shape)
+                shapes[name] = (float_type(fmt, name) or torch.int16, shape)
     else:
         assert isinstance(fmt, Format)
         side = fmt.side_shape(n, k)
@@ -166,8 +166,8 @@ def _vectors_from(fmt: VectorFormat, n: int, k: int, tensors: Mapping[str, Tenso
     found: dict[str, Tensor] = {"indices": (codes & (fmt.centroids - 1)).to(torch.int32)}
     if fmt.residual:
         found["residual"] = (codes >> fmt.index_bits).to(torch.int32)
-    for name, (dtype, _) in stored_shapes(fmt, n, k).items():
-        if dtype.is_floating_point:
+    for name in stored_shapes(fmt, n, k):
+        if (dtype := float_type(fmt, name)) is not None:
             found[name] = tensors[name].to(dtype)
     if fmt.outliers:
         found["outlier_indices"] = tensors["outlier_indices"].to(torch.int32) & 0xFFFF
@@ -220,6 +220,10 @@ def _random_vectors(fmt: VectorFormat, n: int, k: int, rng: torch.Generator) -> 
             found[name] = torch.randint(0, limits[name], shape, generator=rng).to(torch.int32)
         elif name == "perm":
             found[name] = torch.randperm(k, generator=rng)
+        elif name in BOOKS and fmt.scaled:
+            found[name] = torch.randint(-128, 128, shape, generator=rng).to(torch.int8)
+        elif float_type(fmt, name) == torch.float32 and fmt.scaled:
+            found[name] = torch.rand(shape, generator=rng) * 0.002 + 1e-4
         else:
             found[name] = (torch.randn(shape, generator=rng) * 0.1 + (name == "norm_scale")).to(fmt.scale_dtype)
     return VQTensor(fmt, n, k, **found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import parse_format
 from lowbit.quantizers.qtensor import column_map, padded_columns
+from lowbit.quantizers.vqtensor import VQTensor
 from lowbit.quantizers.weights import QWeight, pack_weights, random_weight
 
 BACKEND = CppBackend()
@@ -81,8 +82,31 @@ def rounded_activations(spec: KernelSpec, x: torch.Tensor) -> torch.Tensor:
     return values.reshape(x.shape[0], chunks * chunk)[:, where]
 
 
+def rounded_vectors(spec: KernelSpec, x: torch.Tensor, q: VQTensor) -> torch.Tensor:
+    """float64 [M, K]: the same for vector formats, whose chunks are of columns in stored order, and never of two groups
+    or of outliers and others. Column norms are in it."""
+    if spec.rounding is not None:
+        return spec.rounding.apply(x.float()).double()
+    perm = torch.arange(q.k) if q.perm is None else q.perm
+    stored = (x.float() * q.norm_scale.float() if q.fmt.norm == "col" else x.float())[:, perm]
+    outliers, size = q.fmt.partition(q.k)
+    chunk, top, done = min(128, -(-max(size, outliers) // 16) * 16), 127.0 if spec.limbs == 1 else 32639.0, []
+    for part in stored.split([outliers] * bool(outliers) + [size] * q.fmt.groups, 1):
+        for piece in part.split(chunk, 1):
+            step = piece.abs().amax(1, keepdim=True) / torch.tensor(top)
+            done.append(torch.round(piece * (1 / step)).double() * step.double())
+    return torch.cat(done, 1)[:, torch.argsort(perm)]
+
+
 def expected(spec: KernelSpec, x: torch.Tensor, weights: list[QWeight]) -> torch.Tensor:
     """float64 [M, sum(segments)]: products before the epilogue, with the spec's rounding of activations."""
+    if spec.vector and spec.limbs:
+        q = weights[0]
+        ready = rounded_vectors(spec, x, q)
+        if spec.vector.norm != "col":
+            return ready @ torch.cat([w.dequantize() for w in weights]).double().T
+        plain = replace(q, fmt=replace(q.fmt, norm="none"), norm_scale=None, norm_bias=None)
+        return ready @ plain.dequantize().double().T + (x.double() @ q.norm_bias.double())[:, None]
     dense = torch.cat([w.dequantize() for w in weights]).double()
     return (rounded_activations(spec, x) if spec.limbs else x.double()) @ dense.T
 

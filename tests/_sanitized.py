@@ -93,6 +93,11 @@ FAMILIES: dict[str, list[Case]] = {
         Case("vq.d3.k16.rn", "float", (41, 41), 65, 17, rest={"epilogue": EVERY}),
         Case("vq.d8.k65536.o5v3k16.c2.cn.f32", "float", (100,), 45, 4),
         Case("vq.d12.k256", "float", (50, 17), 33, 1),
+        Case("vq.d8.k4096.s8", "int16", (330,), 450, 1),
+        Case("vq.d3.k16.rn.s8", "int8", (41, 41), 65, 17, rest={"epilogue": EVERY}),
+        Case("vq.d6.k16.r16.c4.o9v13k16.cn.s8", "int8", (131,), 333, 4, rest={"x_dtype": "bf16"}),
+        Case("vq.d4.k256.r16.s8", "int8", (133, 140), 477, 33, rest={"activation": "int8.token"}),
+        Case("vq.d5.k256.s8", "float", (97,), 66, 1),
     ],
     "elsewhere": [
         Case("int4.g128.asym", "int8", (257,), 601, 1, "avx2"),
@@ -101,6 +106,8 @@ FAMILIES: dict[str, list[Case]] = {
         Case("vq.d6.k256.o5v4k16.cn", "float", (97,), 66, 4, "avx2"),
         Case("int3.g48.fz", "int16", (33,), 160, 17, "generic"),
         Case("vq.d4.k256", "float", (97,), 66, 17, "generic"),
+        Case("vq.d4.k256.s8", "int16", (97,), 67, 2, "avx2"),
+        Case("vq.d16.k16.r16.s8", "int8", (97,), 67, 17, "generic"),
     ],
 }
 ATTENTION = [("k2v4.kc32.vt32.w64", 80), ("kv8.kc64.vc32.w64", 64), ("k16v4.vt.w64", 64)]
@@ -173,7 +180,7 @@ def wanted(
     spec: KernelSpec, x: torch.Tensor, weights: list[Any], packed: Any, bias: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
     """float64: the definition, epilogue included."""
-    if spec.activation or spec.rotate:
+    if (spec.activation or spec.rotate) and not spec.vector:
         dense = torch.cat([w.dequantize() for w in weights]).double()
         dense = dense if weights[0].perm is None else dense[:, weights[0].perm.long()]
         y = prepare_activations(spec, x, packed).double() @ dense.T

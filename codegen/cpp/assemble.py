@@ -47,7 +47,7 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 
 _FROM = {"f32": "x", "bf16": "from_bf16(x)", "f16": "from_f16(x)"}
 _TO = {"f32": "x", "bf16": "to_bf16(x)", "f16": "to_f16(x)"}
-_SCALES = {"f32": "float", "f16": "uint16_t", "e8m0": "uint8_t", "e4m3": "uint8_t"}
+_SCALES = {"f32": "float", "f16": "uint16_t", "e8m0": "uint8_t", "e4m3": "uint8_t", "u8": "uint8_t"}
 _STORED = {"f32": "float", "bf16": "uint16_t", "f16": "uint16_t"}
 
 
@@ -56,7 +56,8 @@ class Pieces:
     """The parts of a text that depend on the kind of format.
 
     macros: what the headers ask for. headers: files of `text/` after the instruction set's own. constants: numbers by
-    name. types: declarations after the constants, `Args` last. rows: the file with `gather_row`. value: see
+    name. types: declarations after the constants, `Args` last. rows: the files with `gather_row` and, for products of
+    integers, `round_row`. value: see
     `epilogue.put_text`. kernel: tables, tiles, `prepare` and `work`.
     """
 
@@ -64,7 +65,7 @@ class Pieces:
     headers: tuple[str, ...]
     constants: dict[str, int]
     types: str
-    rows: str
+    rows: tuple[str, ...]
     value: str
     kernel: str
 
@@ -94,7 +95,7 @@ def assemble(plan: KernelPlan, arch: str, pieces: Pieces) -> str:
             "namespace {",
             _constants(plan, pieces.constants),
             pieces.types,
-            _text(pieces.rows),
+            *map(_text, pieces.rows),
             _text("activations.h"),
             put_text(plan, pieces.value),
             pieces.kernel,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowbit.codegen.backend import Backend, Launcher, Source
 from lowbit.codegen.cpp.assemble import ISA_FLAGS
+from lowbit.codegen.cpp.bytes_plan import vector_plan
 from lowbit.codegen.cpp.emit import emit_text
 from lowbit.codegen.cpp.launch import load_kernel
 from lowbit.codegen.cpp.plan import Plan
@@ -16,7 +17,6 @@ from lowbit.codegen.cpp.schedules import predict, schedules
 from lowbit.codegen.cpp.space import illegal, space
 from lowbit.codegen.cpp.toolchain import FLAGS, compile_shared, compiler_version, find_compiler
 from lowbit.codegen.cpp.vector_emit import emit_vector_text
-from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.cpp.vector_schedules import vector_predict, vector_schedules
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
@@ -80,12 +80,12 @@ class CppBackend(Backend):
 
     def predict(self, spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> float:
         if spec.vector:
-            return vector_predict(VectorPlan(spec, schedule), target.arch, m)
+            return vector_predict(vector_plan(spec, schedule), target.arch, m)
         return predict(Plan(spec, schedule), target.arch, m)
 
     def emit(self, spec: KernelSpec, schedule: Schedule, target: Target) -> Source:
         if spec.vector:
-            text = emit_vector_text(VectorPlan(spec, schedule), target.arch)
+            text = emit_vector_text(vector_plan(spec, schedule), target.arch)
         else:
             text = emit_text(Plan(spec, schedule), target.arch)
         return Source(text, ".so", (*FLAGS, *ISA_FLAGS[target.arch]))
@@ -100,7 +100,7 @@ class CppBackend(Backend):
         return compiler_version()
 
     def load(self, artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launcher:
-        return load_kernel(artifact, VectorPlan(spec, schedule) if spec.vector else Plan(spec, schedule))
+        return load_kernel(artifact, vector_plan(spec, schedule) if spec.vector else Plan(spec, schedule))
 
 
 def _vector_problem(spec: KernelSpec) -> str | None:

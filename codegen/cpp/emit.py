@@ -33,7 +33,7 @@ def emit_text(plan: Plan, arch: str) -> str:
     text = "\n".join(
         [prepare, form.printer.tables, _word_table(plan), _unit_of(plan), _place(plan), _finish(plan), kernel]
     )
-    return assemble(plan, arch, Pieces(macros, (), _constants(plan), _types(plan), "scalar_rows.h", "{y}", text))
+    return assemble(plan, arch, Pieces(macros, (), _constants(plan), _types(plan), ("scalar_rows.h",), "{y}", text))
 
 
 def _word_table(plan: Plan) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "HalfProducts",
     "InPlaceProducts",
     "IntProducts",
+    "LevelProducts",
     "PairProducts",
     "Products",
     "WordProducts",
@@ -292,6 +293,13 @@ class PairProducts(HalfProducts):
 
     def offset(self, step: int) -> int:
         return 2 * step
+
+
+class LevelProducts(IntProducts):
+    """Products with bytes that are decoded before: what is left of `IntProducts` without a scalar format."""
+
+    def __init__(self) -> None:
+        self.printer = Printer("bytes")
 
 
 class CentroidProducts(FloatProducts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
+from lowbit.codegen.cpp.bytes_plan import BytesPlan, vector_plan
 from lowbit.codegen.cpp.plan import PANEL, Plan, word_table
 from lowbit.codegen.cpp.schedules import MACHINES, schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
@@ -30,7 +31,7 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
     tokens = m_class(m)
     if spec.vector:
         yield from vector_schedules(spec, arch, m)
-        yield from _vector_space(tokens)
+        yield from _vector_space(tokens, (8,) if spec.limbs else (1, 2, 4, 8))
         return
     yield from schedules(spec, arch, m)
     words = (0, 1) if spec.limbs == 2 else (0,)
@@ -60,9 +61,9 @@ def _buffered(spec: KernelSpec, tokens: int, words: int) -> Iterator[Schedule]:
             yield found.with_extra(words=1) if words else found
 
 
-def _vector_space(tokens: int) -> Iterator[Schedule]:
+def _vector_space(tokens: int, passes: tuple[int, ...]) -> Iterator[Schedule]:
     if tokens <= _MOST_DIRECT:
-        for height, vectors in product([h for h in (1, 2, 4, 8) if h <= tokens], (1, 2, 4, 8)):
+        for height, vectors in product([h for h in (1, 2, 4, 8) if h <= tokens], passes):
             yield Schedule(height, PANEL).with_extra(vectors=vectors)
     if tokens >= _LEAST_BUFFERED:
         for height, panels, block in product((2, 4, 6, 8), (1, 2, 3, 4), (96, 192, 384)):
@@ -75,7 +76,7 @@ def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:
     if "silu_mul" in spec.epilogue and not spec.vector and schedule.tile_n % (2 * PANEL):
         return f"gate and up rows go in pairs of panels, and {schedule.tile_n} rows are no whole pairs"
     try:
-        plan = VectorPlan(spec, schedule) if spec.vector else Plan(spec, schedule)
+        plan: Plan | VectorPlan = vector_plan(spec, schedule) if spec.vector else Plan(spec, schedule)
     except KernelError as e:
         return e.message
     if schedule.tile_n % PANEL:
@@ -92,6 +93,8 @@ def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:
 
 def _sums(plan: Plan | VectorPlan) -> int:
     """Running sums of one register tile."""
+    if isinstance(plan, BytesPlan):
+        return plan.tile_m * (plan.np if plan.buffered else 4 * plan.digits)
     if isinstance(plan, VectorPlan):
         wide = max((part.lanes for part in plan.parts), default=16) / 16
         return int(plan.tile_m * (plan.np if plan.buffered else max(1, plan.vectors * wide)))

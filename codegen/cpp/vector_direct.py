@@ -14,20 +14,24 @@ from lowbit.codegen.cpp.vector_lookup import (
 )
 from lowbit.codegen.cpp.vector_plan import TILE, Part, VectorPlan
 
-__all__ = ["vector_direct_text"]
+__all__ = ["unit_texts", "vector_direct_text"]
 
 
 def vector_direct_text(plan: VectorPlan) -> str:
     """Lookups of each part and height, units, and `work`, which runs one thread's share."""
     texts = [first_tiles(part) for part in plan.parts]
     texts += [_lookups(plan, part, height) for part in plan.parts for height in plan.heights]
-    texts += [_unit(plan, height) for height in plan.heights]
-    return "\n".join([*texts, _work(plan)])
+    return "\n".join([*texts, *unit_texts(plan)])
+
+
+def unit_texts(plan: VectorPlan) -> list[str]:
+    """Units of every height, which call `<part>_<height>(a, segment, v, t, y)`, and `work`."""
+    return [*(_unit(plan, height) for height in plan.heights), _work(plan)]
 
 
 def _lookups(plan: VectorPlan, part: Part, height: int) -> str:
     """Adds `vectors` vectors from `v` on of one segment, over all columns of the part, to the sums at `y`."""
-    many, lanes = min(plan.vectors, part.batch), part.lanes
+    many, lanes = plan.many(part), part.lanes
     cells = [(v, m) for v in range(many) for m in range(height)]
     lines = [
         f"static void {part.name}_{height}(const Args& a, int64_t segment, int64_t v, int64_t t, float* y) {{",
@@ -73,7 +77,7 @@ def _unit(plan: VectorPlan, height: int) -> str:
     for i in range(plan.pair):
         segment = "1" if i else "p.segment"
         for part in plan.parts:
-            many = min(plan.vectors, part.batch)
+            many = plan.many(part)
             lines += [
                 "{",
                 f"const int64_t segment = {segment}, first = p.unit * {part.per_unit};",

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from lowbit.codegen.cpp.assemble import Pieces, assemble
+from lowbit.codegen.cpp.bytes_panels import bytes_panels_text
+from lowbit.codegen.cpp.bytes_plan import BytesPlan
+from lowbit.codegen.cpp.bytes_steps import bytes_direct_text
+from lowbit.codegen.cpp.rounding import rounding_macros, rounding_types
 from lowbit.codegen.cpp.sides import indent
 from lowbit.codegen.cpp.vector_buffered import vector_buffered_text
 from lowbit.codegen.cpp.vector_direct import vector_direct_text
 from lowbit.codegen.cpp.vector_lookup import book_functions
-from lowbit.codegen.cpp.vector_plan import VectorPlan
+from lowbit.codegen.cpp.vector_plan import Book, VectorPlan
 
 __all__ = ["emit_vector_text"]
 
+_ACTIVATIONS = [
+    "int8_t* xq;  // activations, [chunk][token][digit][column]",
+    "float* xs;  // their scales, [chunk][token]",
+    "int32_t* xi;  // what an accumulator starts from, [chunk][token]",
+    "float* xo;  // sums of activations, [chunk][token]",
+]
+_ACTIVATIONS_AT = [
+    "xq = (int8_t*)tokens;",
+    "xs = (float*)(tokens + kChunks * m * kTokenStride);",
+    "xi = (int32_t*)(xs + kChunks * m);",
+    "xo = (float*)(xi + kChunks * m);",
+    "shift = xo + kChunks * m;",
+]
 _VALUE = {
     "none": "{y}",
     "col": "({y} + a.shift[t])",
@@ -21,16 +38,35 @@ _VALUE = {
 def emit_vector_text(plan: VectorPlan, arch: str) -> str:
     """The whole source of one kernel for instruction set `arch`."""
     norm = plan.fmt.norm
-    macros = {"LB_CODE_TOP": 255, "LB_LIMBS": 0, "LB_PAIRS": 0, "LB_NORM": ("none", "col", "row").index(norm)}
-    lanes = "lanes_x86.h" if arch.startswith("avx") else "lanes_generic.h"
-    kernel = vector_buffered_text(plan) if plan.buffered else vector_direct_text(plan)
-    text = "\n".join([book_functions(plan), _prepare(plan), _place(plan), kernel])
-    pieces = Pieces(macros, (lanes,), _constants(plan), _types(plan), "vector_rows.h", _VALUE[norm], text)
+    macros = {"LB_CODE_TOP": 255, "LB_LIMBS": plan.spec.limbs, "LB_PAIRS": 0, "LB_VECTORS": 1}
+    headers: tuple[str, ...]
+    rows: tuple[str, ...]
+    macros["LB_NORM"] = ("none", "col", "row").index(norm)
+    if isinstance(plan, BytesPlan):
+        headers = (_by_arch(arch, "bytes_avx512.h", "bytes_avx2.h", "bytes_generic.h"), "vector_bytes.h")
+        rows = ("scalar_rows.h", "vector_rows.h")
+        macros |= {"LB_ZERO": 0, "LB_WORDS": 0, **rounding_macros(plan.spec)}
+        kernel = bytes_panels_text(plan) if plan.buffered else bytes_direct_text(plan)
+        text = "\n".join([_prepare(plan), _place(plan), kernel])
+    else:
+        headers, rows = (_by_arch(arch, "lanes_x86.h", "lanes_x86.h", "lanes_generic.h"),), ("vector_rows.h",)
+        kernel = vector_buffered_text(plan) if plan.buffered else vector_direct_text(plan)
+        text = "\n".join([book_functions(plan), _prepare(plan), _place(plan), kernel])
+    pieces = Pieces(macros, headers, _constants(plan), _types(plan), rows, _VALUE[norm], text)
     return assemble(plan, arch, pieces)
 
 
+def _by_arch(arch: str, avx512: str, avx2: str, other: str) -> str:
+    return avx512 if arch.startswith("avx512") else avx2 if arch.startswith("avx2") else other
+
+
 def _constants(plan: VectorPlan) -> dict[str, int]:
+    bias = plan.spec.integer_levels.bias if plan.spec.integer_levels else 0
     return {
+        # As if every chunk had one scale group, and no chunk two rounds.
+        "kParts": 1,
+        "kDoubleChunks": 0,
+        "kBias": bias,
         "kChunkCols": plan.chunk_cols,
         "kChunks": plan.chunks,
         "kChunkRows": plan.chunks,
@@ -41,13 +77,13 @@ def _constants(plan: VectorPlan) -> dict[str, int]:
 
 
 def _types(plan: VectorPlan) -> str:
-    names = plan.spec.operands
-    lines = ["struct Args : Call {"]
+    names, integer = plan.spec.operands, isinstance(plan, BytesPlan)
+    lines = ["[[maybe_unused]] constexpr float kLevelUnit = 1.0f;", "struct Args : Call {"]
     for name in names:
         lines.append(f"const {_operand_type(plan, name)}* {name};")
     lines += [f"float* wide_{b.name};" for b in plan.books if b.wide]
+    lines += _ACTIVATIONS if integer else ["float* xq;  // activations, [chunk][token][column]"]
     lines += [
-        "float* xq;  // activations, [chunk][token][column]",
         "float* shift;  // what norms add, [token]",
         "void bind(const void* const* weight, uint8_t* shared, uint8_t* tokens) {",
         *(f"{name} = (const {_operand_type(plan, name)}*)weight[{i}];" for i, name in enumerate(names)),
@@ -57,7 +93,10 @@ def _types(plan: VectorPlan) -> str:
         if book.wide:
             lines.append(f"wide_{book.name} = (float*)(shared + {at});")
             at += book.wide_bytes
-    lines += ["xq = (float*)tokens;", "shift = xq + kChunks * m * kTokenStride;", "}", "};"]
+    lines += _ACTIVATIONS_AT if integer else ["xq = (float*)tokens;", "shift = xq + kChunks * m * kTokenStride;"]
+    lines += ["}", "};"]
+    if integer:
+        return indent([*lines, *rounding_types(plan.spec), *_chunk_functions(plan)])
     column = "a.columns[i]" if plan.fmt.ordered else "i"
     lines += [f"LB_INLINE int64_t stored_column(const Args&{' a' if plan.fmt.ordered else ''}, int64_t i) {{"]
     lines += [f"return {column};", "}"]
@@ -95,10 +134,17 @@ def _prepare(plan: VectorPlan) -> str:
             n = book.count * book.size
             lines += [
                 f"for (int64_t i = int64_t({n}) * part / parts; i < int64_t({n}) * (part + 1) / parts; ++i) {{",
-                f"store(a.wide_{book.name} + i * {book.lanes}, stored_{book.name}(a.{book.name} + i * {book.dim}));",
+                f"store(a.wide_{book.name} + i * {book.lanes}, {_widened(book)});",
                 "}",
             ]
     return indent([*lines, "}"])
+
+
+def _widened(book: Book) -> str:
+    """Centroid `i` as floats."""
+    stored = f"stored_{book.name}(a.{book.name} + i * {book.stored_row})"
+    scale = f"set{book.lanes}(a.{book.name}_scale[i / {book.size}])"
+    return f"fma_({stored}, {scale}, zero{book.lanes}())" if book.item_bytes == 1 else stored
 
 
 def _place(plan: VectorPlan) -> str:

@@ -26,7 +26,14 @@ def book_functions(plan: VectorPlan) -> str:
 def _book(book: Book) -> str:
     lanes = book.lanes
     lines = [f"LB_INLINE F{lanes} stored_{book.name}(const ST* p) {{"]
-    if book.dim == lanes:
+    if book.item_bytes == 1:
+        lines += [
+            f"float room[{lanes}];",
+            f"for (int i = 0; i < {lanes}; ++i) room[i] = float(int(p[i]) - 128);",
+            f"return load{lanes}(room);",
+            "}",
+        ]
+    elif book.dim == lanes:
         lines += [f"return load{lanes}(p);", "}"]
     else:
         # Reading a whole vector could leave the codebook.

@@ -51,7 +51,12 @@ class Book:
     @property
     def row_bytes(self) -> int:
         """Bytes from one centroid to the next where lookups read them."""
-        return self.lanes * 4 if self.wide else self.dim * self.item_bytes
+        return self.lanes * 4 if self.wide else self.stored_row * self.item_bytes
+
+    @property
+    def stored_row(self) -> int:
+        """Elements from one centroid to the next in the operand: bytes are padded to whole vectors."""
+        return self.lanes if self.item_bytes == 1 else self.dim
 
     @property
     def wide_bytes(self) -> int:
@@ -118,6 +123,10 @@ class VectorPlan(KernelPlan):
     def pair(self) -> int:
         """Segments that a unit of work reads: gate and up, or one."""
         return 2 if self.silu else 1
+
+    def many(self, part: Part) -> int:
+        """Vectors of `part` that one pass of a direct kernel takes."""
+        return min(self.vectors, part.batch)
 
     @cached_property
     def unit_rows(self) -> int:
@@ -238,6 +247,9 @@ def _lanes(dim: int) -> int:
 
 def _book(spec: KernelSpec, name: str, index: str, size: int, dim: int, groups: int) -> Book:
     lanes, count = _lanes(dim), len(spec.segments) * groups
+    if spec.scale_dtype == "u8":
+        # Bytes are multiplied as such, or widened for products of floats.
+        return Book(name, index, size, dim, count, lanes, not spec.limbs, 1)
     # float32 books of whole vectors are read as they are; wide copies must pay for themselves within a call.
     stored = spec.scale_dtype == "f32" and dim == lanes
     small = size * lanes * 4 <= _WIDE_BYTES and count * size * 8 <= sum(spec.segments) // dim * spec.k

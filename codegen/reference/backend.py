@@ -19,7 +19,7 @@ from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import Format, VectorFormat
 from lowbit.quantizers.hadamard import rotate
 from lowbit.quantizers.qtensor import PackedWeight, column_map, full_scales, padded_columns
-from lowbit.quantizers.vqtensor import VQTensor, unpack_vectors
+from lowbit.quantizers.vqtensor import BOOKS, VQTensor, unpack_vectors
 
 __all__ = ["ReferenceBackend", "decode_stored", "decode_weight", "finish", "prepare_activations", "run_reference"]
 
@@ -71,15 +71,17 @@ def _decode_vectors(q: VQTensor) -> torch.Tensor:
         program: Program, dim: int, books: dict[str, torch.Tensor], indices: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         at = group if "book" in books else torch.tensor(0)
-        table = {**TORCH, "gather": lambda index, lane, book: books[book].float()[at, index.long(), lane]}
+        table = {**TORCH, "gather": lambda index, lane, book: books[book][at, index.long(), lane]}
         return program.run(table, {"lane": rows % dim, **{name: i[rows[:, 0] // dim] for name, i in indices.items()}})
 
-    books, indices = {"book": q.centroids}, {"index": q.indices}
-    if q.residual is not None and q.residual_centroids is not None:
-        books["residual_book"], indices["residual_index"] = q.residual_centroids, q.residual
+    main, rest, outlier = (q.book(name) for name in BOOKS)
+    assert main is not None
+    books, indices = {"book": main}, {"index": q.indices}
+    if q.residual is not None and rest is not None:
+        books["residual_book"], indices["residual_index"] = rest, q.residual
     dense = run(vector_program(q.fmt), q.fmt.dim, books, indices)
-    if q.fmt.outliers and q.outlier_indices is not None and q.outlier_centroids is not None:
-        books = {"outlier_book": q.outlier_centroids[None]}
+    if q.fmt.outliers and q.outlier_indices is not None and outlier is not None:
+        books = {"outlier_book": outlier[None]}
         first = run(outlier_program(), q.fmt.outliers.dim, books, {"index": q.outlier_indices})
         dense = torch.cat([first, dense], dim=1)
     if q.perm is not None:

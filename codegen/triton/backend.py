@@ -121,6 +121,8 @@ def _vector_limits(spec: KernelSpec) -> str | None:
     """Why a vector format's operands cannot be addressed with 32 bits, or None."""
     fmt = spec.vector
     assert fmt is not None
+    if spec.compute != "float" or spec.activation:
+        return "activations of vector formats are not rounded"
     outliers, size = fmt.partition(spec.k)
     indices = max(spec.rows * size * fmt.groups, sum(spec.segments) * outliers)
     if indices >= 2**31:

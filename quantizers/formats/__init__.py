@@ -169,6 +169,8 @@ def _unknown(text: str, why: str) -> FormatError:
 
 def exact_integers(fmt: WeightFormat) -> IntegerLevels | None:
     """The integers whose products give those of `fmt` exactly, scales aside; None where only floats do."""
+    if isinstance(fmt, VectorFormat):
+        return fmt.integer_levels
     if not isinstance(fmt, Format) or (fmt.zero and not fmt.element.integer):
         return None
     return fmt.element.integer_levels
@@ -185,7 +187,17 @@ def catalog() -> Iterator[Format]:
 
 def vector_catalog() -> Iterator[VectorFormat]:
     """Vector formats from about one to four bits: what tables show."""
-    for text in ("d8.k256", "d4.k256", "d8.k256.r256", "d8.k65536", "d4.k256.r16", "d2.k64", "d4.k4096", "d2.k256"):
+    for text in (
+        "d8.k256",
+        "d4.k256",
+        "d8.k256.r256",
+        "d8.k65536",
+        "d4.k256.r16",
+        "d2.k64",
+        "d4.k4096",
+        "d2.k256",
+        "d8.k4096.s8",
+    ):
         fmt = parse_format(f"vq.{text}")
         assert isinstance(fmt, VectorFormat)
         yield fmt

@@ -7,7 +7,8 @@ Vector Post-Training Quantization for Large Language Models" (Liu et al.).
 
 Text form: `vq.d8.k4096`, then any of `r256` (residual centroids), `c4` (column groups), `o16v4k4096` or `o2pv4k4096`
 (16 columns, or 2 percent of them, as outliers with vectors of 4 and 4096 centroids), `cn` or `rn` (scale and bias per
-input column, or per output row), and the codebooks' type.
+input column, or per output row), and the codebooks' type: a float, or `s8`, signed bytes that one float32 scale for
+each codebook (of each column group) turns into values. Products of those are sums of integers.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ import torch
 
 from lowbit.compiler.errors import FormatError
 from lowbit.quantizers.formats.base import WIDE_DTYPES, WeightFormat
+from lowbit.quantizers.formats.scaled import IntegerLevels
 
 __all__ = ["Outliers", "VectorFormat"]
 
 _MAX_DIM, _MAX_CENTROIDS = 16, 2**16
+_BOOKS = {**WIDE_DTYPES, "s8": torch.int8}
+"""Types of codebooks."""
+_BYTE_LEVELS = IntegerLevels(tuple(range(-128, 128)), 0)
+"""The integers of `s8` codebooks."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class VectorFormat(WeightFormat):
     """`dim`-dimensional vectors along the output features, one of `centroids` each; see the module's docstring.
 
     groups: column groups with own codebooks. norm: `col` (value * scale[column] + bias[column]), `row`, or `none`.
-    table: type of codebooks and norms.
+    table: type of codebooks and norms; norms beside codebooks of bytes (`s8`) are float16.
     """
 
     dim: int
@@ -69,8 +75,8 @@ class VectorFormat(WeightFormat):
                 raise FormatError("LB0215", f"{name}{size}: a codebook has a power of two of centroids, 2 to 65536")
         if self.groups < 1:
             raise FormatError("LB0215", f"column groups must be positive, not {self.groups}")
-        if self.table not in WIDE_DTYPES:
-            raise FormatError("LB0211", f"unknown codebook type {self.table!r}", hint="use f16, bf16 or f32")
+        if self.table not in _BOOKS:
+            raise FormatError("LB0211", f"unknown codebook type {self.table!r}", hint="use " + ", ".join(_BOOKS))
 
     def __str__(self) -> str:
         parts = [f"vq.d{self.dim}.k{self.centroids}"]
@@ -83,7 +89,23 @@ class VectorFormat(WeightFormat):
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        return WIDE_DTYPES[self.table]
+        """torch dtype of norms, and of codebooks that are not bytes."""
+        return WIDE_DTYPES.get(self.table, torch.float16)
+
+    @property
+    def book_dtype(self) -> torch.dtype:
+        """torch dtype of stored codebooks."""
+        return _BOOKS[self.table]
+
+    @property
+    def scaled(self) -> bool:
+        """True when every codebook has a scale: its elements are bytes."""
+        return self.table == "s8"
+
+    @property
+    def integer_levels(self) -> IntegerLevels | None:
+        """What elements of codebooks are, scales aside, where they are integers."""
+        return _BYTE_LEVELS if self.scaled else None
 
     @property
     def index_bits(self) -> int:
@@ -137,14 +159,14 @@ class VectorFormat(WeightFormat):
     def bits_per_weight(self, n: int, k: int) -> float:
         """Bits on disk: index rows padded to 32-bit words, 16-bit outlier indices, codebooks, norms, permutation."""
         outliers, size = self.partition(k)
-        width = 8 * self.scale_dtype.itemsize
+        width, scale = 8 * self.book_dtype.itemsize, 32 * self.scaled
         bits = self.groups * self.vectors(n) * math.ceil(size * (self.index_bits + self.residual_bits) / 32) * 32
-        bits += self.groups * self.dim * (self.centroids + self.residual) * width
+        bits += self.groups * (self.dim * (self.centroids + self.residual) * width + scale * (1 + bool(self.residual)))
         if self.outliers:
             bits += math.ceil(n / self.outliers.dim) * outliers * 16
-            bits += self.outliers.dim * self.outliers.centroids * width
+            bits += self.outliers.dim * self.outliers.centroids * width + scale
         bits += 16 * k if self.ordered else 0
-        bits += {"none": 0, "col": 2 * k, "row": 2 * n}[self.norm] * width
+        bits += {"none": 0, "col": 2 * k, "row": 2 * n}[self.norm] * 8 * self.scale_dtype.itemsize
         return bits / (n * k)
 
     @staticmethod
@@ -169,7 +191,7 @@ def _field(text: str, part: str) -> dict[str, object]:
         return {"outliers": Outliers(int(m[3]), int(m[4]), **amount)}
     if part in ("cn", "rn"):
         return {"norm": "col" if part == "cn" else "row"}
-    if part in WIDE_DTYPES:
+    if part in _BOOKS:
         return {"table": part}
     raise _unknown(text, f"{part!r} is no part of a vector format")
 

@@ -29,6 +29,7 @@ FORMATS = [
     "vq.d4.k16.rn.f32",
     "vq.d5.k16.r8.c2.o2v4k16.rn",
     "vq.d3.k16.c2.o2v4k16.cn",
+    "vq.d4.k16.r8.c2.o2v4k16.s8",
 ]
 QUICK = {"iterations": 5, "restarts": 1, "refit": 2}
 

@@ -4,6 +4,9 @@ static void load_tokens(const Args& a, const XT* x, int64_t t0, int64_t t1, floa
     gather_row(a, x + t * kK, t, row);
 #if LB_LIMBS
     round_row(a, row, t);
+#if LB_VECTORS
+    sum_rounded(a, t);
+#endif
 #endif
     for (int64_t c = 0; c < kChunkRows; ++c) {
       [[maybe_unused]] const int64_t at = c * a.m + t, from_chunk = c < kChunks ? c : c - kChunks;

@@ -75,6 +75,7 @@ LB_INLINE void round_floats(const Args& a, float* x) {
 }
 #endif
 
+#if !LB_VECTORS
 // value(column in stored order) of every column -> packed column order, zeros in padding.
 template <typename T> LB_INLINE void spread(float* row, T value) {
   for (int64_t g = 0; g < kGroups; ++g) {
@@ -128,6 +129,7 @@ LB_INLINE void gather_row([[maybe_unused]] const Args& a, const XT* x, int64_t, 
   spread(row, value);
 #endif
 }
+#endif
 
 #if LB_LIMBS
 #if LB_WORDS

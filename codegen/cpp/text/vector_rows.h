@@ -29,3 +29,13 @@ LB_INLINE void gather_row(const Args& a, const XT* x, int64_t t, float* row) {
   a.shift[t] = rest;
 #endif
 }
+#if LB_LIMBS
+// Norms of rows add the sum of what is multiplied: of the rounded activations.
+LB_INLINE void sum_rounded([[maybe_unused]] const Args& a, [[maybe_unused]] int64_t t) {
+#if LB_NORM == 2
+  float sum = 0.0f;
+  for (int64_t c = 0; c < kChunks; ++c) sum += a.xo[c * a.m + t];
+  a.shift[t] = sum;
+#endif
+}
+#endif

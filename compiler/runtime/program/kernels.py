@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from lowbit.codegen.cpp.bytes_plan import vector_plan
 from lowbit.codegen.cpp.launch import load_openmp
 from lowbit.codegen.cpp.plan import KernelPlan, Plan
-from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.schedule import M_CLASSES
 from lowbit.compiler.errors import RunError
 from lowbit.compiler.runtime.build import BuiltKernel
@@ -69,4 +69,4 @@ def _plan(built: BuiltKernel) -> KernelPlan:
             hint="install g++ (see `quantize doctor`), or use mode='modules'",
         )
     spec = replace(built.spec, x_dtype="f32", out_dtype="f32")
-    return VectorPlan(spec, built.schedule) if spec.vector else Plan(spec, built.schedule)
+    return vector_plan(spec, built.schedule) if spec.vector else Plan(spec, built.schedule)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.quantizers.formats import VectorFormat
 from lowbit.quantizers.methods.factor import Prepared
 from lowbit.quantizers.methods.vptq.problem import Part, Problem, Solution
-from lowbit.quantizers.vqtensor import VQTensor
+from lowbit.quantizers.vqtensor import VQTensor, book_tensors
 
 __all__ = ["Norm", "make_norm", "make_parts", "make_problem", "to_vqtensor"]
 
@@ -99,20 +99,20 @@ def to_vqtensor(solution: Solution, fmt: VectorFormat, order: Tensor, n: int, no
             stacked = natural
         return stacked.T.contiguous().to(torch.int32)
 
-    def book(stage: int) -> Tensor:
-        return torch.stack([b[stage] for b in books]).to(fmt.scale_dtype)
-
+    found = {"centroids": torch.stack([b[0] for b in books])}
+    if fmt.residual:
+        found["residual_centroids"] = torch.stack([b[1] for b in books])
+    if outliers:
+        found["outlier_centroids"] = solution.parts[0].books[0]
     return VQTensor(
         fmt,
         n,
         len(order),
         index(0),
-        book(0),
         residual=index(1) if fmt.residual else None,
-        residual_centroids=book(1) if fmt.residual else None,
         outlier_indices=outliers[0].T.contiguous().to(torch.int32) if outliers else None,
-        outlier_centroids=solution.parts[0].books[0].to(fmt.scale_dtype) if outliers else None,
         perm=perm,
         norm_scale=norm.scale if norm else None,
         norm_bias=norm.bias if norm else None,
+        **book_tensors(fmt, found),
     )

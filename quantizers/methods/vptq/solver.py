@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.compiler.errors import RunError
+from lowbit.quantizers.codebooks import store_book
 from lowbit.quantizers.formats import VectorFormat
 from lowbit.quantizers.methods.factor import Prepared
 from lowbit.quantizers.methods.vptq.kmeans import kmeans
@@ -97,8 +98,8 @@ class Solver:
         """The damped objective."""
         return self.problem.loss(solution.decode(*self.problem.target.shape))
 
-    def _store(self, book: Tensor) -> Tensor:
-        return book.to(self._fmt.scale_dtype).float()
+    def _store(self, book: Tensor, use: Tensor | None = None) -> Tensor:
+        return store_book(self._fmt, book, use)
 
     def _column_cost(self) -> Tensor:
         """What the squared error of every column counts in k-means: [K] in processing order, mean one."""
@@ -125,7 +126,8 @@ class Solver:
             start = part.books[stage] if part.books else None
             count = _RESTART_ITERATIONS if part.books else s.iterations
             found = kmeans(x, weight, size, count, s.tolerance, s.seed + stage, start)
-            books.append(self._store(found.book))
+            used = torch.bincount(found.index, weight.mean(1), size)[:, None]
+            books.append(self._store(found.book, used))
             x = x - books[-1][found.index]
         return replace(part, books=tuple(books))
 

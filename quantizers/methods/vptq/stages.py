@@ -107,10 +107,11 @@ def descend(problem: Problem, solution: Solution, block: int, beam: int, sweeps:
     return Solution(parts, tuple(indices)) if found_loss <= before else solution
 
 
-def fit_books(problem: Problem, solution: Solution, steps: int, store: Callable[[Tensor], Tensor]) -> Solution:
+def fit_books(problem: Problem, solution: Solution, steps: int, store: Callable[[Tensor, Tensor], Tensor]) -> Solution:
     """Books that lower the objective for fixed indices, by preconditioned conjugate gradients on its normal equations.
 
-    store: rounds a book to the values that can be stored; the books found are kept when they are better after that.
+    store: rounds a book to the values that can be stored, given what an error of each element counts by itself; the
+    books found are kept when they are better after that.
     """
     k, p = problem.target.shape
     old = [part.books for part in solution.parts]
@@ -118,7 +119,8 @@ def fit_books(problem: Problem, solution: Solution, steps: int, store: Callable[
     before = problem.loss(current)
     weight = problem.hessian.diagonal()[:, None].expand(k, p)
     weight = weight if problem.rows is None else weight * problem.rows
-    scale = [x.reciprocal().nan_to_num_(posinf=0.0) for x in _gather(solution, weight)]
+    use = _gather(solution, weight)
+    scale = [x.reciprocal().nan_to_num_(posinf=0.0) for x in use]
 
     def pull(delta: Tensor) -> list[Tensor]:
         out = problem.hessian @ delta
@@ -139,7 +141,7 @@ def fit_books(problem: Problem, solution: Solution, steps: int, store: Callable[
         ready = [r * s for r, s in zip(rest, scale, strict=True)]
         before_size, size = size, _dot(rest, ready)
         direction = [r + size / before_size * d for r, d in zip(ready, direction, strict=True)]
-    fitted = solution.with_books(_nest(old, [store(x.float()) for x in found]))
+    fitted = solution.with_books(_nest(old, [store(x.float(), u) for x, u in zip(found, use, strict=True)]))
     return fitted if problem.loss(fitted.decode(k, p)) < before else solution
 
 

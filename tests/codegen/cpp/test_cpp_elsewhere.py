@@ -9,9 +9,9 @@ import torch
 from _cpp import BACKEND, error, expected, spec_of, tensors_of
 from _qemu import compile_program, cross_tools, run_program
 
+from lowbit.codegen.cpp.bytes_plan import vector_plan
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.cpp.toolchain import find_compiler
-from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.compiler.ir.target import CPU_ISAS, Target, isa_compiles_here, isa_runs_here
 from lowbit.quantizers.weights import pack_weights
 
@@ -27,6 +27,8 @@ CASES = [
     ("neon", "mxfp8_e4m3", "float", 1),
     ("neon", "vq.d6.k256.o5v4k16.cn", "float", 2),
     ("neon", "vq.d16.k256.r16", "float", 17),
+    ("neondot", "vq.d4.k256.s8", "int16", 1),
+    ("neon", "vq.d16.k16.r16.s8", "int8", 17),
 ]
 
 
@@ -38,7 +40,7 @@ def test_kernels_for_aarch64_agree_with_the_definition(case: tuple[str, str, str
     spec = spec_of(fmt, compute, (131,), 160, epilogue=("bias",))
     target = Target("cpu", arch)
     schedule = next(iter(BACKEND.schedules(spec, target, m)))
-    plan = VectorPlan(spec, schedule) if spec.vector else Plan(spec, schedule)
+    plan = vector_plan(spec, schedule) if spec.vector else Plan(spec, schedule)
     program = compile_program(BACKEND.emit(spec, schedule, target), tmp_path)
     weights, bias = tensors_of(spec), torch.randn(131, generator=torch.Generator().manual_seed(1))
     packed = pack_weights(weights, spec.layout_)
@@ -54,7 +56,8 @@ def test_kernels_for_aarch64_agree_with_the_definition(case: tuple[str, str, str
 @pytest.mark.parametrize("arch", [a for a in CPU_ISAS if isa_compiles_here(a) and not isa_runs_here(a)])
 def test_instruction_sets_this_machine_lacks_compile(arch: str, tmp_path: Path) -> None:
     target = Target("cpu", arch)
-    for fmt, compute, m in (("e3m2.ch", "int8", 1), ("int4.g128.asym", "int16", 1), ("vq.d4.k256", "float", 17)):
+    for fmt, compute, m in (("e3m2.ch", "int8", 1), ("int4.g128.asym", "int16", 1), ("vq.d4.k256", "float", 17),
+                            ("vq.d4.k256.s8", "int8", 1)):  # fmt: skip
         spec = spec_of(fmt, compute, (64,), 128)
         schedule = next(iter(BACKEND.schedules(spec, target, m)))
         BACKEND.compile(BACKEND.emit(spec, schedule, target), tmp_path / "kernel.so")

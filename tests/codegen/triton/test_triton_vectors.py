@@ -81,6 +81,7 @@ CASES = [
     Case(f"{ALL}.cn", 17, SWAP, k=131, x="bf16"),
     Case(f"{ALL}.cn", 2, split(PAIR, 3), k=131),
     Case("vq.d4.k64.r16.f32", 3, SWAP, (39, 39), epilogue=GATED),
+    Case("vq.d4.k64.r16.s8", 3, DOT, (37, 21)),
     Case("vq.d4.k64.rn.bf16", 2, split(PAIR), (39, 39), x="bf16", epilogue=GATED),
 ]
 
@@ -167,6 +168,9 @@ def test_refusals() -> None:
     assert "shorter than a vector" in str(space.illegal(spec, replace(GEMV, tile_n=8), HOPPER))
     big = KernelSpec((1 << 21,), 1 << 12, "vq.d2.k256", VECTORS, "float")
     assert "2**31 indices" in str(backend.supports(big, HOPPER))
+    rounded = replace(spec, format="vq.d16.k256.s8", compute="int8")
+    assert "not rounded" in str(backend.supports(rounded, HOPPER))
+    assert backend.supports(replace(rounded, compute="float"), HOPPER) is None
     with pytest.raises(KernelError, match=r"LB0440.*cannot be split"):
         backend.emit(spec, split(DOT, 3), HOPPER)
 

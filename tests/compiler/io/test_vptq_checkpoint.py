@@ -162,7 +162,7 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
         read_checkpoint(out)
 
 
-@pytest.mark.parametrize("text", ["vq.d4.k64.o4v4k16", "int2.g16.fz"])
+@pytest.mark.parametrize("text", ["vq.d4.k64.o4v4k16", "vq.d4.k64.o4v4k16.s8", "int2.g16.fz"])
 def test_transformers_loads_and_saves_native_ones(text: str, tmp_path: Path) -> None:
     """A model in memory saved by `save_pretrained` has lowbit's tensors, whatever layout `save_quantized` chooses."""
     from transformers import AutoModelForCausalLM

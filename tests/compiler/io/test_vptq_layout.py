@@ -196,10 +196,11 @@ def test_which_formats_go_where() -> None:
         assert export_layout(parse_format(text), *shape) == "vptq"
     for text, reason in {
         "vq.d4.k256.rn": "output rows", "vq.d4.k16.r32": "width", "vq.d4.k16.o4v1k16": "one element",
-        "vq.d4.k2.c4": "17 bits", "int4.g32.sym": "vector formats",
+        "vq.d4.k2.c4": "17 bits", "int4.g32.sym": "vector formats", "vq.d4.k256.s8": "bytes",
     }.items():  # fmt: skip
         assert reason in str(vptq.can_express(parse_format(text), *shape))
     assert export_layout(parse_format("vq.d4.k256.rn"), *shape) == "lowbit"
+    assert export_layout(parse_format("vq.d4.k256.s8"), *shape) == "lowbit"
     assert export_layout(parse_format("int2.g64.fz"), *shape) == "lowbit"
     assert vptq.can_express(parse_format("vq.d4.k2"), 64, 17) is None
     assert vptq.can_express(parse_format("vq.d4.k2"), 64, 16) is not None

@@ -30,6 +30,8 @@ FORMATS = [
     "vq.d3.k16.rn.f32",
     "vq.d5.k65536.r512.o6v2k16.cn",
     "vq.d1.k4",
+    "vq.d6.k1024.r16.c4.o2pv4k256.cn.s8",
+    "vq.d12.k16.rn.s8",
 ]
 N, K = 50, 62
 
@@ -42,21 +44,24 @@ def weight(text: str, n: int = N, k: int = K, seed: int = 0) -> VQTensor:
 
 def naive(q: VQTensor) -> torch.Tensor:
     """Element by element, as the format is defined."""
-    fmt, out = q.fmt, torch.zeros(q.n, q.k)
+    fmt, out, books = q.fmt, torch.zeros(q.n, q.k), []
+    for name in ("centroids", "residual_centroids", "outlier_centroids"):
+        book, scale = getattr(q, name), getattr(q, f"{name}_scale")
+        books.append(None if book is None else book.float())
+        if scale is not None:
+            books[-1] *= scale.reshape([-1] + [1] * (book.ndim - 1))
     outliers, size = fmt.partition(q.k)
     for p in range(q.k):
         column = int(q.perm[p]) if q.perm is not None else p
         for row in range(q.n):
             if p < outliers:
                 o = fmt.outliers
-                value = q.outlier_centroids[q.outlier_indices[row // o.dim, p], row % o.dim].float()
+                value = books[2][q.outlier_indices[row // o.dim, p], row % o.dim]
             else:
                 c = p - outliers
-                value = q.centroids[c // size, q.indices[row // fmt.dim, c], row % fmt.dim].float()
+                value = books[0][c // size, q.indices[row // fmt.dim, c], row % fmt.dim]
                 if q.residual is not None:
-                    value = (
-                        value + q.residual_centroids[c // size, q.residual[row // fmt.dim, c], row % fmt.dim].float()
-                    )
+                    value = value + books[1][c // size, q.residual[row // fmt.dim, c], row % fmt.dim]
             if fmt.norm != "none":
                 i = column if fmt.norm == "col" else row
                 value = value * q.norm_scale[i].float() + q.norm_bias[i].float()
@@ -165,3 +170,15 @@ def test_bits_count_every_overhead() -> None:
     assert parse_format("vq.d4.k256").bits_per_weight(576, 576) == 2 + 256 * 4 * 16 / 576**2
     bits = parse_format("vq.d8.k256.r256.cn").bits_per_weight(512, 1024)
     assert bits == 2 + (2 * 256 * 8 * 16 + 2 * 1024 * 16) / (512 * 1024)
+    bits = parse_format("vq.d8.k256.r256.cn.s8").bits_per_weight(512, 1024)
+    assert bits == 2 + (2 * (256 * 8 * 8 + 32) + 2 * 1024 * 16) / (512 * 1024)
+
+
+def test_bytes_are_packed_as_bytes_for_cpus_and_as_their_values_elsewhere() -> None:
+    q = weight("vq.d6.k16.s8")
+    near, far = (pack_weights([q], LAYOUTS[name]).tensors for name in ("vectors8", "vectors"))
+    assert near["book"].dtype == torch.uint8
+    assert torch.equal(near["book"][0, 0, :, :6].int() - 128, q.centroids[0].int())
+    assert near["book"].shape[-1] == 8
+    assert bool((near["book"][..., 6:] == 128).all())
+    assert torch.equal(far["book"][0, 0], q.centroids[0].float() * q.centroids_scale)

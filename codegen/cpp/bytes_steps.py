@@ -1,0 +1,115 @@
+"""Kernels of codebooks of bytes: what the one for few tokens and the one for many have in common, and the former.
+
+Four columns of a block are one step: 64 bytes of centroids each, brought together by eight shuffles to the operands of
+four byte dot products (`text/vector_bytes.h`).
+"""
+
+from __future__ import annotations
+
+from lowbit.codegen.cpp.bytes_plan import BytesPlan
+from lowbit.codegen.cpp.sides import indent
+from lowbit.codegen.cpp.vector_direct import unit_texts
+from lowbit.codegen.cpp.vector_lookup import first_tiles
+from lowbit.codegen.cpp.vector_plan import TILE, Book, Part
+
+__all__ = ["block_pointers", "book_of", "bytes_direct_text", "columns_loop"]
+
+_AHEAD = 1024
+"""Bytes of indices that are fetched ahead."""
+
+
+def bytes_direct_text(plan: BytesPlan) -> str:
+    """Passes over each codebook, units, and `work`, which runs one thread's share."""
+    texts = [first_tiles(part) for part in plan.parts]
+    for part in plan.parts:
+        for height in plan.heights:
+            texts += [_pass(plan, part, book, height) for book in part.books]
+            texts.append(_passes(part, height))
+    return "\n".join([*texts, *unit_texts(plan)])
+
+
+def block_pointers(part: Part, book: Book, column: str) -> list[str]:
+    """Declarations of `p` and `q`: the block's indices from vector `v` of `segment` on, at a column; `q` those of the
+    tile behind, where a block has two (any tile at the end of a segment, whose rows are nobody's)."""
+    type_, tiles = book.index_type, f"tiles_{part.name}[segment]"
+    place = f"((first_{part.name}[segment] + {{}}) * {part.columns} + {column}) * {TILE}"
+    second = f"v / {TILE} + 1 < {tiles} ? v / {TILE} + 1 : v / {TILE}"
+    return [
+        f"const {type_}* p = a.{book.index} + {place.format(f'v / {TILE}')} + v % {TILE};",
+        f"[[maybe_unused]] const {type_}* q = a.{book.index} + {place.format(f'({second})')};",
+    ]
+
+
+def book_of(part: Part, book: Book, group: str) -> list[str]:
+    """Declarations of `book` and `scale`: the codebook of `segment` and `group`."""
+    at = f"(segment * {part.groups} + {group})"
+    return [
+        f"const uint8_t* book = a.{book.name} + {at} * {book.size * book.lanes};",
+        f"[[maybe_unused]] const F scale = fset1(a.{book.name}_scale[{at}]);",
+    ]
+
+
+def columns_loop(part: Part, body: list[str]) -> list[str]:
+    """`body` for every four of the `n` columns from `p` and `q` on, with their weights in `w.w`; missing columns of the
+    last step have bytes 0, whatever they meet."""
+
+    def step(left: bool) -> list[str]:
+        lines = []
+        for j in range(4):
+            value = f"centroids<{part.lanes}>(book, p + {TILE * j}, q + {TILE * j})"
+            lines.append(f"const V c{j} = {f'left > {j} ? {value} : vzero()' if left and j else value};")
+        return [*lines, "const Quads w = quads(c0, c1, c2, c3);", *body]
+
+    # Hardware follows the streams of indices within a page.
+    streams = ("p", "q") if part.lanes == 4 else ("p",)
+    fetch = [f"prefetch((const uint8_t*){index} + {_AHEAD});" for index in streams]
+    return [
+        "int64_t k = 0;",
+        "#pragma GCC unroll 1",
+        *("for (; k + 4 <= n; k += 4) {", *fetch, *step(False), f"p += {4 * TILE}, q += {4 * TILE};", "}"),
+        *("if (const int64_t left = n - k) {", *step(True), f"p += left * {TILE}, q += left * {TILE};", "}"),
+    ]
+
+
+def _pass(plan: BytesPlan, part: Part, book: Book, height: int) -> str:
+    """Adds the products of one codebook with a block of vectors, over all columns of the part, to the sums at `y`."""
+    cells = [(i, m) for m in range(height) for i in range(4)]
+    digits = range(plan.digits)
+    lines = [
+        f"static void {book.name}_{height}(const Args& a, int64_t segment, int64_t v, int64_t t, float* y) {{",
+        *(f"F y{i}_{m} = fzero();" for i, m in cells),
+        *block_pointers(part, book, "0"),
+        f"int64_t c = {part.chunk};",
+        f"for (int64_t g = 0; g < {part.groups}; ++g) {{",
+        *book_of(part, book, "g"),
+        f"for (const int64_t end = c + {part.group_chunks}; c < end; ++c) {{",
+        "const int64_t n = chunk_columns(c), at = c * a.m + t;",
+        "const int8_t* x = a.xq + at * kTokenStride;",
+        *(f"V a{i}_{m}_{d} = {_start(plan, m, d)};" for i, m in cells for d in digits),
+    ]
+    body = []
+    for m in range(height):
+        for d in digits:
+            body += ["{", f"const V u = bcast4(x + k + {m * plan.token_stride + d * plan.chunk_cols});"]
+            body += [f"a{i}_{m}_{d} = dot(a{i}_{m}_{d}, w.w[{i}], u);" for i in range(4)]
+            body.append("}")
+    lines += columns_loop(part, body)
+    for i, m in cells:
+        exact = f"a{i}_{m}_0" if plan.digits == 1 else f"vadd(shl<8>(a{i}_{m}_0), a{i}_{m}_1)"
+        lines.append(f"y{i}_{m} = fma_(fmul(cvt({exact}), fset1(a.xs[at + {m}])), scale, y{i}_{m});")
+    lines += ["}", "}", "alignas(64) float s[64];"]
+    for m in range(height):
+        lines += [f"fstore(s + {16 * i}, y{i}_{m});" for i in range(4)]
+        lines.append(f"add_rows<{part.lanes}, {part.dim}>(s, y + {m * plan.row_stride});")
+    return indent([*lines, "}"])
+
+
+def _start(plan: BytesPlan, m: int, d: int) -> str:
+    """What a digit's sums start from: the lowest one's from what the bytes have too much."""
+    return f"set1(uint32_t(a.xi[at + {m}]))" if d == plan.digits - 1 else "vzero()"
+
+
+def _passes(part: Part, height: int) -> str:
+    """All codebooks of a part, whose values are added."""
+    lines = [f"static void {part.name}_{height}(const Args& a, int64_t segment, int64_t v, int64_t t, float* y) {{"]
+    return indent([*lines, *(f"{book.name}_{height}(a, segment, v, t, y);" for book in part.books), "}"])
