@@ -189,7 +189,8 @@ def measure(
     """Rows of one shape and token count at every thread count, printed as they come."""
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     kernels = [ours(fmt, compute, n, k, m, x) for fmt in formats for compute in computes(fmt, bool(activations))]
-    kernels += [ours(fmt, "int8", n, k, m, x, a) for a in activations for fmt in formats]
+    integers = [fmt for fmt in formats if exact_integers(parse_format(fmt)) is not None]
+    kernels += [ours(fmt, "int8", n, k, m, x, a) for a in activations for fmt in integers]
     kernels += torch_kernels(n, k, m, x) + ([torch_int8(n, k, m, x)] if activations else [])
     kernels += ggml_kernels(ggml, kinds, n, x) if ggml else []
     kernels += ort_kernels(ort, n, x) if ort else []

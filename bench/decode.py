@@ -2,10 +2,15 @@
 
     python bench/decode.py MODEL.gguf --json bench/results/decode.json
     python bench/decode.py MODEL --arms program,modules,llama.cpp --threads 1 --llama-python PATH/TO/python
+    python bench/decode.py MODEL.gguf --format int8.ch.sym,int4.g64.sym,int2.g64.asym --llama-kind Q8_0,Q4_0,Q2_K
 
 Arms: `hf-fp32` and `hf-bf16`, transformers as it is; `inductor-bf16`, torch.compile, StaticCache, static shapes;
 `modules`, lowbit.compile; `backend`, torch.compile(backend="lowbit") likewise; `program`, the native program, and
-`program-head8` with an output layer of 8 bits; `llama.cpp`.
+`program-head8` with an output layer of 8 bits; `llama.cpp`. With several formats or kinds there is an arm for each.
+
+llama.cpp requantizes the file. Its K kinds and TQ2_0 need rows of a multiple of 256; where a model has others (576 in
+SmolLM2-135M) it takes another type for those tensors, without failing. What a file then really holds is printed and
+recorded with its bits per weight, and a kind that no tensor has is not measured.
 
 Arms take turns, so that what else the machine does meets all of them alike. A figure is the median of rounds; `cpu` is
 tokens per second of processor time, which other processes disturb less (one thread only). llama.cpp runs in a process
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import platform
@@ -26,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,16 +47,17 @@ DEFAULT = "hf-bf16,inductor-bf16,modules,backend,program,program-head8,llama.cpp
 PREFILL = 512
 
 LLAMA = """
-import json, os, sys, time, tempfile
-path, kind, threads, prompt, tokens = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
+import json, os, sys, time
+path, kind, out, threads, prompt, tokens = *sys.argv[1:4], *map(int, sys.argv[4:7])
 import llama_cpp
 if kind:
-    out = os.path.join(tempfile.gettempdir(), f"lowbit-bench-{kind}.gguf")
-    if not os.path.exists(out):
-        p = llama_cpp.llama_model_quantize_default_params()
-        p.ftype, p.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
-        llama_cpp.llama_model_quantize(path.encode(), out.encode(), p)
-    path = out
+    p = llama_cpp.llama_model_quantize_default_params()
+    p.ftype, p.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+    if llama_cpp.llama_model_quantize(path.encode(), (out + ".part").encode(), p):
+        sys.exit(f"llama.cpp does not quantize this model to {kind}")
+    os.replace(out + ".part", out)
+if not tokens:
+    sys.exit()
 m = llama_cpp.Llama(path, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
 ids = [(7 * i) % 1000 + 100 for i in range(prompt)]
 m.eval(ids)
@@ -73,20 +80,26 @@ Arm = Callable[[torch.Tensor, int], None]
 def main() -> int:
     args = _arguments()
     torch.set_num_threads(args.threads)
-    names = args.arms.split(",")
+    names = _names(args)
+    peers = {name: _peer_file(name.partition(":")[2], args) for name in names if name.startswith("llama.cpp")}
+    names = [name for name in names if peers.get(name, True)]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    arms = _build(args, [n for n in names if n != "llama.cpp"])
+    arms = _build(args, [n for n in names if n not in peers])
     for _ in range(args.rounds):
         for name in names:
-            found = _llama(args) if name == "llama.cpp" else _measure(arms[name], args)
+            found = _llama(peers[name], args) if name in peers else _measure(arms[name], args)
             if found:
                 runs[name].append(found)
-    results = {n: {k: round(statistics.median(r[k] for r in rs), 1) for k in rs[0]} for n, rs in runs.items() if rs}
-    programs = [arms[f"_{name}"] for name in ("program-head8", "program") if f"_{name}" in arms]
-    parts = _profile(programs[0]) if programs else {}
-    print(f"{'arm':16} {'decode tok/s':>14} {'per cpu second':>15} {'prefill 512':>12}")
+    results: dict[str, dict[str, Any]] = {
+        n: {k: round(statistics.median(r[k] for r in rs), 1) for k in rs[0]} for n, rs in runs.items() if rs
+    }
+    programs = [arms[name] for name in arms if name.startswith("_program")]
+    parts = _profile(programs[-1]) if programs else {}
+    print(f"{'arm':30} {'decode tok/s':>14} {'per cpu second':>15} {'prefill 512':>12}")
     for name, r in results.items():
-        print(f"{name:16} {r['decode']:14.1f} {r['cpu']:15.1f} {r['prefill']:12.1f}")
+        print(f"{name:30} {r['decode']:14.1f} {r['cpu']:15.1f} {r['prefill']:12.1f}")
+        if name in peers:
+            r["file"] = peers[name].contents
     for part, ms in parts.items():
         print(f"  {part:16} {ms:8.3f} ms")
     if args.json:
@@ -105,31 +118,46 @@ def _arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     p.add_argument("model", help="a GGUF file, folder or hub id")
     p.add_argument("--arms", default=DEFAULT, help=f"from {', '.join(ARMS)}")
-    p.add_argument("--format", default="int4.g64.sym", help="weights of the lowbit arms, rounded to nearest")
+    p.add_argument(
+        "--format", default="int4.g64.sym", help="weights of the lowbit arms, rounded to nearest; or several"
+    )
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--prompt", type=int, default=16)
     p.add_argument("--tokens", type=int, default=128, help="decoded; at most 239 behind a prompt of 16")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--llama-python", default=sys.executable, help="a Python that can import llama_cpp")
-    p.add_argument("--llama-kind", default="Q4_0", help="requantize the file so for llama.cpp; empty: as it is")
+    p.add_argument("--llama-kind", default="Q4_0", help="requantize the file so for llama.cpp; or several")
     p.add_argument("--json", type=Path)
     return p.parse_args()
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """Arms, those that several formats or kinds were asked for once for each, with that behind a colon."""
+    found: list[str] = []
+    for name in args.arms.split(","):
+        given = args.llama_kind.split(",") if name == "llama.cpp" else args.format.split(",")
+        plain = name in ("hf-fp32", "hf-bf16", "inductor-bf16") or (len(given) == 1 and name != "llama.cpp")
+        found += [name] if plain else [f"{name}:{text}" for text in given]
+    return found
 
 
 def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     """Every arm, warmed up."""
     dense = find_model(args.model).load()
     arms: dict[str, Any] = {}
-    quantized = None
-    if set(names) - {"hf-fp32", "hf-bf16", "inductor-bf16"}:
-        scheme = Scheme("bench", parse_format(args.format), "rtn", {"clip_search": False})
-        quantized = lowbit.quantize(copy.deepcopy(dense), scheme)
-    for name in names:
-        print(f"building {name}", file=sys.stderr, flush=True)
+    made: dict[str, nn.Module] = {}
+    for full in names:
+        print(f"building {full}", file=sys.stderr, flush=True)
+        name, _, text = full.partition(":")
+        text = text or args.format
+        if name not in ("hf-fp32", "hf-bf16", "inductor-bf16") and text not in made:
+            scheme = Scheme("bench", parse_format(text), "rtn", {"clip_search": False})
+            made[text] = lowbit.quantize(copy.deepcopy(dense), scheme)
+        quantized = made.get(text)
         if name.startswith("program"):
             head = "int8.ch.sym" if name.endswith("head8") else None
             model = lowbit.compile(copy.deepcopy(quantized), max_tokens=512, mode="program", context=1024, head=head)
-            arms[name], arms[f"_{name}"] = _program_arm(model.lowbit_program), model.lowbit_program  # type: ignore[union-attr]
+            arms[full], arms[f"_{full}"] = _program_arm(model.lowbit_program), model.lowbit_program  # type: ignore[union-attr]
             continue
         model = copy.deepcopy(quantized if name in ("modules", "backend") else dense)
         assert model is not None
@@ -139,9 +167,9 @@ def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
             model = lowbit.compile(model, max_tokens=512)
         if name in ("inductor-bf16", "backend"):
             compiler = "lowbit" if name == "backend" else "inductor"
-            arms[name] = _static_arm(model, torch.compile(model, dynamic=False, backend=compiler))
+            arms[full] = _static_arm(model, torch.compile(model, dynamic=False, backend=compiler))
         else:
-            arms[name] = _growing_arm(model)
+            arms[full] = _growing_arm(model)
     for name in names:
         arms[name](torch.arange(100, 100 + args.prompt), 4)
         arms[name](torch.arange(100, 100 + PREFILL), 0)
@@ -207,21 +235,63 @@ def _measure(arm: Arm, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def _llama(args: argparse.Namespace) -> dict[str, float] | None:
-    if not args.model.endswith(".gguf"):
+class Peer(NamedTuple):
+    """A file for llama.cpp: its path, and what it holds: bits per weight, and the share of weights by type."""
+
+    path: str
+    contents: dict[str, Any]
+
+
+def _peer_file(kind: str, args: argparse.Namespace) -> Peer | None:
+    """The model requantized to `kind`, as it is when empty; made once, kept beside other temporary files."""
+    given = Path(args.model)
+    if given.suffix != ".gguf":
         print("llama.cpp is left out: it needs a GGUF file", file=sys.stderr)
         return None
+    mark = hashlib.sha256(f"{given.resolve()} {given.stat().st_size} {given.stat().st_mtime}".encode()).hexdigest()[:12]
+    path = Path(tempfile.gettempdir()) / f"lowbit-bench-{mark}-{kind}.gguf" if kind else given
+    if not path.exists() and _llama_process(str(given), kind, str(path), args, tokens=0) is None:
+        return None
+    contents = _contents(path)
+    print(f"llama.cpp {kind or 'file'}: {contents}", file=sys.stderr)
+    if kind and not any(kind.startswith(name) for name in contents["share"]):
+        print(f"llama.cpp {kind} is left out: no tensor of this model can have that type", file=sys.stderr)
+        return None
+    return Peer(str(path), contents)
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    """What a GGUF file's matrices are stored as."""
+    import gguf
+
+    counts: dict[str, int] = {}
+    tensors = [t for t in gguf.GGUFReader(path).tensors if len(t.shape) > 1]
+    for tensor in tensors:
+        counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    total = sum(counts.values())
+    bits = 8 * sum(int(t.n_bytes) for t in tensors) / total
+    return {"bits_per_weight": round(bits, 2), "share": {n: round(c / total, 3) for n, c in counts.items()}}
+
+
+def _llama(peer: Peer, args: argparse.Namespace) -> dict[str, float] | None:
+    out = _llama_process(peer.path, "", "", args, tokens=args.tokens)
+    found: dict[str, float] | None = json.loads(out.splitlines()[-1]) if out else None
+    return found
+
+
+def _llama_process(path: str, kind: str, out: str, args: argparse.Namespace, tokens: int) -> str | None:
+    """What a process with llama.cpp prints; None, with a message, where it fails."""
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(LLAMA)
         script.flush()
-        command = [args.llama_python, script.name, args.model, args.llama_kind]
-        command += [str(n) for n in (args.threads, args.prompt, args.tokens)]
+        command = [args.llama_python, script.name, path, kind, out]
+        command += [str(n) for n in (args.threads, args.prompt, tokens)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"llama.cpp is left out: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        print(f"llama.cpp {kind} is left out: {why}", file=sys.stderr)
         return None
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return done.stdout
 
 
 def _profile(program: Any) -> dict[str, float]:

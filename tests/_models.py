@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lowbit.compiler.runtime.experts import prepare_experts, unstack_experts
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.formats import Format, parse_format, scalar_format
 from lowbit.quantizers.qtensor import QTensor
@@ -58,8 +59,10 @@ def round_to_nearest(weight: torch.Tensor, fmt: Format) -> QTensor:
 
 
 def swap_linears(model: nn.Module, text: str, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
-    """Replace linear layers by QuantLinear, in place: rounded to nearest, or with random vectors for such a format."""
+    """Replace linear layers, those of experts too, by QuantLinear, in place: rounded to nearest, or with random vectors
+    for such a format."""
     fmt, rng = parse_format(text), torch.Generator().manual_seed(0)
+    unstack_experts(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not path.endswith(skip):
             if isinstance(fmt, Format):
@@ -69,6 +72,7 @@ def swap_linears(model: nn.Module, text: str, skip: tuple[str, ...] = ("lm_head"
             bias = module.bias.detach() if module.bias is not None else None
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, QuantLinear.from_qtensor(q, bias))
+    prepare_experts(model)
     return model
 
 
@@ -82,4 +86,5 @@ def dequantized(model: nn.Module) -> nn.Module:
                 dense.bias.data = module.bias.detach().float()
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, dense)
+    prepare_experts(model)
     return model

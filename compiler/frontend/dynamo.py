@@ -20,9 +20,9 @@ from lowbit.codegen.select import say_once
 from lowbit.compiler.errors import RunError
 from lowbit.compiler.frontend.dense import quantize_graph
 from lowbit.compiler.frontend.explain import decisions, left_alone
-from lowbit.compiler.frontend.fx import ImportedGraph, import_fx, value_of
+from lowbit.compiler.frontend.fx import ImportedGraph, grouped_calls, grouped_specs, import_fx, value_of
 from lowbit.compiler.frontend.fx_export import export_fx
-from lowbit.compiler.ir.graph import Linear, Weight
+from lowbit.compiler.ir.graph import Linear
 from lowbit.compiler.ir.text import print_module
 from lowbit.compiler.pipeline import run_pipeline
 from lowbit.compiler.runtime.dispatch import warm
@@ -121,7 +121,7 @@ def compile_graph(
         quantize_graph(gm, options.scheme)
     imported = import_fx(gm)
     report = GraphReport(len(imported.weights), left=left_alone(imported))
-    if imported.weights:
+    if imported.weights or grouped_calls(gm.graph):
         gm = _rewrite(imported, report, options, steps)
     else:
         say_once("a graph without quantized linear layers goes to the rest of the compiler unchanged")
@@ -139,6 +139,7 @@ def _rewrite(
     report.fused, report.kept = decisions(imported)
     report.ir = print_module(imported.module)
     report.kernels = sum(isinstance(op, Linear) for op in imported.module.walk())
+    report.kernels += len(grouped_calls(imported.source.graph))
     gm = export_fx(imported)
     if options.max_tokens:
         _warm(gm, imported, options.max_tokens)
@@ -147,11 +148,11 @@ def _rewrite(
 
 def _warm(gm: fx.GraphModule, imported: ImportedGraph, max_tokens: int) -> None:
     calls = [n for n in gm.graph.nodes if n.target is torch.ops.lowbit.linear.default]
-    first = next(op for op in imported.module.walk() if isinstance(op, Weight))
-    node = imported.weights[first.names.data[0].data].operands[0]
     dtypes = {str(x.dtype) for n in imported.inputs if (x := value_of(n)).is_floating_point() and x.dim() > 1}
     dtype = next((d for d in (torch.bfloat16, torch.float16) if str(d) in dtypes), torch.float32)
-    warm([n.args[4] for n in calls], dtype, value_of(node).device, max_tokens)
+    specs = [str(n.args[4]) for n in calls] + [spec for n in grouped_calls(gm.graph) for spec in grouped_specs(n)]
+    device = next(value_of(n).device for n in imported.inputs)
+    warm(specs, dtype, device, max_tokens)
 
 
 def _check_gradients(inputs: Sequence[Any]) -> None:

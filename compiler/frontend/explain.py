@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -10,10 +10,11 @@ from torch import fx
 from xdsl.ir import SSAValue
 
 from lowbit.codegen.select import candidates
-from lowbit.compiler.frontend.fx import ImportedGraph, is_view, module_path, real_tensor
+from lowbit.compiler.frontend.fx import ImportedGraph, grouped_calls, grouped_specs, is_view, module_path, real_tensor
 from lowbit.compiler.ir.graph import Add, Linear, RmsNorm, SiluMul, Weight, path_of
 from lowbit.compiler.ir.target import host_target
 from lowbit.compiler.ir.types import QType
+from lowbit.compiler.runtime.dispatch import parse_spec
 from lowbit.passes.fuse_norm import norm_gain
 
 __all__ = ["decisions", "left_alone"]
@@ -32,6 +33,7 @@ def decisions(imported: ImportedGraph) -> tuple[list[str], list[str]]:
         if linear.norm is not None:
             gain = norm_gain(linear.args_[0].type.get_shape()[-1], 1)  # type: ignore[attr-defined]
             taken.append(f"{' + '.join(names)}: norm in the kernel (predicted gain {gain * 1e6:.2f} us a token)")
+    taken += [f"{line}: all experts in one operator" for line in _experts(imported)]
     kept += _siblings(linears)
     for op in imported.module.walk():
         if isinstance(op, (Add, SiluMul)):
@@ -39,6 +41,17 @@ def decisions(imported: ImportedGraph) -> tuple[list[str], list[str]]:
         elif isinstance(op, RmsNorm):
             kept += _prologue(op, imported)
     return taken, kept
+
+
+def _experts(imported: ImportedGraph) -> list[str]:
+    """Projections of experts, with how many there are."""
+    calls = grouped_calls(imported.source.graph)
+    paths = Counter(f"{module_path(n) or 'experts'} (formats: {', '.join(_formats(n))})" for n in calls)
+    return [f"{count} projections of {path}" for path, count in paths.items()]
+
+
+def _formats(call: fx.Node) -> list[str]:
+    return sorted({parse_spec(spec).format for spec in grouped_specs(call)} or {"float"})
 
 
 def _names(linear: Linear) -> list[str]:

@@ -26,12 +26,14 @@ from lowbit.compiler.ir import graph as lb
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.text import verify_module
 from lowbit.compiler.ir.types import DTYPE_NAMES, QType, tensor
-from lowbit.compiler.runtime import embedding  # noqa: F401  (defines torch.ops.lowbit.embedding)
+from lowbit.compiler.runtime import embedding, grouped  # noqa: F401  (they define torch.ops.lowbit.embedding and more)
 from lowbit.compiler.runtime.dispatch import parse_spec
 
 __all__ = [
     "FxWeight",
     "ImportedGraph",
+    "grouped_calls",
+    "grouped_specs",
     "import_fx",
     "is_view",
     "module_path",
@@ -222,6 +224,17 @@ def real_tensor(node: fx.Node, gm: fx.GraphModule) -> torch.Tensor | None:
     example = getattr(node.meta.get("grapharg"), "example", None)
     plain = isinstance(example, torch.Tensor) and not isinstance(example, torch._subclasses.FakeTensor)
     return example if plain else None
+
+
+def grouped_calls(graph: fx.Graph) -> list[fx.Node]:
+    """Calls of the operator that runs all experts of a layer; passes leave them as they are."""
+    targets = (torch.ops.lowbit.grouped_linear, torch.ops.lowbit.grouped_linear.default)
+    return [n for n in graph.nodes if n.target in targets]
+
+
+def grouped_specs(call: fx.Node) -> list[str]:
+    """Kernel specs of such a call: none for experts that are float."""
+    return [spec for spec in cast("list[str]", call.args[4]) if spec != grouped.DENSE]
 
 
 def is_view(node: fx.Node) -> bool:

@@ -27,6 +27,7 @@ from lowbit.compiler.io.safetensors_file import SafetensorsFile
 from lowbit.compiler.io.source import ModelSource
 from lowbit.compiler.io.source_folder import contained, load_json, open_shards
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
+from lowbit.compiler.runtime.experts import expert_layers
 from lowbit.quantizers.formats import ChoiceFormat, Format, VectorFormat, WeightFormat, parse_format
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import QWeight, stored_names
@@ -74,7 +75,8 @@ def write_checkpoint(
     formats = {path: _planned_format(path, load, planned[path]) for path, load in quantized.items()}
     shapes = {path: _matrix_shape(source, path) for path in quantized}
     inputs = {path: given for path, given in (inputs or {}).items() if given.to_dict()}
-    layout = checkpoint_layout(formats, shapes, inputs)
+    experts = bool(expert_layers(source.empty_model()))
+    layout = checkpoint_layout(formats, shapes, inputs, experts=experts)
     form = vptq_tensors if layout == "vptq" else ct_rounded if inputs and layout != "lowbit" else ct
     if form is ct and layout == "compressed-tensors" and any(map(ct_floats.layout_of, formats.values())):
         form = ct_floats
@@ -102,8 +104,15 @@ def checkpoint_layout(
     formats: Mapping[str, WeightFormat],
     shapes: Mapping[str, tuple[int, int]],
     inputs: Mapping[str, native.StoredInput] | None = None,
+    *,
+    experts: bool = False,
 ) -> Layout:
-    """The layout of a checkpoint whose modules, by path, have these formats and (N, K), and do this to their inputs."""
+    """The layout of a checkpoint whose modules, by path, have these formats and (N, K), and do this to their inputs.
+
+    experts: there are experts as layers of their own, which transformers' models do not have.
+    """
+    if experts:
+        return "lowbit"
     if inputs:
         return "compressed-tensors" if ct_rounded.can_hold(formats, inputs) else "lowbit"
     layouts = {export_layout(fmt, *shapes[path]) for path, fmt in formats.items()} or {"compressed-tensors"}
@@ -205,7 +214,7 @@ def _config(
     kept_dtype = dtype or getattr(source.config, "dtype", None) or _common_dtype(source)
     values["dtype"] = str(kept_dtype).removeprefix("torch.")
     if layout == "lowbit":
-        values["quantization_config"] = native.quantization_config(formats, inputs, kv)
+        values["quantization_config"] = native.quantization_config(formats, inputs, kv, bool(expert_layers(model)))
     else:
         linears = [p for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, torch.nn.Linear)]
         kept = set(linears) - set(formats)

@@ -20,6 +20,7 @@ from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io import hf_config, native
 from lowbit.compiler.io.hf_config import LowbitConfig
 from lowbit.compiler.io.load import load_quantized, save_quantized
+from lowbit.compiler.runtime.experts import prepare_experts, unstack_experts
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.compiler.runtime.prebuilt import use_kernels
 from lowbit.quantizers.formats import WeightFormat
@@ -43,6 +44,7 @@ class LowbitQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         schema: int = native.SCHEMA,
         inputs: Mapping[str, Any] | None = None,
         kv: str | None = None,
+        experts: bool = False,
         **unused: Any,
     ) -> None:
         super().__init__(quant_method="lowbit")
@@ -50,10 +52,11 @@ class LowbitQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.formats: dict[str, WeightFormat] = native.formats_from_config(values, "quantization_config")
         self.inputs = native.inputs_from_config({"inputs": inputs or {}}, "quantization_config")
         self.kv = native.kv_from_config({"kv": kv} if kv else {}, "quantization_config")
+        self.experts = bool(experts)
 
     def to_dict(self) -> dict[str, Any]:
         """The values of config.json."""
-        return native.quantization_config(self.formats, self.inputs, self.kv)
+        return native.quantization_config(self.formats, self.inputs, self.kv, self.experts)
 
 
 class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -66,6 +69,8 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         where = str(getattr(model.config, "_name_or_path", ""))
         if where and Path(where).is_dir():
             use_kernels(Path(where))
+        if self.quantization_config.experts:
+            unstack_experts(model)
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         names = {name for name, _ in model.named_modules()}
         for path, fmt in self.quantization_config.formats.items():
@@ -81,11 +86,16 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(layer, QuantLinear):
                 _check_loaded(path, layer)
                 layer.prepare()
+        prepare_experts(model)
         config: Any = model.config
         config.__class__ = hf_config.guarded(config.__class__)
         if self.quantization_config.kv:
             model.kv_format = self.quantization_config.kv  # type: ignore[assignment]
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """None where experts are layers: their tensors have the names of the modules, and are not to be stacked."""
+        return [] if self.quantization_config.experts else weight_conversions
 
     def is_serializable(self) -> bool:
         """Saved as it was loaded."""

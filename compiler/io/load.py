@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +13,10 @@ from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io import compressed_tensors as ct
 from lowbit.compiler.io import ct_floats, native, vptq, vptq_tensors
 from lowbit.compiler.io.checkpoint import Checkpoint, checkpoint_layout, read_checkpoint
+from lowbit.compiler.io.expert_tensors import StackedSlice, stacked_slices
 from lowbit.compiler.io.source import skeleton
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
+from lowbit.compiler.runtime.experts import expert_layers, prepare_experts
 from lowbit.compiler.runtime.fused import QuantGatedMLP, SiblingLinear
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.compiler.runtime.prebuilt import use_kernels
@@ -44,6 +46,7 @@ def load_quantized(
     _assign_plain(model, checkpoint, dtype)
     _swap_layers(model, checkpoint, dtype)
     model.tie_weights()  # type: ignore[operator]
+    prepare_experts(model)
     empty = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.device.type == "meta"]
     if empty:
         raise CheckpointError("LB0114", f"no tensor for {', '.join(empty[:3])}", where=str(checkpoint.folder))
@@ -119,10 +122,7 @@ def _assign_plain(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) 
     (The state dict of a model with quantized layers would unpack them all.)
     """
     state = model.state_dict(keep_vars=True)
-    for name in checkpoint.plain_names():
-        if name not in state:
-            continue
-        value = checkpoint.tensor(name)
+    for name, value in _plain_tensors(model, checkpoint, set(state)):
         if value.shape != state[name].shape:
             why = f"is {list(value.shape)}, the config asks for {list(state[name].shape)}"
             raise CheckpointError("LB0114", why, where=f"{checkpoint.folder}: {name}")
@@ -133,6 +133,20 @@ def _assign_plain(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) 
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
+
+
+def _plain_tensors(model: nn.Module, checkpoint: Checkpoint, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stored tensors of the model, one at a time; those that stack float experts are taken apart."""
+    slices: dict[str, dict[str, StackedSlice]] = {}
+    for name, piece in stacked_slices(model).items():
+        slices.setdefault(piece.stack, {})[name] = piece
+    for name in checkpoint.plain_names():
+        if name in wanted:
+            yield name, checkpoint.tensor(name)
+        elif name in slices:
+            stack = checkpoint.tensor(name)
+            for layer, piece in slices[name].items():
+                yield layer, piece.of(stack[piece.expert])
 
 
 def _set_generation_config(model: nn.Module, folder: Path) -> None:
@@ -186,13 +200,16 @@ def describe(model: nn.Module) -> None:
 
     config: Any = model.config
     config.quantization_config = _quantization_config(model)
+    if expert_layers(model):
+        model._weight_conversions = []  # type: ignore[assignment]  # what is saved keeps the names of the modules
     config.__class__ = hf_config.guarded(config.__class__)
 
 
 def _quantization_config(model: nn.Module) -> dict[str, Any]:
     formats = module_formats(model)
     if _layout(model) != "compressed-tensors" or _floats(model):
-        return native.quantization_config(formats, module_inputs(model), getattr(model, "kv_format", ""))
+        more = (getattr(model, "kv_format", ""), bool(expert_layers(model)))
+        return native.quantization_config(formats, module_inputs(model), *more)
     return ct.quantization_config(formats, _kept_linears(model))
 
 
@@ -206,7 +223,8 @@ def _layout(model: nn.Module) -> str:
     formats = {path: fmt for path, (fmt, _) in layers.items()}
     if any(given.to_dict() for given in module_inputs(model).values()):
         return "lowbit"
-    return checkpoint_layout(formats, {path: shape for path, (_, shape) in layers.items()})
+    shapes = {path: shape for path, (_, shape) in layers.items()}
+    return checkpoint_layout(formats, shapes, experts=bool(expert_layers(model)))
 
 
 def _kept_linears(model: nn.Module) -> set[str]:

@@ -95,13 +95,18 @@ def unguard(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantization_config(
-    formats: Mapping[str, WeightFormat], inputs: Mapping[str, StoredInput] | None = None, kv: str = ""
+    formats: Mapping[str, WeightFormat],
+    inputs: Mapping[str, StoredInput] | None = None,
+    kv: str = "",
+    experts: bool = False,
 ) -> dict[str, Any]:
     """The `quantization_config` of a native checkpoint: the format of every quantized module, as text, what modules do
-    to their inputs, and the format that the key-value cache is meant to have."""
+    to their inputs, the format that the key-value cache is meant to have, and whether tensors of experts are one per
+    layer and expert, not stacked."""
     modules = {path: str(fmt) for path, fmt in formats.items()}
     found = {path: values for path, given in (inputs or {}).items() if (values := given.to_dict())}
     more: dict[str, Any] = {**({"inputs": found} if found else {}), **({"kv": kv} if kv else {})}
+    more |= {"experts": True} if experts else {}
     return {"quant_method": "lowbit", "schema": SCHEMA if found else 1, "modules": modules, **more}
 
 

@@ -189,18 +189,23 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.header = read_header(path)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor called `name`; KeyError when there is none, LB0102 when the file changed since it was opened."""
+    def tensor(self, name: str, part: int | None = None) -> torch.Tensor:
+        """The tensor called `name`, or its entry `part` along the first dimension, of which no more is read.
+
+        KeyError when there is none, LB0102 when the file changed since it was opened.
+        """
         info = self.header.tensors[name]
-        buffer = bytearray(info.end - info.start)
+        shape = info.shape if part is None else info.shape[1:]
+        size = (info.end - info.start) // (1 if part is None else info.shape[0])
+        buffer = bytearray(size)
         if not buffer:
-            return torch.empty(info.shape, dtype=info.dtype)
+            return torch.empty(shape, dtype=info.dtype)
         try:
             with self.header.path.open("rb") as file:
-                file.seek(self.header.data_start + info.start)
+                file.seek(self.header.data_start + info.start + size * (part or 0))
                 got = file.readinto(buffer)
         except OSError as e:
             raise CheckpointError("LB0102", f"cannot be read: {e.strerror}", where=str(self.header.path)) from e
         if got != len(buffer):
             _refuse(self.header.path, f"truncated: tensor {name!r} has {got} of its {len(buffer)} bytes")
-        return torch.frombuffer(buffer, dtype=info.dtype).reshape(info.shape)
+        return torch.frombuffer(buffer, dtype=info.dtype).reshape(shape)

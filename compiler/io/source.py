@@ -171,19 +171,24 @@ def _as_tuple(value: Any) -> tuple[str, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (str(value),)
 
 
-def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+def skeleton(config: Any, dtype: torch.dtype | None = None, *, unstack: bool = True) -> nn.Module:
     """The causal LM of `config` in eval mode: parameters on the meta device, buffers (rotary tables ...) computed.
 
     Real buffers matter: non-persistent ones are in no checkpoint, so a model built entirely on the meta device has
-    nothing to fill them from.
+    nothing to fill them from. unstack: experts are linear layers (`runtime.experts`), not the stacked parameters that
+    transformers has.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
+
+    from lowbit.compiler.runtime.experts import unstack_experts
 
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with _parameters_on_meta(), no_init_weights():
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # type: ignore[operator]
+    if unstack:
+        unstack_experts(model)
     return model.eval()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lowbit.compiler.errors import CheckpointError
+from lowbit.compiler.io.expert_tensors import StackedSlice, fits, names_in_files, stacked_slices
 from lowbit.compiler.io.safetensors_file import SafetensorsFile
 from lowbit.compiler.io.source import Licence, ModelSource, check_causal_lm, expected_tensors, file_digest
 
@@ -144,18 +145,28 @@ class FolderSource(ModelSource):
         self._files = open_shards(folder)
         model = self.empty_model()
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        self._stored = self._match(expected_tensors(model), prefix)
+        self._shapes = expected_tensors(model)
+        self._slices: dict[str, StackedSlice] = {}
+        self._stored = self._match(self._shapes, prefix, stacked_slices(model))
 
-    def _match(self, expected: dict[str, tuple[int, ...]], prefix: str) -> dict[str, str]:
-        """State-dict name -> name in the files, which may lack the base model's `prefix` (`transformer.`, `model.`)."""
+    def _match(
+        self, expected: dict[str, tuple[int, ...]], prefix: str, slices: dict[str, StackedSlice]
+    ) -> dict[str, str]:
+        """State-dict name -> name in the files, which may lack the base model's `prefix` (`transformer.`, `model.`).
+
+        slices: where layers of experts lie in stacked tensors, for files that have those.
+        """
         stored, missing = {}, []
         for name, shape in expected.items():
-            found = next((n for n in (name, name.removeprefix(prefix)) if n in self._files), None)
+            found = next((n for n in names_in_files(name, prefix) if n in self._files), None)
+            if found is None and name in slices:
+                found = next((n for n in names_in_files(slices[name].stack, prefix) if n in self._files), None)
+                self._slices |= {name: slices[name]} if found else {}
             if found is None:
                 missing.append(name)
                 continue
             actual = self._files[found].header.tensors[found].shape
-            if actual != shape:
+            if not (fits(slices[name], actual, shape) if name in self._slices else actual == shape):
                 raise self._misfit(f"tensor {name} is {list(actual)}, the config asks for {list(shape)}")
             stored[name] = found
         if missing:
@@ -169,19 +180,22 @@ class FolderSource(ModelSource):
     def _misfit(self, why: str) -> CheckpointError:
         hint = "check that config.json belongs to these weights"
         if ".experts." in why:
-            hint = "transformers joins experts while it loads them: load the model there, and call lowbit.quantize"
+            hint += "; if transformers renames them while it loads, load the model there and call lowbit.quantize"
         return CheckpointError("LB0112", f"{why} ({type(self.config).__name__})", where=str(self.folder), hint=hint)
 
     def names(self) -> list[str]:
         return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file(name).header.tensors[self._stored[name]].shape
+        self._stored[name]  # KeyError for what is not there
+        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
         return self._file(name).header.tensors[self._stored[name]].dtype
 
     def tensor(self, name: str) -> torch.Tensor:
+        if (part := self._slices.get(name)) is not None:
+            return part.of(self._file(name).tensor(self._stored[name], part.expert))
         return self._file(name).tensor(self._stored[name])
 
     def _file(self, name: str) -> SafetensorsFile:

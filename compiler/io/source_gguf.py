@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lowbit.compiler.errors import CheckpointError
-from lowbit.compiler.io.source import Licence, ModelSource, check_causal_lm, expected_tensors, file_digest
+from lowbit.compiler.io.expert_tensors import unstack_tensors
+from lowbit.compiler.io.source import Licence, ModelSource, check_causal_lm, expected_tensors, file_digest, skeleton
 
 __all__ = ["GGUFSource"]
 
@@ -71,7 +72,9 @@ class GGUFSource(ModelSource):
         parsed = {key: getattr(self.config, key, None) for key in ("num_attention_heads", "num_key_value_heads")}
         cls = hf.TENSOR_PROCESSORS.get(self._field("general.architecture"), hf.TensorProcessor)
         if cls.__name__ not in _ONE_TO_ONE:
-            state = hf.load_gguf_checkpoint(str(self.path), return_tensors=True, model_to_load=model)["tensors"]
+            plain = skeleton(self.config, unstack=False)  # transformers looks for its own names
+            state = hf.load_gguf_checkpoint(str(self.path), return_tensors=True, model_to_load=plain)["tensors"]
+            state = unstack_tensors(state, model)
             self.notes = ("the whole model is held in memory as float32 (this architecture's tensors are regrouped)",)
             return {name: partial(tensor.to, torch.float32) for name, tensor in state.items()}
         self.notes = ("weights are dequantized from GGUF to float32, one tensor at a time",)

@@ -19,7 +19,7 @@ from lowbit.codegen.table import TableSpec, parse_table_spec
 from lowbit.compiler.errors import RunError
 from lowbit.compiler.frontend.dynamo import passes
 from lowbit.compiler.frontend.explain import decisions
-from lowbit.compiler.frontend.fx import import_fx, value_of
+from lowbit.compiler.frontend.fx import grouped_specs, import_fx, value_of
 from lowbit.compiler.frontend.fx_export import export_fx
 from lowbit.compiler.io.kernels import FOLDER, MANIFEST, KernelFolder
 from lowbit.compiler.io.write import staged_folder, write_json
@@ -27,6 +27,7 @@ from lowbit.compiler.ir.target import host_target
 from lowbit.compiler.job.export import compile_kernels
 from lowbit.compiler.pipeline import run_pipeline
 from lowbit.compiler.runtime.dispatch import DTYPE_NAMES, classes_up_to, parse_spec
+from lowbit.compiler.runtime.experts import prepare_experts
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.compiler.runtime.package import PACKAGE
 from lowbit.passes.session import PassContext
@@ -105,6 +106,9 @@ def kernels_of(graph: fx.Graph) -> list[KernelSpec | TableSpec]:
         if node.target is torch.ops.lowbit.linear.default:
             dtype = DTYPE_NAMES[value_of(node).dtype]
             specs[replace(parse_spec(str(node.args[4])), x_dtype=dtype, out_dtype=dtype)] = None
+        elif node.target is torch.ops.lowbit.grouped_linear.default:
+            dtype = DTYPE_NAMES[value_of(node).dtype]
+            specs |= {replace(parse_spec(s), x_dtype=dtype, out_dtype=dtype): None for s in grouped_specs(node)}
         elif node.target is torch.ops.lowbit.embedding.default:
             specs[parse_table_spec(str(node.args[2]))] = None
     return list(specs)
@@ -120,6 +124,7 @@ def _callable(model: nn.Module, example: Tensor | None) -> tuple[nn.Module, Tens
         raise RunError("LB0574", f"only quantized models on the CPU are exported: {what}", hint=hint)
     for layer in layers:
         layer.prepare()
+    prepare_experts(model)
     language = example is None or not example.is_floating_point()
     ids = torch.arange(1, 9)[None] if example is None else example
     return (_Logits(model).eval() if language else model.eval()), ids

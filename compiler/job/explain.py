@@ -26,6 +26,7 @@ from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.kept import kept_matrices
 from lowbit.compiler.job.models import AnyModel
 from lowbit.compiler.runtime.dispatch import parse_spec
+from lowbit.compiler.runtime.experts import Experts, prepare_experts
 from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
 from lowbit.quantizers.formats import ChoiceFormat, Format, VectorFormat, WeightFormat
 from lowbit.quantizers.scheme import Scheme
@@ -65,6 +66,7 @@ def layered(found: AnyModel, scheme: Scheme) -> nn.Module:
             parent, _, name = path.rpartition(".")
             layer = _empty_layer(linear, fmt, str(scheme.activation_for(path) or ""))
             setattr(model.get_submodule(parent), name, layer.prepare())
+    prepare_experts(model)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if p.device.type == "meta":
@@ -132,10 +134,14 @@ def _empty(node: Any) -> Any:
 
 def _predicted(model: nn.Module) -> float:
     """Seconds of all kernels for one token, by the cost model; kernels that only the reference runs count nothing."""
-    total = 0.0
+    total, counts = 0.0, dict[str, float]()
+    experts = [m for m in model.modules() if isinstance(m, Experts)]
+    awake = {id(layer): m.active / m.num_experts for m in experts for layer in m.modules()}
     for layer in (m for m in model.modules() if isinstance(m, PackedLinear)):
-        seconds, backend, _ = candidates(parse_spec(layer.key), host_target(), 1)[0]
-        total += seconds if backend.name != "reference" else 0.0
+        counts[layer.key] = counts.get(layer.key, 0.0) + awake.get(id(layer), 1.0)
+    for key, count in counts.items():
+        seconds, backend, _ = candidates(parse_spec(key), host_target(), 1)[0]
+        total += count * seconds if backend.name != "reference" else 0.0
     return total
 
 

@@ -24,6 +24,7 @@ from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Quiet, Select
 from lowbit.compiler.job.prepare import calibrates, check_inputs, prepare_model
 from lowbit.compiler.job.tune import TuneResult
 from lowbit.compiler.job.workers import Workers
+from lowbit.compiler.runtime.experts import unstacked
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.calibration import InputGroups, LayerStats, calibration_tokens
 from lowbit.quantizers.inputs import LayerInput, input_hooks
@@ -54,10 +55,30 @@ def quantize_model(
 
     calibration: token ids [samples, length], or text as in `calibration_tokens` (needs `tokenizer`); None is enough
     for methods that need no statistics. workers: processes that quantize independent matrices (more than one needs a
-    `__main__` guard in scripts). The model is changed only after every layer was quantized. Raises FormatError,
-    RunError (LB0524 without calibration where it is needed), CheckpointError (LB0107).
+    `__main__` guard in scripts). The model is changed only after every layer was quantized. Experts that are stacked in
+    parameters of three dimensions become layers of their own (`runtime.experts`). Raises FormatError, RunError (LB0524
+    without calibration where it is needed), CheckpointError (LB0107).
     """
-    tokens = None
+    settings = (samples, length, seed)
+    with unstacked(model):
+        tokens = _tokens(model, scheme, calibration, tokenizer, *settings)
+        choice = choose(model, scheme, tokens, sequential=sequential, workers=workers, progress=progress)
+        _put_in(model, choice)
+    if scheme.kv is not None:
+        model.kv_format = str(scheme.kv)  # type: ignore[assignment]
+    return model
+
+
+def _tokens(
+    model: nn.Module,
+    scheme: Scheme,
+    calibration: str | Path | Sequence[str] | Tensor | None,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+) -> Tensor | None:
+    """The calibration data, where the scheme looks at any."""
     for line in kept_matrices(model):
         _log.warning("%s", line)
     method = make_method(scheme.method, scheme.options)
@@ -69,11 +90,14 @@ def quantize_model(
                 f"{scheme.method if method.needs_hessian else scheme.name} needs calibration data",
                 hint="pass calibration=token ids or text with a tokenizer, or method='rtn' without rewrites",
             )
-        tokens = calibration_tokens(tokenizer, calibration, samples, length, seed)
-    choice = choose(model, scheme, tokens, sequential=sequential, workers=workers, progress=progress)
-    if choice.edits:
-        for edits in choice.edits:
-            rewrite_module(model, edits)
+        return calibration_tokens(tokenizer, calibration, samples, length, seed)
+    return None
+
+
+def _put_in(model: nn.Module, choice: Choice) -> None:
+    """Change the model."""
+    for edits in choice.edits:
+        rewrite_module(model, edits)
     state = dict(model.named_parameters())
     for name, value in choice.plain.items():
         state[name].data.copy_(value)
@@ -82,9 +106,6 @@ def quantize_model(
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, _layer(qtensor, bias, choice.inputs.get(path)))
-    if scheme.kv is not None:
-        model.kv_format = str(scheme.kv)  # type: ignore[assignment]
-    return model
 
 
 def _layer(q: QWeight, bias: Tensor | None, what: LayerInput | None) -> QuantLinear:

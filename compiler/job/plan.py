@@ -24,6 +24,7 @@ from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.layers import select_layers
 from lowbit.compiler.job.prepare import calibrates, check_inputs
+from lowbit.compiler.runtime.experts import expert_layers
 from lowbit.quantizers.formats import (
     ChoiceFormat,
     Format,
@@ -178,7 +179,7 @@ def make_plan(
         free,
         _seconds(chosen, tokens, sequential, scheme, seen),
         _runs(chosen),
-        _consumers(chosen, scheme),
+        _consumers(chosen, scheme, bool(expert_layers(source.empty_model()))),
         (*kept_notes, *_notes(layers, chosen)),
         tuple(problems),
         _activation_lines(source, scheme, chosen),
@@ -395,16 +396,20 @@ def _refusal(name: str, reasons: list[tuple[int, str]], host: Target) -> str | N
     return backend.available(host) if host.kind in backend.kinds else None
 
 
-def _consumers(chosen: list[LayerPlan], scheme: Scheme) -> dict[str, str]:
-    """Who can load the result, and who cannot and why."""
+def _consumers(chosen: list[LayerPlan], scheme: Scheme, experts: bool) -> dict[str, str]:
+    """Who can load the result, and who cannot and why. experts: the model has some, as layers."""
     from lowbit.compiler.io import ct_floats
     from lowbit.compiler.io.checkpoint import checkpoint_layout, export_layout
 
+    if experts:
+        only = "with `import lowbit` only: experts are written in lowbit's own layout"
+        return {"lowbit": "yes", "transformers": only, "vllm": "no: it does not know lowbit's own layout"}
     if any(layer.activation for layer in chosen):
         return _rounding_consumers(chosen, scheme)
     layers = [(x.path, x.n, x.k, parse_format(str(x.format))) for x in chosen]
     native = [path for path, n, k, fmt in layers if export_layout(fmt, n, k) != "compressed-tensors"]
-    layout = checkpoint_layout({p: fmt for p, _, _, fmt in layers}, {p: (n, k) for p, n, k, _ in layers})
+    formats, shapes = {p: fmt for p, _, _, fmt in layers}, {p: (n, k) for p, n, k, _ in layers}
+    layout = checkpoint_layout(formats, shapes)
     reasons = vllm_notes(layers)
     if native and not reasons:
         reasons = ["it does not know lowbit's own layout"]

@@ -14,7 +14,7 @@ from torch import nn
 import lowbit.compiler.runtime.ops  # noqa: F401  (defines torch.ops.lowbit.linear)
 from lowbit.codegen.select import kernel_layout
 from lowbit.codegen.spec import Compute, KernelSpec, rounded_products
-from lowbit.compiler.errors import FormatError
+from lowbit.compiler.errors import FormatError, KernelError
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime.dispatch import device_target, parse_spec
 from lowbit.quantizers.formats import VectorFormat, WeightFormat, exact_integers, parse_activation
@@ -62,6 +62,9 @@ def make_invariant(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.make_invariant()
+    from lowbit.compiler.runtime.experts import prepare_experts  # it is built on this module
+
+    prepare_experts(model)  # their operator names the kernels of all experts
     return model
 
 
@@ -76,10 +79,16 @@ def check_activation(fmt: WeightFormat, n: int, k: int, activation: str, compute
     if not activation:
         return
     if isinstance(fmt, VectorFormat):
-        raise FormatError(
-            "LB0243", f"{fmt} weights are not multiplied with activations in {activation}",
-            hint="leave the activation format out, or choose a format with one code per weight",
-        )  # fmt: skip
+        layout = kernel_layout(fmt, host_target())
+        chosen = compute or rounded_products(fmt, k, layout, parse_activation(activation))
+        try:
+            KernelSpec((n,), k, str(fmt), str(layout), chosen, activation=activation)
+        except KernelError as e:
+            raise FormatError(
+                "LB0243", f"{fmt} weights are not multiplied with activations in {activation}: {e.message}",
+                hint="leave the activation format out, or choose a format with one code per weight",
+            ) from e  # fmt: skip
+        return
     layout = kernel_layout(fmt, host_target())
     with torch.device("cpu"):  # transformers builds layers under a meta device, which tables of levels have no use for
         chosen = compute or rounded_products(fmt, k, layout, parse_activation(activation))

@@ -16,7 +16,7 @@ from torch._C._dynamo import eval_frame
 from lowbit.compiler.runtime.dispatch import kernel_for, parse_spec
 from lowbit.quantizers.qtensor import PackedWeight
 
-__all__ = ["LIBRARY"]
+__all__ = ["LIBRARY", "output_features", "run_linear"]
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
 LIBRARY.define(
@@ -35,12 +35,26 @@ def _linear(
     s = parse_spec(spec)
     flat = x.reshape(-1, s.k).contiguous()
     out = torch.empty((flat.shape[0], s.n_out), dtype=x.dtype, device=x.device)
-    if flat.shape[0]:
-        kernel = kernel_for(spec, x.dtype, x.device, flat.shape[0])
-        packed = PackedWeight(s.weight_format, s.layout_, s.segments, s.k, dict(zip(s.operands, weight, strict=True)))
-        rest = None if residual is None else residual.reshape(-1, s.n_out).to(x.dtype).contiguous()
-        kernel.launch(flat, packed, None if bias is None else bias.float().contiguous(), rest, out)
+    rest = None if residual is None else residual.reshape(-1, s.n_out).to(x.dtype).contiguous()
+    run_linear(flat, weight, bias, rest, spec, out)
     return out.view(*x.shape[:-1], s.n_out)
+
+
+def run_linear(
+    x: torch.Tensor,
+    weight: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    spec: str,
+    out: torch.Tensor,
+) -> None:
+    """Run the kernel of `spec` on contiguous rows: x [M, K], residual and out [M, N] of one type; M may be 0."""
+    if not x.shape[0]:
+        return
+    s = parse_spec(spec)
+    kernel = kernel_for(spec, x.dtype, x.device, x.shape[0])
+    packed = PackedWeight(s.weight_format, s.layout_, s.segments, s.k, dict(zip(s.operands, weight, strict=True)))
+    kernel.launch(x, packed, None if bias is None else bias.float().contiguous(), residual, out)
 
 
 def _linear_fake(
@@ -53,6 +67,11 @@ def _linear_fake(
     k, n_out = _shape(spec)
     torch._check(x.shape[-1] == k, lambda: f"expected {k} input features, got {x.shape[-1]}")
     return x.new_empty((*x.shape[:-1], n_out))
+
+
+def output_features(spec: str) -> int:
+    """Columns of what a kernel gives."""
+    return _shape(spec)[1]
 
 
 @cache

@@ -35,13 +35,21 @@ def test_models_that_are_not_quantized_are_taken_as_a_scheme_would_have_them(tmp
     assert "left to torch: lm_head: linear on 80 x 64 float32" in text
 
 
-def test_experts_are_named() -> None:
-    torch.manual_seed(0)
-    sizes = {**SIZES, "num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
-    found = lowbit.explain(swap_linears(MixtralForCausalLM(MixtralConfig(**sizes)).eval(), "int4.g32.sym"))
-    assert any("experts" in line and "4 x 192 x 64" in line for line in found.notes)
-    assert any("4 x 192 x 64 float32" in line for line in found.left)
-    assert str(found.program).startswith("LB0560")
+def test_experts_are_explained(tmp_path: Path) -> None:
+    """As a scheme would have them, and counted as often as a token uses them."""
+    sizes = {**SIZES, "num_hidden_layers": 1, "num_local_experts": 4}
+    found = []
+    for active in (1, 4):
+        torch.manual_seed(0)
+        config = MixtralConfig(**sizes, num_experts_per_tok=active)
+        MixtralForCausalLM(config).save_pretrained(tmp_path / str(active))
+        found.append(invoke_json("explain", tmp_path / str(active), "-s", "w4a16"))
+    one, all_ = found
+    assert (one["graphs"], one["breaks"], one["kernels"]) == (1, [], 2 + 3)
+    assert any("all experts in one operator" in line for line in one["fused"])
+    assert one["microseconds"] < 0.7 * all_["microseconds"]
+    assert not any("experts" in line for line in (*one["left"], *one["notes"]))
+    assert str(one["program"]).startswith("LB0560")
 
 
 def test_lines_of_equal_blocks_are_one() -> None:
