@@ -135,3 +135,14 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     if want.numel() == 0:
         return 0.0
     return float((got.double() - want.double()).abs().max() / want.double().square().mean().sqrt().clamp_min(1e-30))
+
+
+def finished(spec: KernelSpec, y: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """y [M, rows], a product in float64, after the spec's epilogue."""
+    for step in spec.epilogue:
+        if step == "silu_mul":
+            gate, up = y.chunk(2, dim=1)
+            y = torch.nn.functional.silu(gate) * up
+        else:
+            y = y + (bias if step == "bias" else residual.double())
+    return y

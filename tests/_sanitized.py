@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cpp import BACKEND, DTYPES, error, expected, spec_of, tensors_of
+from _cpp import BACKEND, DTYPES, error, expected, finished, spec_of, tensors_of
 
 import lowbit.codegen.cpp.launch as launching
 import lowbit.codegen.cpp.toolchain as toolchain
@@ -186,13 +186,7 @@ def wanted(
         y = prepare_activations(spec, x, packed).double() @ dense.T
     else:
         y = expected(spec, x, weights)
-    for step in spec.epilogue:
-        if step == "silu_mul":
-            gate, up = y.chunk(2, dim=1)
-            y = torch.nn.functional.silu(gate) * up
-        else:
-            y = y + (bias if step == "bias" else residual.double())
-    return y
+    return finished(spec, y, bias, residual)
 
 
 def run_attention() -> int:

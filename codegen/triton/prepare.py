@@ -54,31 +54,19 @@ def _step(t: Tiles, tile: list[str], bounds: str, shape: str) -> list[str]:
     """`scale` and `inverse`, the scale of the group and its reciprocal, from the largest magnitude or the range of all
     tiles; `top` and, for levels that cover a range, `least`, the ends of the levels."""
     rounding = t.spec.rounding
-    top, clip = (127.0, 1.0) if rounding is None else (rounding.top, rounding.clip)
-    lines = [f"top = {top!r}"]
-    if rounding is not None and rounding.wide:
-        lines = [f"top = tl.where(group < {rounding.wide}, {WIDE_TOPS[rounding.wide_bits]!r}, {top!r})"]
+    top, clip, wide = (127.0, 1.0, 0) if rounding is None else (rounding.top, rounding.clip, rounding.wide)
+    wide_top = WIDE_TOPS[rounding.wide_bits] if rounding is not None else top
+    lines = [f"top = tl.where(group < {wide}, {wide_top!r}, {top!r})" if wide else f"top = {top!r}"]
     if rounding is not None and rounding.static:
-        lines += [
+        return [
+            *lines,
             "scale = tl.load(input_scale_ptr + group)",
             "inverse = tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)",
         ]
-        return lines
-    # Magnitudes are compared as integers, which puts infinities and NaN above all numbers.
-    ends = ["low", "high"] if rounding is not None and rounding.asym else []
-    lines += [f"{name} = tl.zeros({shape}, tl.int32)" for name in ("most", *ends)]
-    lines.append(f"for part in range({bounds}):")
-    lines += [LOOP[len(BODY) :] + line for line in [*tile, *_load(t)]]
-    lines += ["    bits = x.to(tl.int32, bitcast=True)", "    most = tl.maximum(most, bits & 0x7fffffff)"]
-    if ends:  # bits in the order of the floats: those of negative ones count down
-        lines += ["    bits = bits ^ ((bits >> 31) & 0x7fffffff)"]
-        lines += ["    low = tl.minimum(low, bits)", "    high = tl.maximum(high, bits)"]
-    axes = 2 if shape.count(",") == 1 and t.integer else 1
-    lines += [f"{name} = tl.{'min' if name == 'low' else 'max'}({name}, axis=0)" for name in ("most", *ends)] * axes
-    lines.append("largest = most.to(tl.float32, bitcast=True)")
-    if ends:
-        lines += [f"{e} = ({e} ^ (({e} >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)" for e in ends]
-        lines.append(f"largest = tl.where(group < {rounding.wide if rounding else 0}, largest, high - low)")
+    asym = rounding is not None and rounding.asym
+    lines += _extremes(t, tile, bounds, shape, asym)
+    if asym:
+        lines.append(f"largest = tl.where(group < {wide}, largest, high - low)")
     lines += [
         f"largest = largest * {clip!r}",
         "scale = tl.div_rn(largest, top)",
@@ -87,14 +75,33 @@ def _step(t: Tiles, tile: list[str], bounds: str, shape: str) -> list[str]:
         "inverse = tl.where(counts, tl.div_rn(1.0, scale), 0.0)",
         'scale = tl.where(largest < float("inf"), scale, float("nan"))',
     ]
-    if ends:
+    if asym:
         lines += [
             f"least = (low * inverse * {clip!r} + {_MAGIC!r}) - {_MAGIC!r}",
-            f"least = tl.where(group < {rounding.wide if rounding else 0}, -top - 1.0, least)",
-            "top = least + top",
-            f"top = tl.where(group < {rounding.wide if rounding else 0}, {WIDE_TOPS[8]!r}, top)",
+            f"least = tl.where(group < {wide}, -top - 1.0, least)",
+            f"top = tl.where(group < {wide}, top, least + top)",
         ]
     return lines
+
+
+def _extremes(t: Tiles, tile: list[str], bounds: str, shape: str, asym: bool) -> list[str]:
+    """`largest`, the largest magnitude of all tiles, with `asym` also `low` and `high`, the ends of their range.
+
+    Magnitudes are compared as integers, which puts infinities and NaN above all numbers; the ends as integers in the
+    order of the floats, where the bits of negative ones count down.
+    """
+    ends = ["low", "high"] if asym else []
+    lines = [f"{name} = tl.zeros({shape}, tl.int32)" for name in ("most", *ends)]
+    lines.append(f"for part in range({bounds}):")
+    lines += [LOOP[len(BODY) :] + line for line in [*tile, *_load(t)]]
+    lines += ["    bits = x.to(tl.int32, bitcast=True)", "    most = tl.maximum(most, bits & 0x7fffffff)"]
+    if asym:
+        lines += ["    bits = bits ^ ((bits >> 31) & 0x7fffffff)"]
+        lines += ["    low = tl.minimum(low, bits)", "    high = tl.maximum(high, bits)"]
+    axes = 2 if shape.count(",") == 1 and t.integer else 1
+    lines += [f"{name} = tl.{'min' if name == 'low' else 'max'}({name}, axis=0)" for name in ("most", *ends)] * axes
+    lines += [f"{e} = ({e} ^ (({e} >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)" for e in ends]
+    return [*lines, "largest = most.to(tl.float32, bitcast=True)"]
 
 
 def _levels(t: Tiles) -> list[str]:

@@ -7,7 +7,6 @@ Without a compiler, on other devices and for GEAR's correction torch does both (
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from functools import cache
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from torch import Tensor
 from lowbit.codegen.attend import AttendSpec, parse_attend_spec
 from lowbit.codegen.cpp.attend import attend_source
 from lowbit.codegen.cpp.attend_launch import AttendKernel, load_attend
-from lowbit.codegen.cpp.toolchain import compile_shared, compiler_version, find_compiler
+from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.codegen.reference.kvstate import KVState, allocate
 from lowbit.codegen.reference.kvstate import attend as reference_attend
 from lowbit.codegen.schedule import Schedule
@@ -30,6 +29,7 @@ from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime import prebuilt
 from lowbit.compiler.runtime.cache import KernelCache
+from lowbit.compiler.runtime.native import build_native
 from lowbit.compiler.runtime.ops import LIBRARY
 from lowbit.quantizers.hadamard import hadamard, rotate
 
@@ -57,7 +57,7 @@ def attend_kernel(key: str) -> AttendKernel | None:
         return load_attend(shipped, spec)
     if find_compiler() is None:
         if prebuilt.frozen():
-            raise _missing(spec, host_target())
+            raise prebuilt.missing_kernel(_named(spec), host_target())
         say_once(f"attention over {spec.format} runs on torch: correct, but slow; no C++ compiler was found")
         return None
     with _lock:
@@ -101,26 +101,19 @@ def _build_gpu(spec: AttendSpec, target: Target, device: torch.device) -> Attend
 
 def build_attend(spec: AttendSpec, target: Target, cache_: KernelCache) -> AttendKernel:
     """Compile, check and store the kernel, or load it from the cache. Raises KernelError (LB04xx)."""
-    source, toolchain = attend_source(spec, target.arch), compiler_version()
-    key = cache_.key(spec, Schedule(), target, source, toolchain)
-    if found := cache_.lookup(key):
-        return load_attend(found[0], spec)
-    if prebuilt.frozen():
-        raise _missing(spec, target)
-    evidence = {"spec": spec.key(), "target": str(target), "backend": "cpp", "toolchain": toolchain}
-
-    def build(artifact: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-            text = Path(folder) / "kernel.cpp"
-            text.write_text(source.text)
-            compile_shared(text, source.flags, artifact)
-        check_attend(spec, load_attend(artifact, spec))
-
-    return load_attend(cache_.store(key, source.suffix, evidence, build), spec)
+    return build_native(
+        spec,
+        attend_source(spec, target.arch),
+        target,
+        cache_,
+        lambda artifact: load_attend(artifact, spec),
+        lambda kernel: check_attend(spec, kernel),
+        _named(spec),
+    )
 
 
-def _missing(spec: AttendSpec, target: Target) -> KernelError:
-    return prebuilt.missing_kernel(f"attention over {spec.format} with heads of {spec.head_dim}", target)
+def _named(spec: AttendSpec) -> str:
+    return f"attention over {spec.format} with heads of {spec.head_dim}"
 
 
 def check_attend(spec: AttendSpec, kernel: AttendKernel, tokens: int = 0, device: torch.device | None = None) -> float:

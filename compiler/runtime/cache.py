@@ -24,7 +24,7 @@ from lowbit.codegen.schedule import Schedule
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target
 
-__all__ = ["KernelCache", "default_cache_dir", "generator_digest"]
+__all__ = ["KernelCache", "Keyed", "default_cache_dir", "generator_digest"]
 
 _log = logging.getLogger("lowbit")
 

@@ -6,10 +6,8 @@ Where the output layer is tied to the table, both read the same packed bytes: th
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +15,8 @@ from torch import Tensor, nn
 
 from lowbit.codegen.check import sample_weight
 from lowbit.codegen.cpp.table import TableKernel, load_table, table_problem, table_source
-from lowbit.codegen.cpp.toolchain import compile_shared, compiler_version, find_compiler
+from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.codegen.reference.table import gather_rows
-from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.select import say_once
 from lowbit.codegen.table import TableSpec, parse_table_spec
 from lowbit.compiler.errors import KernelError, RunError
@@ -27,6 +24,7 @@ from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime import prebuilt
 from lowbit.compiler.runtime.cache import KernelCache
 from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
+from lowbit.compiler.runtime.native import build_native
 from lowbit.compiler.runtime.ops import LIBRARY
 from lowbit.quantizers.formats import parse_format
 from lowbit.quantizers.methods import make_method
@@ -57,22 +55,15 @@ def table_kernel(key: str) -> TableKernel | None:
 
 def build_table(spec: TableSpec, target: Target, cache_: KernelCache) -> TableKernel:
     """Compile, check and store the kernel, or load it from the cache. Raises KernelError (LB04xx)."""
-    source, toolchain = table_source(spec, target.arch), compiler_version()
-    key = cache_.key(spec, Schedule(), target, source, toolchain)
-    if found := cache_.lookup(key):
-        return load_table(found[0], spec)
-    if prebuilt.frozen():
-        raise prebuilt.missing_kernel(f"rows of {spec.format}", target)
-    evidence = {"spec": spec.key(), "target": str(target), "backend": "cpp", "toolchain": toolchain, "error": 0.0}
-
-    def build(artifact: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-            text = Path(folder) / "kernel.cpp"
-            text.write_text(source.text)
-            compile_shared(text, source.flags, artifact)
-        check_table(spec, load_table(artifact, spec))
-
-    return load_table(cache_.store(key, source.suffix, evidence, build), spec)
+    return build_native(
+        spec,
+        table_source(spec, target.arch),
+        target,
+        cache_,
+        lambda artifact: load_table(artifact, spec),
+        lambda kernel: check_table(spec, kernel),
+        f"rows of {spec.format}",
+    )
 
 
 def check_table(spec: TableSpec, kernel: TableKernel) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from _cpp import BACKEND, DTYPES, Job, build, error, expected, launch, spec_of, tensors_of
+from _cpp import BACKEND, DTYPES, Job, build, error, expected, finished, launch, spec_of, tensors_of
 
 from lowbit.codegen.cpp.bytes_plan import BytesPlan, vector_plan
 from lowbit.codegen.schedule import M_CLASSES
@@ -41,17 +41,6 @@ CASES = [
 ]
 QUICK = 3
 ELSEWHERE = [("vq.d6.k256.o5v4k16.cn.s8", "int16", 1), ("vq.d12.k16.r16.s8", "int8", 16), ("vq.d4.k4096.s8", "int8", 2)]
-
-
-def finished(spec: KernelSpec, y: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """The epilogue in float64."""
-    for step in spec.epilogue:
-        if step == "silu_mul":
-            gate, up = y.chunk(2, dim=1)
-            y = torch.nn.functional.silu(gate) * up
-        else:
-            y = y + (bias if step == "bias" else residual.double())
-    return y
 
 
 def check(run, spec: KernelSpec, tokens: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cpp import BACKEND, DTYPES, Job, build, error, expected, launch, spec_of, tensors_of
+from _cpp import BACKEND, DTYPES, Job, build, error, expected, finished, launch, spec_of, tensors_of
 
 from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.schedule import M_CLASSES, Schedule
@@ -34,17 +34,6 @@ CASES = [
     ("vq.d1.k16", (35,), 70, 16, (), "f32", "f32"),
 ]
 ELSEWHERE = [("vq.d6.k256.o5v4k16.cn", 1), ("vq.d12.k16.r16", 16), ("vq.d4.k4096.c2", 2)]
-
-
-def finished(spec: KernelSpec, y: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """The epilogue in float64."""
-    for step in spec.epilogue:
-        if step == "silu_mul":
-            gate, up = y.chunk(2, dim=1)
-            y = torch.nn.functional.silu(gate) * up
-        else:
-            y = y + (bias if step == "bias" else residual.double())
-    return y
 
 
 def check(run, spec: KernelSpec, tokens: tuple[int, ...] = TOKENS) -> None:  # type: ignore[no-untyped-def]
