@@ -10,11 +10,14 @@ slowly than one thread's CPU clock says it can: other processes held the cores, 
     python bench/cpu.py --formats int8.ch.sym int4.g128.sym --activations int8.token --tokens 1 16 512 \
         --json bench/results/cpu_int8.json
 
+With `--target cpu-avx2` our kernels are those of another instruction set that this machine runs, and where sums may be
+looked up there are two, one that does and one of dot products.
+
 With `--activations`, kernels whose activations are rounded to these formats are added, and torch's own int8 product
 `torch._int_mm` beside them, its rounding of x to int8 included, as they include theirs. llama.cpp's kernels take part
-where its libraries are found (see `ggml_peer.py`), onnxruntime's where it can be imported (`ort_peer.py`); otherwise a
-line says so. `vs_torch`, `vs_llamacpp` and `vs_onnxruntime` compare with the fastest kernel of each whose codes have as
-many bits as ours or more.
+where its libraries are found (see `ggml_peer.py`), so do those of its fork ik_llama.cpp, and onnxruntime's where it can
+be imported (`ort_peer.py`); otherwise a line says so. `vs_torch`, `vs_llamacpp`, `vs_ik_llamacpp` and `vs_onnxruntime`
+compare with the fastest kernel of each whose codes have as many bits as ours or more.
 """
 
 from __future__ import annotations
@@ -37,22 +40,23 @@ from typing import Any
 
 import ort_peer
 import torch
-from ggml_peer import BITS, TYPES, Ggml, find_libraries
+from ggml_peer import BITS, IK_TYPES, TYPES, Ggml, find_ik_libraries, find_libraries
 
 from lowbit.codegen.cpp.assemble import ISA_FLAGS
 from lowbit.codegen.cpp.backend import CppBackend
 from lowbit.codegen.cpp.launch import load_openmp
 from lowbit.codegen.cpp.toolchain import FLAGS, compile_shared
+from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import LAYOUTS
-from lowbit.compiler.ir.target import host_target
+from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime.build import sample_weight
 from lowbit.quantizers.formats import VectorFormat, exact_integers, parse_format
 from lowbit.quantizers.qtensor import PackedWeight
 
 BACKEND = CppBackend()
 COLD_BYTES = 128 << 20
-_PEERS = {"torch": "vs_torch", "ggml": "vs_llamacpp", "ort": "vs_onnxruntime"}
+_PEERS = {"torch": "vs_torch", "ggml": "vs_llamacpp", "ik": "vs_ik_llamacpp", "ort": "vs_onnxruntime"}
 _TORCH_BITS = {"bf16": 16, "f32": 32, "int8": 8, "int4pack.g128": 4}
 Call = Callable[[], object]
 
@@ -101,13 +105,15 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", help="instead of the usual")
     parser.add_argument("--activations", nargs="*", default=[], help="formats of rounded activations to add")
     parser.add_argument("--tokens", type=int, nargs="*", metavar="M", help="instead of the usual")
+    parser.add_argument("--target", type=Target.parse, default=host_target(), help="of our kernels, if not the best")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--ggml", nargs="*", choices=sorted(TYPES), help="llama.cpp's types; none: leave it out")
+    parser.add_argument("--ik", nargs="*", choices=sorted(IK_TYPES), help="ik_llama.cpp's; none: leave it out")
     parser.add_argument(
         "--ort", nargs="*", type=int, choices=ort_peer.BITS, help="onnxruntime's bits; none: leave it out"
     )
     options = parser.parse_args()
-    ggml, kinds = open_ggml(options.ggml)
+    ggml = [*open_ggml(options.ggml), *open_ik(options.ik)]
     ort = Ort.open(options.ort)
     shapes = [(4096, 4096)] if options.quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
     shapes = [(n, k) for n, k in options.shape] if options.shape else shapes
@@ -122,20 +128,25 @@ def main() -> None:
         for m in tokens:
             if m == 512 and (n, k) != (4096, 4096) and not options.activations:
                 continue
-            rows += measure(formats, options.activations, n, k, m, bandwidth, options.quick, ggml, kinds, ort)
+            rows += measure(formats, options.activations, n, k, m, bandwidth, options.quick, ggml, ort, options.target)
             if options.json:  # after every shape: a run on a busy machine is long
-                save(options.json, rows, bandwidth, ggml, ort)
+                save(options.json, rows, bandwidth, ggml, ort, options.target)
 
 
 def save(
-    path: Path, rows: list[dict[str, Any]], bandwidth: dict[int, float], ggml: Ggml | None, ort: Ort | None
+    path: Path,
+    rows: list[dict[str, Any]],
+    bandwidth: dict[int, float],
+    ggml: list[Types],
+    ort: Ort | None,
+    target: Target,
 ) -> None:
     """Write the rows so far, and where they were measured."""
     versions = {"torch": torch.__version__, "python": platform.python_version(), "compiler": BACKEND.toolchain()}
     result = {
-        "machine": machine(bandwidth),
+        "machine": machine(bandwidth, target),
         "versions": versions
-        | ({"ggml": ggml.version} if ggml else {})
+        | {library.name: library.version for library, _ in ggml}
         | ({"onnxruntime": ort.module.__version__} if ort else {}),
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
@@ -163,15 +174,30 @@ class Ort:
         return Ort(module, tuple(bits or ort_peer.BITS))
 
 
-def open_ggml(kinds: list[str] | None) -> tuple[Ggml | None, list[str]]:
-    """llama.cpp's library, if it is there and wanted, and the types to measure."""
+Types = tuple[Ggml, list[str]]
+"""llama.cpp's library or its fork's, and the types to measure."""
+
+
+def open_ggml(kinds: list[str] | None) -> list[Types]:
+    """llama.cpp's library, if it is there and wanted."""
     folder = find_libraries()
     if folder is None and kinds:
         sys.exit("--ggml needs llama-cpp-python, or LOWBIT_GGML naming the folder of its libraries")
     if folder is None or kinds == []:
         print("llama.cpp is left out" + ("" if folder else ": no llama-cpp-python here, and LOWBIT_GGML is not set"))
-        return None, []
-    return Ggml(folder), kinds or list(TYPES)
+        return []
+    return [(Ggml(folder), kinds or list(TYPES))]
+
+
+def open_ik(kinds: list[str] | None) -> list[Types]:
+    """ik_llama.cpp's, if it is there and wanted."""
+    folder = find_ik_libraries()
+    if folder is None and kinds:
+        sys.exit("--ik needs LOWBIT_IK_GGML, naming the folder of ik_llama.cpp's libggml.so")
+    if folder is None or kinds == []:
+        print("ik_llama.cpp is left out" + ("" if folder else ": LOWBIT_IK_GGML is not set"))
+        return []
+    return [(Ggml(folder, fork=True), kinds or list(IK_TYPES))]
 
 
 def measure(
@@ -182,25 +208,27 @@ def measure(
     m: int,
     bandwidth: dict[int, float],
     quick: bool,
-    ggml: Ggml | None,
-    kinds: list[str],
+    ggml: list[Types],
     ort: Ort | None,
+    target: Target,
 ) -> list[dict[str, Any]]:
     """Rows of one shape and token count at every thread count, printed as they come."""
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).bfloat16()
-    kernels = [ours(fmt, compute, n, k, m, x) for fmt in formats for compute in computes(fmt, bool(activations))]
+    specs = [spec_of(fmt, compute, n, k) for fmt in formats for compute in computes(fmt, bool(activations))]
     integers = [fmt for fmt in formats if exact_integers(parse_format(fmt)) is not None]
-    kernels += [ours(fmt, "int8", n, k, m, x, a) for a in activations for fmt in integers]
+    specs += [spec_of(fmt, "int8", n, k, a) for a in activations for fmt in integers]
+    kernels = [ours(spec, schedule, x, target) for spec in specs for schedule in choices(spec, m, target)]
     kernels += torch_kernels(n, k, m, x) + ([torch_int8(n, k, m, x)] if activations else [])
-    kernels += ggml_kernels(ggml, kinds, n, x) if ggml else []
+    for library, kinds in ggml:
+        kernels += ggml_kernels(library, kinds, n, x)
     kernels += ort_kernels(ort, n, x) if ort else []
     reps = (5 if quick or n * k > 2**25 else 9) if m >= 64 else (20 if quick else 40)
     rows = []
     alone = bandwidth.get(1, 0.0)
     for threads, roof in bandwidth.items():
         torch.set_num_threads(threads)
-        if ggml:
-            ggml.set_threads(threads)
+        for library, _ in ggml:
+            library.set_threads(threads)
         times = interleaved([t.call for t in kernels], reps, threads)
         peers = {t.label["format"]: typical_us(us, threads) for t, us in zip(kernels, times, strict=True)}
         for timed, us in zip(kernels, times, strict=True):
@@ -239,6 +267,7 @@ def row(timed: Timed, us: list[float], where: dict[str, Any], roof: float, peers
     shape = f"M={where['M']:<4d} {where['N']}x{where['K']} {where['threads']}t"
     ratios = "  ".join(f"x{v:<5.2f} {peer.removeprefix('vs_torch_')}" for peer, v in found.items() if "vs_" in peer)
     kind = found.get("activation") or found["compute"]
+    kind += " lut" if found.get("schedule", {}).get("lut", 0) else ""
     print(
         f"{found['format']:19s} {kind:11s} {shape} {median:10.1f} us (p5 {best:10.1f}) "
         f"{found['share_of_read_bandwidth']:5.2f} of bandwidth {found['gops']:6.1f} GOP/s  {ratios}",
@@ -286,26 +315,35 @@ def computes(fmt: str, rounded: bool = False) -> tuple[str, ...]:
     return ("float",) if exact_integers(parse_format(fmt)) is None else integers
 
 
-def ours(fmt: str, compute: str, n: int, k: int, m: int, x: torch.Tensor, activation: str = "") -> Timed:
-    """The backend's first choice for the shape."""
+def spec_of(fmt: str, compute: str, n: int, k: int, activation: str = "") -> KernelSpec:
+    """One layer, with numbers in bfloat16 outside."""
     layout = str(LAYOUTS[BACKEND.layout_of(parse_format(fmt))])
-    spec = KernelSpec((n,), k, fmt, layout, compute, "bf16", "bf16", activation=activation)  # type: ignore[arg-type]
-    target = host_target()
-    schedule = next(iter(BACKEND.schedules(spec, target, m)))
+    return KernelSpec((n,), k, fmt, layout, compute, "bf16", "bf16", activation=activation)  # type: ignore[arg-type]
+
+
+def choices(spec: KernelSpec, m: int, target: Target) -> list[Schedule]:
+    """The backend's first choice; where sums may be looked up instead of computed, the first that does the other."""
+    found = list(BACKEND.schedules(spec, target, m))
+    other = (s for s in found if s.get("lut", 0) != found[0].get("lut", 0))
+    return [found[0], *([s] if (s := next(other, None)) else [])]
+
+
+def ours(spec: KernelSpec, schedule: Schedule, x: torch.Tensor, target: Target) -> Timed:
+    """One kernel of the backend."""
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "kernel.so"
         BACKEND.compile(BACKEND.emit(spec, schedule, target), artifact)
         launch = BACKEND.load(artifact, spec, schedule)
     weight = sample_weight(spec)
     copies = [clone(weight) for _ in range(max(2, COLD_BYTES // weight.nbytes() + 1))]
-    out, turn = torch.empty(m, n, dtype=torch.bfloat16), [0]
+    out, turn = torch.empty(x.shape[0], spec.n_out, dtype=torch.bfloat16), [0]
 
     def call() -> None:
         turn[0] += 1
         launch(x, copies[turn[0] % len(copies)], None, None, out)
 
-    label = {"format": fmt, "compute": compute, "schedule": schedule.to_dict()}
-    label |= {"activation": activation} if activation else {}
+    label = {"format": spec.format, "compute": spec.compute, "schedule": schedule.to_dict()}
+    label |= {"activation": spec.activation} if spec.activation else {}
     return Timed(label, call, weight.nbytes())
 
 
@@ -347,8 +385,8 @@ def torch_int8(n: int, k: int, m: int, x: torch.Tensor) -> Timed:
 
 
 def ggml_kernels(ggml: Ggml, kinds: list[str], n: int, x: torch.Tensor) -> list[Timed]:
-    """llama.cpp's: weights as they are, and where it can also rearranged for this machine (`repacked`). Activations are
-    rounded inside, to 8 bits in blocks."""
+    """llama.cpp's or its fork's: weights as they are, and where it can also rearranged for this machine (`repacked`).
+    Activations are rounded inside, to 8 bits in blocks."""
     found, ggml_x = [], x.float().contiguous()
     for kind in kinds:
         for place, suffix in (("CPU", ""), ("CPU_REPACK", " repacked")):
@@ -356,7 +394,7 @@ def ggml_kernels(ggml: Ggml, kinds: list[str], n: int, x: torch.Tensor) -> list[
                 size = n * ggml.row_bytes(kind, x.shape[1])
                 products = ggml.products(kind, place, ggml_x, n, max(2, COLD_BYTES // size + 1))
                 call = rotate(lambda _, run: run(), ggml_x, [(run,) for run in products])
-                found.append(Timed({"format": f"ggml {kind}{suffix}", "compute": "q8"}, call, size))
+                found.append(Timed({"format": f"{ggml.name} {kind}{suffix}", "compute": "q8"}, call, size))
     return found
 
 
@@ -434,7 +472,7 @@ def read_bandwidth(threads: int) -> float:
     return best
 
 
-def machine(bandwidth: dict[int, float]) -> dict[str, Any]:
+def machine(bandwidth: dict[int, float], target: Target) -> dict[str, Any]:
     """What the figures were measured on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -442,7 +480,7 @@ def machine(bandwidth: dict[int, float]) -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
-        "target": str(host_target()),
+        "target": str(target),
         "load_average": round(os.getloadavg()[0], 2),
         "read_gb_per_s": {str(t): round(b, 1) for t, b in bandwidth.items()},
     }

@@ -6,7 +6,8 @@
 
 Arms: `hf-fp32` and `hf-bf16`, transformers as it is; `inductor-bf16`, torch.compile, StaticCache, static shapes;
 `modules`, lowbit.compile; `backend`, torch.compile(backend="lowbit") likewise; `program`, the native program, and
-`program-head8` with an output layer of 8 bits; `llama.cpp`. With several formats or kinds there is an arm for each.
+`program-head8` with an output layer of 8 bits; `llama.cpp`. With several formats or kinds there is an arm for each;
+`modules:int4.g64.sym` asks for one only.
 
 llama.cpp requantizes the file. Its K kinds and TQ2_0 need rows of a multiple of 256; where a model has others (576 in
 SmolLM2-135M) it takes another type for those tensors, without failing. What a file then really holds is printed and
@@ -132,9 +133,15 @@ def _arguments() -> argparse.Namespace:
 
 
 def _names(args: argparse.Namespace) -> list[str]:
-    """Arms, those that several formats or kinds were asked for once for each, with that behind a colon."""
+    """Arms; those that several formats or kinds were asked for once for each, with that behind a colon.
+
+    An arm that was given with a colon is one with the format or kind behind it.
+    """
     found: list[str] = []
     for name in args.arms.split(","):
+        if ":" in name:
+            found.append(name)
+            continue
         given = args.llama_kind.split(",") if name == "llama.cpp" else args.format.split(",")
         plain = name in ("hf-fp32", "hf-bf16", "inductor-bf16") or (len(given) == 1 and name != "llama.cpp")
         found += [name] if plain else [f"{name}:{text}" for text in given]

@@ -3,6 +3,10 @@
 The libraries are those of the PyPI package llama-cpp-python. It may live in an environment of its own, because nothing
 of it is imported: `LOWBIT_GGML` names the folder with libggml-base.so and libggml-cpu.so. Built for the machine at hand
 (`CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python`), as llama.cpp itself is.
+
+`LOWBIT_IK_GGML` likewise names the folder of the fork ik_llama.cpp's libggml.so (cmake target `ggml`, with
+`-DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON`): an older ggml with kernels and types of its own, those ending in `_r4` or
+`_r8` stored interleaved for this kind of machine.
 """
 
 from __future__ import annotations
@@ -21,6 +25,11 @@ TYPES = {"q4_0": 2, "q8_0": 8, "q2_K": 10, "q4_K": 12, "q6_K": 14, "iq2_xxs": 16
 """`enum ggml_type`; checked against the library's own names."""
 BITS = {"q4_0": 4, "q8_0": 8, "q2_K": 2, "q4_K": 4, "q6_K": 6, "iq2_xxs": 2, "tq2_0": 2, "mxfp4": 4}
 """Bits of a code, without its share of scales."""
+IK_TYPES = {"q4_0_r8": 202, "q8_0_r8": 208, "q2_k_r4": 210, "q4_k_r4": 212, "q6_k_r4": 214, "iq4_ks": 144, "iq4_k": 139,
+            "iq3_k": 138, "iq2_ks": 145, "iq2_k": 137, "iq2_xxs_r4": 216}  # fmt: skip
+"""Likewise of ik_llama.cpp."""
+BITS |= {"q4_0_r8": 4, "q8_0_r8": 8, "q2_k_r4": 2, "q4_k_r4": 4, "q6_k_r4": 6, "iq4_ks": 4, "iq4_k": 4, "iq3_k": 3,
+         "iq2_ks": 2, "iq2_k": 2, "iq2_xxs_r4": 2}  # fmt: skip
 _TERNARY = frozenset({"tq2_0"})
 
 SAMPLE_ROWS = 256  # rows that are quantized; the others repeat them, because quantizing K types takes seconds
@@ -73,20 +82,35 @@ def find_libraries() -> Path | None:
     return folder if (folder / "libggml-cpu.so").exists() else None
 
 
-class Ggml:
-    """The loaded libraries, and one CPU backend. What is allocated lives as long as the process."""
+def find_ik_libraries() -> Path | None:
+    """The folder of ik_llama.cpp's libggml.so, or None."""
+    given = os.environ.get("LOWBIT_IK_GGML")
+    return Path(given) if given and (Path(given) / "libggml.so").exists() else None
 
-    def __init__(self, folder: Path) -> None:
-        base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
-        cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
+
+class Ggml:
+    """The loaded libraries, and one CPU backend. What is allocated lives as long as the process.
+
+    fork: they are ik_llama.cpp's. Both can be loaded at once: the fork sees its own symbols first.
+    """
+
+    def __init__(self, folder: Path, fork: bool = False) -> None:
+        self.name, self.types = ("ik", IK_TYPES) if fork else ("ggml", TYPES)
+        if fork:
+            base = cpu = ctypes.CDLL(str(folder / "libggml.so"), mode=os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+        else:
+            base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
+            cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
         self._functions: dict[str, Any] = {}
         for name, (result, arguments) in _SIGNATURES.items():
+            if fork and not hasattr(base, name):
+                continue
             function = getattr(base if hasattr(base, name) else cpu, name)
             function.restype, function.argtypes = result, arguments
             self._functions[name] = function
         self._init = base.ggml_init
         self._init.restype, self._init.argtypes = c_void_p, [_Params]
-        for name, number in TYPES.items():
+        for name, number in self.types.items():
             found = self("ggml_type_name", number).decode()
             assert found == name, f"ggml type {number} is {found}, not {name}: another version of ggml"
         self._backend = self("ggml_backend_cpu_init")
@@ -96,8 +120,8 @@ class Ggml:
 
     @property
     def version(self) -> str:
-        """ggml's own."""
-        return str(self("ggml_version").decode())
+        """ggml's own, where it has one."""
+        return str(self("ggml_version").decode()) if "ggml_version" in self._functions else "without a version"
 
     def set_threads(self, threads: int) -> None:
         """For all calls that follow."""
@@ -106,6 +130,8 @@ class Ggml:
     @cached_property
     def buffer_types(self) -> dict[str, int]:
         """Where weights can live: `CPU` as they are, and `CPU_REPACK`, which rearranges them for this machine."""
+        if "ggml_backend_cpu_reg" not in self._functions:
+            return {"CPU": self("ggml_backend_cpu_buffer_type")}
         registry = self("ggml_backend_cpu_reg")
         address = self("ggml_backend_reg_get_proc_address", registry, b"ggml_backend_dev_get_extra_bufts")
         found = [self("ggml_backend_cpu_buffer_type")]
@@ -120,14 +146,14 @@ class Ggml:
 
     def row_bytes(self, kind: str, k: int) -> int:
         """Bytes of one row of `k` weights."""
-        return int(self("ggml_row_size", TYPES[kind], k))
+        return int(self("ggml_row_size", self.types[kind], k))
 
     def quantize(self, kind: str, weight: torch.Tensor) -> torch.Tensor:
         """uint8: contiguous float32 [rows, k] in type `kind`; all weights count alike."""
         rows, k = weight.shape
         packed, important = torch.empty(rows * self.row_bytes(kind, k), dtype=torch.uint8), torch.ones(k)
-        given = important.data_ptr() if self("ggml_quantize_requires_imatrix", TYPES[kind]) else None
-        written = self("ggml_quantize_chunk", TYPES[kind], weight.data_ptr(), packed.data_ptr(), 0, rows, k, given)
+        given = important.data_ptr() if self("ggml_quantize_requires_imatrix", self.types[kind]) else None
+        written = self("ggml_quantize_chunk", self.types[kind], weight.data_ptr(), packed.data_ptr(), 0, rows, k, given)
         assert written == packed.numel()
         return packed
 
@@ -151,7 +177,7 @@ class Ggml:
         if buffer_type == "CPU":
             return True
         context = self._context(8)
-        weight = self("ggml_new_tensor_2d", context, TYPES[kind], k, n)
+        weight = self("ggml_new_tensor_2d", context, self.types[kind], k, n)
         out = self("ggml_mul_mat", context, weight, self("ggml_new_tensor_2d", context, 0, k, 1))
         empty = self("ggml_backend_buft_alloc_buffer", self.buffer_types[buffer_type], 0)
         c_void_p.from_address(weight + _BUFFER_AT).value = empty
@@ -166,7 +192,7 @@ class Ggml:
     def _product(self, kind: str, buffer_type: str, data: torch.Tensor, x: torch.Tensor, n: int) -> Product:
         m, k = x.shape
         holder, context = self._context(2), self._context(8)
-        weight = self("ggml_new_tensor_2d", holder, TYPES[kind], k, n)
+        weight = self("ggml_new_tensor_2d", holder, self.types[kind], k, n)
         self("ggml_backend_alloc_ctx_tensors_from_buft", holder, self.buffer_types[buffer_type])
         self("ggml_backend_tensor_set", weight, data.data_ptr(), 0, data.numel())
         given = self("ggml_new_tensor_2d", context, 0, k, m)

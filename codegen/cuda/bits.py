@@ -12,13 +12,13 @@ from typing import Literal, TypeAlias
 
 import torch
 
-__all__ = ["ByteType", "Op", "Operand", "Sequence", "Type16", "half_of", "run", "run_words", "text", "to_bits"]
+__all__ = ["NarrowType", "Op", "Operand", "Sequence", "Type16", "half_of", "run", "run_words", "text", "to_bits"]
 
 Type16 = Literal["f16", "bf16"]
 """Operand types of the matrix instructions that are halves of a word."""
 
-ByteType = Literal["s8", "e4m3"]
-"""Those that are bytes: signed integers and FP8."""
+NarrowType = Literal["s8", "e4m3", "s4"]
+"""Those that are bytes, signed integers and FP8; and signed integers of four bits."""
 
 Operand: TypeAlias = str | int
 """A register's name, or a constant."""

@@ -107,14 +107,14 @@ def _traits(plan: Plan) -> list[str]:
         "SIDE": _SIDES[spec.scale_dtype], "SIDE_BYTES": plan.side_bytes, "SEGMENTS": len(spec.segments),
         "N_OUT": spec.n_out, "OUT": _OUT[spec.out_dtype], "REDUCE_STRIDE": plan.reduce_stride,
         "BARRIER_BYTES": plan.barrier_bytes, "ROW_WARPS": plan.row_warps, "AHEAD": plan.ahead, "ALIGN": plan.align,
-        "GROUPS_OF_WARPS": plan.warp_groups, "TABLE_SIZE": len(recipe.table), "WIDTH": plan.width,
+        "GROUPS_OF_WARPS": plan.warp_groups, "TABLE_SIZE": len(recipe.table), "BITS": plan.operand_bits,
         "TILE_ROWS": TILE, "RING_BYTES": plan.ring_bytes, "FEW": plan.registers[0], "MANY": plan.registers[1],
-        "X_COLUMNS": plan.x_columns, "SCALE_TOKENS": plan.scale_tokens, **_preparation(plan),
+        "X_COLUMNS": plan.x_columns, "SCALE_TOKENS": plan.scale_tokens, "X_SIDES": plan.x_sides, **_preparation(plan),
     }  # fmt: skip
     flags = {
         "BF16": plan.dtype == "bf16", "BULK": bool(s.get("bulk", 0)), "IN_LOOP": plan.in_loop, "ZERO": spec.fmt.zero,
         "OFFSET": spec.fmt.offset, "SUMS_X": plan.sums_x, "EXACT": plan.exact, "GATED": plan.gated,
-        "DIRECT": plan.direct, "WGMMA": plan.warpgroup, "FIXED": plan.fixed, "INTEGER": plan.operand == "s8",
+        "DIRECT": plan.direct, "WGMMA": plan.warpgroup, "FIXED": plan.fixed, "INTEGER": plan.operand in ("s8", "s4"),
         "TOKEN_X": plan.halved or (bool(spec.rounding) and not plan.x_group), "GROUP_X": bool(plan.x_group),
         "ROUND": bool(spec.rounding), "HALVED": plan.halved, "STATIC_X": bool(spec.rounding and spec.rounding.static),
         "DENSE": spec.groups == 1 or plan.padded_group == spec.group, "ORDERED": spec.fmt.ordered and plan.prepared,
@@ -122,7 +122,7 @@ def _traits(plan: Plan) -> list[str]:
         "RESIDUAL_ADD": "residual" in spec.epilogue,
         "TENSOR_SCALE": spec.fmt.tensor and plan.side_bytes == 1,
     }  # fmt: skip
-    ones = half_of(1.0, plan.dtype) * 0x00010001 if plan.width == 2 else 0x01010101
+    ones = {16: half_of(1.0, plan.dtype) * 0x00010001, 8: 0x01010101, 4: 0x11111111}[plan.operand_bits]
     rounding = spec.rounding
     return [
         "struct T {",
@@ -145,6 +145,7 @@ def _preparation(plan: Plan) -> dict[str, int]:
     """What `prepare` has to know: x's type, groups and their packed columns, threads of a group, mantissa bits."""
     rounding, group = plan.spec.rounding, plan.x_group or plan.x_columns
     element = rounding.element if rounding else None
+    piece = 32 if plan.half_bytes else 16  # columns that a thread stores: 16 bytes
     return {
         "X": ("f16", "bf16", "f32").index(plan.spec.x_dtype),
         "X_GROUPS": rounding.groups(plan.spec.k) if rounding and plan.x_group else 1,
@@ -155,7 +156,8 @@ def _preparation(plan: Plan) -> dict[str, int]:
         "ASYM_X": int(rounding is not None and rounding.asym),
         "X_MANTISSA": element.mantissa if isinstance(element, FloatElement) else -1,
         "PREPARE_THREADS": PREPARE_THREADS,
-        "TEAM": min(32, 1 << (max(group // 16, 1) - 1).bit_length()),
+        "PIECE": piece,
+        "TEAM": min(32, 1 << (max(group // piece, 1) - 1).bit_length()),
     }
 
 

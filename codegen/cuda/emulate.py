@@ -88,8 +88,9 @@ class Emulation:
             args.ready, args.x_scale = ready.data_ptr(), scales.data_ptr()
             held += [ready, scales]
         ranges = (_Range * len(held))(*[_Range(t.data_ptr(), t.numel() * t.element_size()) for t in held])
-        line = plan.x_columns * plan.width
-        args.map = (args.ready, plan.x_columns, x.shape[0], line, plan.width, plan.schedule.tile_m)
+        width = plan.operand_bits // 8
+        line = plan.x_columns * width
+        args.map = (args.ready, plan.x_columns, x.shape[0], line, width, plan.schedule.tile_m)
         if plan.prepared:
             self._launch(args, 1, (x.shape[0], 1), PREPARE_THREADS, _PREPARE_SHARED, range(x.shape[0]), ranges)
         blocks_in_order = order or range(grid[0] * grid[1])

@@ -94,7 +94,7 @@ def make_launcher(artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launc
         args.part = part.data_ptr()
         args.count = counters.take(plan.counts(grid, tokens), x.device).data_ptr()
         if plan.warpgroup:
-            args.map = tensor_map(args.ready, tokens, plan.x_columns, plan.width, plan.schedule.tile_m)
+            args.map = tensor_map(args.ready, tokens, plan.x_columns, plan.operand_bits // 8, plan.schedule.tile_m)
         kernel.launch(grid, args, x.device)
 
     def run_float(

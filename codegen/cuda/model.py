@@ -25,6 +25,7 @@ def registers(plan: Plan) -> int:
     words = parts * plan.spec.fmt.bits
     sides = 2 * parts * (1 + plan.spec.fmt.zero + plan.spec.fmt.offset) if plan.in_loop else 0
     operands = 32 if plan.warpgroup else 4 * tokens + 4 * parts  # of the weights twice, or of both sides
+    live += 4 * plan.parts * plan.half_bytes
     return live + (4 * tokens if plan.sums_x else 0) + operands + words + sides + 44
 
 
@@ -32,16 +33,18 @@ def instructions(plan: Plan) -> float:
     """Instructions a warp issues for one unit, all of them."""
     s, tokens, recipe = plan.schedule, plan.token_tiles, plan.recipe
     weights = plan.parts * 16 * s.tile_k / 32  # of a lane
-    products = weights / 8 * tokens / (3 - plan.width)
+    products = weights / 128 * tokens * plan.operand_bits
     steps = s.tile_k // plan.step
     count = weights * (recipe.cost + (0.5 if plan.exact and (recipe.sums_activations or plan.spec.fmt.zero) else 0))
     count += (
         (steps if plan.warpgroup else products)
         + steps * tokens * (1 if plan.sums_x else 0)
         + (0 if plan.warpgroup else steps / 2 * tokens)
+        + plan.half_bytes * steps * plan.parts
     )
     if not plan.direct:
-        each = 1 + (plan.sums_x and not plan.exact) + plan.spec.fmt.offset + (plan.operand == "s8") + bool(plan.x_group)
+        each = 1 + (plan.sums_x and not plan.exact) + plan.spec.fmt.offset + (plan.spec.compute == "int8")
+        each += bool(plan.x_group) + plan.half_bytes
         flushes = plan.flushes / (plan.units_per_flush if plan.warpgroup else 1)
         count += flushes * plan.parts * (4 * tokens * each + 6 * plan.in_loop + 4 * plan.spec.fmt.zero)
     count += weights * plan.spec.fmt.bits / 128
@@ -62,7 +65,7 @@ def predict(plan: Plan, target: Target, m: int) -> float:
     warps = plan.units * token_blocks * plan.row_warps
     slots = min(_SLOTS / 1.25, _PER_WARP * s.warps * min(resident, math.ceil(blocks / gpu.multiprocessors)))
     issue = warps * instructions(plan) / (gpu.multiprocessors * slots * gpu.clock)
-    rate = gpu.matrix16 if plan.width == 2 else gpu.matrix8
+    rate = {16: gpu.matrix16, 8: gpu.matrix8, 4: 2 * gpu.matrix8}[plan.operand_bits]
     rate *= _TENSOR_SHARE if is_hopper(target) and not plan.warpgroup else 1.0
     columns = plan.k_blocks * 64 + plan.lead_units * s.tile_k
     products = 2.0 * token_blocks * plan.token_tiles * 8 * plan.tile_sets * s.tile_n * columns
@@ -75,7 +78,8 @@ def predict(plan: Plan, target: Target, m: int) -> float:
     longest = plan.line(blocks, m).longest if plan.warpgroup else math.ceil(rounds)
     uneven = longest / rounds
     total = LAUNCH + max(memory, compute) * uneven + 0.15 * min(memory, compute) + shared_sets
-    return total + (_PREPARE + m * plan.x_columns * (2 + plan.width) / gpu.bandwidth if plan.prepared else 0.0)
+    prepared = m * plan.x_columns * (2 + plan.operand_bits / 8)
+    return total + (_PREPARE + prepared / gpu.bandwidth if plan.prepared else 0.0)
 
 
 def _balance(programs: int, resident: int) -> float:

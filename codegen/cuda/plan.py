@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from lowbit.codegen.cuda.bits import ByteType, Type16
+from lowbit.codegen.cuda.bits import NarrowType, Type16
 from lowbit.codegen.cuda.recipe import Recipe, find_recipe
 from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
 from lowbit.codegen.schedule import Schedule
@@ -32,6 +32,7 @@ CHUNK = 32
 """Tokens whose sums wait together to be stored, where warpgroups multiply."""
 PREPARE_THREADS = 256
 """Threads of a block that prepares activations."""
+_OPERAND_BITS = {"f16": 16, "bf16": 16, "s8": 8, "e4m3": 8, "s4": 4}
 _SIDE_BYTES = {"f16": 2, "f32": 4, "e8m0": 1, "e4m3": 1}
 
 
@@ -40,8 +41,8 @@ class Plan:
     """See the module's docstring. Schedule: tile_m tokens a thread block multiplies with, tile_n rows and tile_k
     columns of a unit, warps that multiply, stages. Extra: `row_warps` warps share a unit, each taking some of its rows;
     `bulk`: copies by the copy engine of sm_90; `exact`: addends meet weights, not sums; `wgmma`: four warps multiply
-    together while others fetch; `fp8`: operands are e4m3; `half`: they
-    are float16 where activations are bfloat16; `resident` thread blocks a multiprocessor holds; split_k: shares of a
+    together while others fetch; `fp8`: operands are e4m3; `s4`: integers of four bits; `half`: they are float16 where
+    activations are bfloat16; `resident` thread blocks a multiprocessor holds; split_k: shares of a
     tile's columns, where they must not depend on the number of tokens and `wgmma` multiplies;
     `early`: the kernel may start while the one before it ends."""
 
@@ -62,27 +63,33 @@ class Plan:
         return bool(self.schedule.get("half", 0)) and self.spec.x_dtype == "bf16" and not self.spec.rounding
 
     @cached_property
-    def operand(self) -> Type16 | ByteType:
+    def operand(self) -> Type16 | NarrowType:
         """Operand type of the matrix instructions."""
         if self.spec.compute == "int8":
-            return "s8"
+            return "s4" if self.schedule.get("s4", 0) else "s8"
         return "e4m3" if self.schedule.get("fp8", 0) else self.dtype
 
     @property
-    def width(self) -> int:
-        """Bytes of an operand."""
-        return 1 if self.operand in ("s8", "e4m3") else 2
+    def operand_bits(self) -> int:
+        """Bits of an operand."""
+        return _OPERAND_BITS[self.operand]
+
+    @property
+    def half_bytes(self) -> bool:
+        """Whether operands are integers of four bits: signed weights, and unsigned activations, each a level less its
+        group's least one. The least level times the sum of the group's weights is added to every sum of products."""
+        return self.operand == "s4"
 
     @property
     def step(self) -> int:
         """Columns of a matrix instruction: 32 bytes."""
-        return 32 // self.width
+        return 256 // self.operand_bits
 
     @cached_property
     def recipe(self) -> Recipe:
         """How codes become operands; raises KernelError (LB0460) where no way is exact."""
         element, kind = self.spec.fmt.element, self.operand
-        if kind == "s8" or kind == "e4m3":
+        if kind == "s8" or kind == "e4m3" or kind == "s4":
             found = find_byte_recipe(element, kind, plain=kind == "s8" and self.exact and self.spec.fmt.zero)
         else:
             found = find_recipe(element, kind)
@@ -106,7 +113,7 @@ class Plan:
         """Packed columns that share an activation scale, or of the leading ones where the others share one too; 0 where
         all do, or none is rounded."""
         s, rounding = self.spec, self.spec.rounding
-        if rounding is None or (rounding.groups(s.k) == 1 and not self.digits):
+        if rounding is None or (rounding.groups(s.k) == 1 and not self.digits and not self.half_bytes):
             return 0
         if rounding.groups(s.k) == 1:
             return self.k_blocks * BLOCK
@@ -123,9 +130,9 @@ class Plan:
 
     @property
     def digits(self) -> bool:
-        """Whether the leading columns are two digits of 8 bits, high ones times 256."""
+        """Whether the leading columns are two digits of an operand's bits: of 8, high ones times 256, or of 4."""
         rounding = self.spec.rounding
-        return rounding is not None and rounding.wide > 0 and rounding.wide_bits == 16
+        return rounding is not None and rounding.wide > 0 and rounding.wide_bits == 2 * self.operand_bits
 
     @cached_property
     def lead_units(self) -> int:
@@ -200,7 +207,7 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether addends and zero points meet weights instead of sums."""
-        return self.warpgroup or (bool(self.schedule.get("exact", 0)) and self.width == 2)
+        return self.warpgroup or (bool(self.schedule.get("exact", 0)) and self.operand_bits == 16)
 
     @property
     def warpgroup(self) -> bool:
@@ -254,6 +261,7 @@ class Plan:
     def flush(self) -> int:
         """Columns after which a sum is scaled: those of a unit, or fewer where groups are smaller."""
         groups = [self.padded_group] * self.in_loop + [self.x_group] * bool(self.x_group)
+        groups += [self.k_blocks * BLOCK] * self.half_bytes  # beyond the row levels are no zeros, but the least ones
         for size in (self.schedule.tile_k, 64, 32, 16):
             if self.step <= size <= self.schedule.tile_k and all(g % size == 0 for g in groups):
                 return size
@@ -296,11 +304,16 @@ class Plan:
             parts |= {"zero": each} if self.spec.fmt.zero else {}
             parts |= {"offset": each * self.side_bytes} if self.spec.fmt.offset else {}
         if self.x_group:
-            parts["x_scale"] = self.flushes * self.scale_tokens * 4
+            parts["x_scale"] = self.flushes * self.scale_tokens * self.x_sides * 4
         if self.warpgroup:
             parts["gap"] = -sum(parts.values()) % self.align
-        parts["x"] = s.tile_m * s.tile_k * self.width
+        parts["x"] = s.tile_m * s.tile_k * self.operand_bits // 8
         return parts
+
+    @property
+    def x_sides(self) -> int:
+        """Numbers that come with a token's group: its scale; of half bytes its least level too."""
+        return 1 + self.half_bytes
 
     @property
     def scale_tokens(self) -> int:
@@ -389,5 +402,5 @@ class Plan:
         """Bytes of prepared activations, and of their scales: one for every token, or token tile and flush."""
         scales = tokens
         if self.x_group:
-            scales = self.token_blocks(tokens) * self.units_per_set * self.flushes * self.scale_tokens
-        return tokens * self.x_columns * self.width, scales * 4
+            scales = self.token_blocks(tokens) * self.units_per_set * self.flushes * self.scale_tokens * self.x_sides
+        return tokens * self.x_columns * self.operand_bits // 8, scales * 4

@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from lowbit.codegen.cuda.bits import ByteType, Operand, Sequence, Type16, half_of, run
+from lowbit.codegen.cuda.bits import NarrowType, Operand, Sequence, Type16, half_of, run
 from lowbit.codegen.cuda.value import Move, Number, read_value
 from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
 from lowbit.quantizers.formats import Element
@@ -44,7 +44,7 @@ class Recipe:
     addend: for each half of the rows. table: 16-bit numbers by code, where the sequence looks them up.
     """
 
-    dtype: Type16 | ByteType
+    dtype: Type16 | NarrowType
     sequence: Sequence
     factor: float
     addend: tuple[float, float]
@@ -99,11 +99,11 @@ def gather(
     pieces: list[Piece],
     at: tuple[int, int],
     up: int,
-    base: int,
+    base: Operand,
     lanes: int,
     join: Literal["andor", "andxor"] = "andor",
 ) -> Operand:
-    """The pieces of one register (or of four bytes), joined with the constant `base`. up: where its codes begin."""
+    """The pieces of one register (or of four bytes), joined with `base`. up: where its codes begin."""
     masks: dict[Operand, int] = {}
     for p in pieces:
         word, bit = _source(bits, p.plane, *at)

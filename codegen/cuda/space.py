@@ -13,7 +13,7 @@ from lowbit.codegen.cuda.recipe import find_recipe
 from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
-from lowbit.codegen.triton.gpus import gpu_of, is_hopper
+from lowbit.codegen.triton.gpus import gpu_of, is_hopper, multiplies_int4
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target
 
@@ -41,7 +41,7 @@ def illegal(plan: Plan, target: Target) -> str | None:
         return e.message
     if s.split_k != 1 and not (plan.fixed and 1 < s.split_k <= plan.units_per_set):
         return f"{s.split_k} fixed shares are for batch-invariant wgmma, at most {plan.units_per_set}"
-    if why := _no_warpgroup(plan, target) if plan.warpgroup else _no_bytes(plan):
+    if why := _no_warpgroup(plan, target) if plan.warpgroup else _no_warp(plan, target):
         return why
     if plan.direct and plan.operand == "s8" and plan.k_blocks * BLOCK * 128 * 128 >= 2**31:
         return f"sums of {plan.spec.k} products of bytes do not fit 32 bits"
@@ -65,7 +65,7 @@ def _no_warpgroup(plan: Plan, target: Target) -> str | None:
         return "with wgmma 4, 8 or 12 warps hold 16 rows each, of 8 tokens and more, and copies are bulk copies"
     if s.get("resident", 2) != 1:
         return "with wgmma one thread block fills a multiprocessor"
-    if s.tile_k * plan.width != 2 * BLOCK or plan.flush < plan.step or plan.sums_x:
+    if s.tile_k * plan.operand_bits != 16 * BLOCK or plan.flush < plan.step or plan.sums_x:
         return "with wgmma a unit has 128 bytes of columns, and nothing asks for sums of activations"
     if plan.operand == "e4m3":
         return _no_fp8(plan)
@@ -74,8 +74,21 @@ def _no_warpgroup(plan: Plan, target: Target) -> str | None:
     return None
 
 
-def _no_bytes(plan: Plan) -> str | None:
-    return "FP8 products are those of warpgroups" if plan.operand == "e4m3" else None
+def _no_warp(plan: Plan, target: Target) -> str | None:
+    if plan.operand == "e4m3":
+        return "FP8 products are those of warpgroups"
+    return _no_half_bytes(plan, target) if plan.half_bytes else None
+
+
+def _no_half_bytes(plan: Plan, target: Target) -> str | None:
+    rounding, fmt = plan.spec.rounding, plan.spec.fmt
+    if not multiplies_int4(target):
+        return f"{target} does not multiply integers of four bits"
+    if rounding is None or rounding.element.bits > 4 or (rounding.wide and not plan.digits):
+        return "integers of four bits are for activations of as many, of eight where they are wide"
+    if find_byte_recipe(fmt.element, "s4") is None or plan.sums_x:
+        return f"{fmt.element.name} is no integer of four bits without zero points and offsets"
+    return None if plan.schedule.tile_k == 2 * BLOCK else "as half bytes a unit has 128 columns"
 
 
 def _no_fp8(plan: Plan) -> str | None:
@@ -123,6 +136,8 @@ def space(spec: KernelSpec, target: Target, m: int) -> Iterator[Schedule]:
                 yield base
                 if not integer:
                     yield base.with_extra(exact=1)
+                elif k == 128 and multiplies_int4(target):
+                    yield base.with_extra(s4=1)
     if m > 32 and bulk:  # one warp fetches, whole warpgroups multiply
         tall = [h for h in (64, 128, 256) if h <= 64 or h <= 2 * m]
         for height, warps, stages, fp8 in product(tall, (8, 12), (3, 4, 6, 8), (0, 1)):

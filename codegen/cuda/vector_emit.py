@@ -31,7 +31,7 @@ def vector_traits(plan: VectorPlan) -> tuple[dict[str, int], dict[str, bool], di
         "RESIDUAL_BYTES": max(plan.residual_bytes, 1), "BOOK_BYTES": plan.book_bytes, "RING_BYTES": plan.ring_bytes,
         "REDUCE_STRIDE": plan.reduce_stride, "SEGMENTS": len(spec.segments), "N_OUT": spec.n_out,
         "OUT": ("f16", "bf16", "f32").index(spec.out_dtype), "X": ("f16", "bf16").index(spec.x_dtype),
-        "X_COLUMNS": plan.x_columns, "PREPARE_THREADS": PREPARE_THREADS, "WIDTH": 2,
+        "X_COLUMNS": plan.x_columns, "PREPARE_THREADS": PREPARE_THREADS, "BITS": 16,
     }  # fmt: skip
     flags = {
         "BF16": False, "INTEGER": False, "BULK": False, "BOOK_SHARED": not plan.far,

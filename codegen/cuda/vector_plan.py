@@ -29,7 +29,7 @@ class VectorPlan:
 
     prepared = True
     warpgroup = False
-    width = 2
+    operand_bits = 16
 
     @cached_property
     def fmt(self) -> VectorFormat:

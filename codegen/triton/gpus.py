@@ -22,6 +22,7 @@ __all__ = [
     "gpu_of",
     "is_hopper",
     "matrix_rate",
+    "multiplies_int4",
     "resident_programs",
     "uses_wgmma",
 ]
@@ -92,6 +93,11 @@ def uses_wgmma(schedule: Schedule, target: Target) -> bool:
 def is_hopper(target: Target) -> bool:
     """Whether the target has warpgroup instructions."""
     return gpu_of(target) is _GPUS[90]
+
+
+def multiplies_int4(target: Target) -> bool:
+    """Whether matrix units multiply integers of four bits: from Ampere to Ada, not before and no longer on Hopper."""
+    return 80 <= int(target.arch.removeprefix("sm_").rstrip("a")) < 90
 
 
 def matrix_rate(spec: KernelSpec, schedule: Schedule, target: Target) -> float:

@@ -1,7 +1,7 @@
-// Matrix instructions, played on a CPU for all lanes at once. A row or column of 32 bytes holds 16 or 32 numbers.
+// Matrix instructions, played on a CPU for all lanes at once. A row or column of 32 bytes holds 16, 32 or 64 numbers.
 namespace host {
 
-constexpr int DEPTH = 32 / T::WIDTH;
+constexpr int DEPTH = 256 / T::BITS, PER_WORD = 32 / T::BITS;
 
 inline double from_e4m3(uint8_t b) {
   const int exponent = b >> 3 & 15, fraction = b & 7;
@@ -10,9 +10,10 @@ inline double from_e4m3(uint8_t b) {
   return b & 0x80 ? -v : v;
 }
 
-// The i-th number of a word.
-inline double number(uint32_t word, int i) {
-  if (T::WIDTH == 2) return from16(word >> 16 * i);
+// The i-th number of a word. Half bytes are signed on the left and unsigned on the right.
+inline double number(uint32_t word, int i, bool left) {
+  if (T::BITS == 16) return from16(word >> 16 * i);
+  if (T::BITS == 4) return (int)((word >> 4 * i & 15) ^ (left ? 8 : 0)) - (left ? 8 : 0);
   const uint8_t byte = word >> 8 * i;
   return T::INTEGER ? (double)(int8_t)byte : from_e4m3(byte);
 }
@@ -22,10 +23,10 @@ template <class S> struct MmaIn { S c[4]; const uint32_t *a, *b; };
 // Column k of a row of activations, as a descriptor with 128-byte swizzle says: bits 4 to 6 of the address are changed by
 // bits 7 to 9.
 inline double matrix_unit_reads(uint64_t descriptor, int row, int k) {
-  const uint32_t at = (uint32_t)(descriptor & 0x3fff) * 16 + row / 8 * 1024 + row % 8 * 128 + k * T::WIDTH;
+  const uint32_t at = (uint32_t)(descriptor & 0x3fff) * 16 + row / 8 * 1024 + row % 8 * 128 + k * T::BITS / 8;
   uint32_t value = 0;
-  memcpy(&value, shared_base + (at ^ (at >> 3 & 0x70)), T::WIDTH);
-  return number(value, 0);
+  memcpy(&value, shared_base + (at ^ (at >> 3 & 0x70)), T::BITS / 8);
+  return number(value, 0, false);
 }
 
 template <class S> struct WgmmaIn { S (*sums)[4]; const uint32_t* a; uint64_t x; bool add; };
@@ -36,15 +37,15 @@ template <class S> LB_DEV void mma(S (&c)[4], const uint32_t (&a)[4], const uint
   using In = host::MmaIn<S>;
   In in = {{c[0], c[1], c[2], c[3]}, a, b};
   host::agree(&in, c, [](host::Warp& w) {
-    constexpr int D = host::DEPTH, PER = 4 / T::WIDTH;
+    constexpr int D = host::DEPTH, PER = host::PER_WORD;
     double left[16][D], right[D][8];
     for (int lane = 0; lane < 32; ++lane) {
       const In* m = (const In*)w.in[lane];
       const int g = lane / 4, t = lane % 4;
       for (int r = 0; r < 4; ++r)
         for (int e = 0; e < PER; ++e) {
-          left[g + r % 2 * 8][t * PER + e + r / 2 * D / 2] = host::number(m->a[r], e);
-          if (r < 2) right[t * PER + e + r * D / 2][g] = host::number(m->b[r], e);
+          left[g + r % 2 * 8][t * PER + e + r / 2 * D / 2] = host::number(m->a[r], e, true);
+          if (r < 2) right[t * PER + e + r * D / 2][g] = host::number(m->b[r], e, false);
         }
     }
     for (int lane = 0; lane < 32; ++lane)
@@ -66,7 +67,7 @@ template <class S, int N> LB_DEV void wgmma(S (&sums)[N][4], const uint32_t (&a)
   w.in[thread % 128] = &in;
   const long round = w.round;
   if (++w.arrived == 128) {
-    constexpr int D = host::DEPTH, PER = 4 / T::WIDTH;
+    constexpr int D = host::DEPTH, PER = host::PER_WORD;
     if ((x >> 62) != 1 || (x >> 32 & 0x3fff) != 64) host::fail("activations are not described as they lie");
     static double right[256][D], left[64][D];
     for (int token = 0; token < N * 8; ++token)
@@ -76,7 +77,7 @@ template <class S, int N> LB_DEV void wgmma(S (&sums)[N][4], const uint32_t (&a)
       if (m.x != x || m.add != add) host::fail("warps disagree about a product");
       for (int r = 0; r < 4; ++r)
         for (int e = 0; e < PER; ++e)
-          left[t / 32 * 16 + t / 4 % 8 + r % 2 * 8][t % 4 * PER + e + r / 2 * D / 2] = host::number(m.a[r], e);
+          left[t / 32 * 16 + t / 4 % 8 + r % 2 * 8][t % 4 * PER + e + r / 2 * D / 2] = host::number(m.a[r], e, true);
     }
     for (int t = 0; t < 128; ++t) {
       const In& m = *(const In*)w.in[t];

@@ -24,9 +24,9 @@ constexpr int ZERO_AT = SCALE_AT + SIDE_VALUES * T::SIDE_BYTES;
 constexpr int OFFSET_AT = ZERO_AT + (T::ZERO ? SIDE_VALUES : 0);
 constexpr int WEIGHT_BYTES = OFFSET_AT + (T::OFFSET ? SIDE_VALUES * T::SIDE_BYTES : 0);
 constexpr int X_SCALE_AT = WEIGHT_BYTES;
-constexpr int X_SCALE_BYTES = T::GROUP_X ? T::FLUSHES * T::SCALE_TOKENS * 4 : 0;
+constexpr int X_SCALE_BYTES = T::GROUP_X ? T::FLUSHES * T::SCALE_TOKENS * T::X_SIDES * 4 : 0;
 constexpr int X_AT = (X_SCALE_AT + X_SCALE_BYTES + T::ALIGN - 1) / T::ALIGN * T::ALIGN;
-constexpr int X_STRIDE = T::UNIT_BLOCKS * 64 * T::WIDTH;
+constexpr int X_STRIDE = T::UNIT_BLOCKS * 8 * T::BITS;
 constexpr int STAGE = X_AT + T::TILE_M * X_STRIDE;
 static_assert(STAGE % (T::WGMMA ? 1024 : 16) == 0, "stages are aligned");
 
@@ -43,9 +43,9 @@ LB_DEV int group_of(int u, int j) {
 // 16-byte pieces of a row of x in shared memory change places, so that eight rows' pieces lie in different banks.
 LB_DEV int swizzle(int row, int piece) { return X_STRIDE == 64 ? piece ^ (row >> 1 & 3) : piece ^ (row & 7); }
 
-// The scales of the activations of unit u, for all its flushes.
+// The scales of the activations of unit u, for all its flushes (of half bytes each with its tokens' least levels).
 LB_DEV const float* scales_of(const Args& a, int token_block, int u) {
-  return a.x_scale + (size_t)(token_block * T::UNITS_PER_SET + u) * T::FLUSHES * T::SCALE_TOKENS;
+  return a.x_scale + (size_t)(token_block * T::UNITS_PER_SET + u) * T::FLUSHES * T::SCALE_TOKENS * T::X_SIDES;
 }
 
 struct Ring {
@@ -118,20 +118,20 @@ struct Ring {
   LB_DEV void request_x(const Args& a, int slot, int u, int first) const {
     unsigned char* to = stage + slot * STAGE + X_AT;
     if constexpr (T::GROUP_X) run<false>(to - X_AT + X_SCALE_AT, scales_of(a, first / T::TILE_M, u), X_SCALE_BYTES, slot);
-    constexpr int PIECES = X_STRIDE / 16, PER = 16 / T::WIDTH, ALL = T::TILE_M * PIECES, STEP = T::ROW_WARPS * 32;
+    constexpr int PIECES = X_STRIDE / 16, ROW = T::X_COLUMNS * T::BITS / 8, ALL = T::TILE_M * PIECES, STEP = T::ROW_WARPS * 32;
 #pragma unroll
     for (int start = 0; start < ALL; start += STEP) {
       const int i = start + me, row = quotient(i, PIECES).whole, piece = quotient(i, PIECES).rest;
       if (start + STEP > ALL && i >= ALL) break;
       unsigned char* at = to + row * X_STRIDE + swizzle(row, piece) * 16;
-      const int token = first + row, col = (u * PIECES + piece) * PER;
+      const int token = first + row, place = u * PIECES + piece;
       if constexpr (T::PLAIN_COLUMNS) {
-        int bytes = (T::X_COLUMNS - col) * T::WIDTH;
+        int bytes = ROW - place * 16;
         bytes = token < a.tokens ? (bytes < 0 ? 0 : bytes > 16 ? 16 : bytes) : 0;
         const char* from = (const char*)a.ready;
-        copy_padded(at, bytes ? from + ((size_t)token * T::X_COLUMNS + col) * T::WIDTH : from, bytes);
+        copy_padded(at, bytes ? from + (size_t)token * ROW + place * 16 : from, bytes);
       } else {
-        gather(a, at, token, col);
+        gather(a, at, token, place * 8);
       }
     }
   }

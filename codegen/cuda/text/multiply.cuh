@@ -3,7 +3,9 @@
 // A weight is (d * FACTOR + addend(h) - zero) * scale + offset, where d is what the register holds. FACTOR waits until
 // the end. The rest meets sums: that of d * x, and, for what is added to d, that of x, which comes from a matrix
 // instruction too. Where many tokens share a weight (EXACT), addend and zero are added to d instead. Sums of bytes are
-// integers until then, and so exact; where activations have scales by group, those meet the sums as well.
+// integers until then, and so exact; where activations have scales by group, those meet the sums as well. Activations of
+// half bytes are levels less the least of their group: that times the sum of the weights, which a matrix instruction with
+// ones adds up, is what the sums lack.
 //
 // Every `if constexpr` over a loop has braces: without them nvcc 13 drops the next loop when a condition is false.
 
@@ -17,12 +19,14 @@ template <> struct Pick<true> {
 };
 
 constexpr int TT = T::TOKEN_TILES;
-constexpr int STEPS = T::WIDTH == 2 ? 4 : 2;            // matrix instructions along a block
+constexpr int STEPS = T::BITS / 4;                      // matrix instructions along a block
 constexpr int PARTS = T::ROW_TILES * 4 / T::ROW_WARPS;  // of 16 rows, that a warp multiplies
 constexpr int PAIR = T::TILE_M == 1 ? 1 : 2;            // a lane's tokens of a tile: of a single one none is odd
+constexpr bool SUMS_W = T::BITS == 4;                   // whether sums of weights are needed
 constexpr int RUN = PARTS < 4 ? PARTS : 4;              // of them in one tile
 using Raw = Number<T::INTEGER>::type;                   // what matrix instructions add up
 using Sums = Raw[PARTS][TT][4];
+using WeightSums = Raw[SUMS_W ? PARTS : 1][4];
 using Totals = Number<T::INTEGER && T::DIRECT>::type[PARTS][TT][4];
 
 template <int WORDS> LB_DEV void load_words(uint32_t (&w)[WORDS], const unsigned char* from) {
@@ -78,17 +82,21 @@ struct Sides {
   LB_DEV int zero_of(int part, int h) const { return (int)(float_bits(zero[2 * part + h]) & 255); }
 };
 
-// Scale the sums of a group and add them to those of the rows; x_sum holds the activations' sums, x_scale the scales of
-// the stage's tokens. CLEAR: leave zeros in both.
-template <bool CLEAR> LB_DEV void flush(Totals& y, Sums& sum, Raw (&x_sum)[TT][4], const Sides& sides, const float* x_scale, int lane) {
-  float of_token[TT][2];
+// Scale the sums of a group and add them to those of the rows; x_sum holds the activations' sums, w_sum the weights',
+// x_scale the scales of the stage's tokens, and their least levels. CLEAR: leave zeros in all sums.
+template <bool CLEAR>
+LB_DEV void flush(Totals& y, Sums& sum, Raw (&x_sum)[TT][4], WeightSums& w_sum, const Sides& sides, const float* x_scale,
+                  int lane) {
+  float of_token[TT][2], least[TT][2];
   if constexpr (T::GROUP_X) {
 #pragma unroll
     for (int t = 0; t < TT; ++t)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int token = t * 8 + lane % 4 * 2 + i;
-        of_token[t][i] = T::TILE_M >= 8 || token < T::SCALE_TOKENS ? x_scale[token] : 0.0f;
+        const bool there = T::TILE_M >= 8 || token < T::SCALE_TOKENS;
+        of_token[t][i] = there ? x_scale[token] : 0.0f;
+        if constexpr (SUMS_W) least[t][i] = there ? x_scale[T::SCALE_TOKENS + token] : 0.0f;
       }
   }
 #pragma unroll
@@ -101,6 +109,7 @@ template <bool CLEAR> LB_DEV void flush(Totals& y, Sums& sum, Raw (&x_sum)[TT][4
         for (int i = 0; i < PAIR; ++i) {
           float v = (float)sum[m][t][2 * h + i], all = T::SUMS_X ? (float)x_sum[t][i] : 0.0f;
           if constexpr (T::SUMS_X && !T::EXACT) v = fma32(sides.addend(m, h), all, v);
+          if constexpr (SUMS_W) v = fma32(least[t][i], (float)w_sum[m][2 * h], v);
           if constexpr (T::GROUP_X) v *= of_token[t][i], all *= of_token[t][i];
           float out = y[m][t][2 * h + i];
           out = T::IN_LOOP ? fma32(sides.scale[2 * m + h], v, out) : out + v;
@@ -111,6 +120,10 @@ template <bool CLEAR> LB_DEV void flush(Totals& y, Sums& sum, Raw (&x_sum)[TT][4
 #pragma unroll
     for (int i = 0; i < PARTS * TT * 4; ++i) sum[i / 4 / TT][i / 4 % TT][i % 4] = 0;
   }
+  if constexpr (SUMS_W && CLEAR) {
+#pragma unroll
+    for (int i = 0; i < PARTS * 4; ++i) w_sum[i / 4][i % 4] = 0;
+  }
   if constexpr (T::SUMS_X && CLEAR) {
 #pragma unroll
     for (int t = 0; t < TT; ++t) x_sum[t][0] = x_sum[t][1] = x_sum[t][2] = x_sum[t][3] = 0;
@@ -118,13 +131,13 @@ template <bool CLEAR> LB_DEV void flush(Totals& y, Sums& sum, Raw (&x_sum)[TT][4
 }
 
 LB_DEV const float* x_scales(const unsigned char* stage, int j) {
-  return (const float*)(stage + X_SCALE_AT) + j * T::SCALE_TOKENS;
+  return (const float*)(stage + X_SCALE_AT) + j * T::SCALE_TOKENS * T::X_SIDES;
 }
 
 // Zero points and addends meet operands: halves, or four unsigned bytes that become signed ones without carrying into
 // each other ("LiquidGEMM: Hardware-Efficient W4A8 GEMM Kernel for High-Performance LLM Serving").
 LB_DEV uint32_t shifted(uint32_t a, const Sides& sides, int part, int h) {
-  if constexpr (T::WIDTH == 1) {
+  if constexpr (T::BITS == 8) {
     if constexpr (!T::ZERO) return a;
     return (a + (128 - sides.zero_of(part, h)) * 0x01010101u) ^ 0x80808080u;
   } else {
@@ -148,6 +161,8 @@ LB_DEV void multiply_unit(Totals& y, const unsigned char* stage, const unsigned 
   const uint32_t ones[4] = {T::ONES, T::ONES, T::ONES, T::ONES};
   Sums sum = {};
   Raw x_sum[TT][4] = {};
+  WeightSums w_sum = {};
+  uint32_t x[TT][4];
   Sides sides;
 #pragma unroll
   for (int b = 0; b < T::UNIT_BLOCKS; ++b) {
@@ -156,11 +171,10 @@ LB_DEV void multiply_unit(Totals& y, const unsigned char* stage, const unsigned 
     for (int m = 0; m < PARTS; ++m) words[m].load(stage, first_part + m, b, lane);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      constexpr int PER = T::FLUSH * T::WIDTH / 32;
+      constexpr int PER = T::FLUSH * T::BITS / 256;
       const int s = b * STEPS + step;
-      uint32_t x[TT][4];
       if (T::EXACT && T::IN_LOOP && s % PER == 0) sides.load(stage, first_part, s / PER, lane);
-      load_x(x, stage, zeros, s / 2, lane);
+      if (s % 2 == 0) load_x(x, stage, zeros, s / 2, lane);
 #pragma unroll
       for (int m = 0; m < PARTS; ++m) {
         uint32_t all[STEPS][4];
@@ -170,15 +184,16 @@ LB_DEV void multiply_unit(Totals& y, const unsigned char* stage, const unsigned 
           for (int i = 0; i < 4; ++i) all[step][i] = shifted(all[step][i], sides, m, i % 2);
         }
 #pragma unroll
-        for (int t = 0; t < TT; ++t) mma(Pick<T::DIRECT>::of(y[m][t], sum[m][t]), all[step], x[t] + step % 2 * 2);
+        for (int t = 0; t < TT; ++t) mma(Pick<T::DIRECT>::of(y[m][t], sum[m][t]), all[step], x[t] + s % 2 * 2);
+        if constexpr (SUMS_W) mma(w_sum[m], all[step], ones);
       }
       if constexpr (T::SUMS_X) {
 #pragma unroll
-        for (int t = 0; t < TT; ++t) mma(x_sum[t], ones, x[t] + step % 2 * 2);
+        for (int t = 0; t < TT; ++t) mma(x_sum[t], ones, x[t] + s % 2 * 2);
       }
       if (!T::DIRECT && s % PER == PER - 1) {
         if (T::IN_LOOP && !T::EXACT) sides.load(stage, first_part, s / PER, lane);
-        flush<true>(y, sum, x_sum, sides, x_scales(stage, s / PER), lane);
+        flush<true>(y, sum, x_sum, w_sum, sides, x_scales(stage, s / PER), lane);
       }
     }
   }

@@ -136,7 +136,7 @@ struct Pipeline {
 #pragma unroll
       for (int i = 0; i < STEPS * 4; ++i) {
         const int step = b * STEPS + i / 4;
-        operand[step][i % 4] = shifted(block[i / 4][i % 4], sides[step * 32 / T::WIDTH / T::FLUSH], 0, i % 2);
+        operand[step][i % 4] = shifted(block[i / 4][i % 4], sides[step * 256 / T::BITS / T::FLUSH], 0, i % 2);
       }
     }
   }
@@ -148,7 +148,7 @@ struct Pipeline {
     uint32_t operand[4][4], ahead[4][4];
     Sides sides[T::FLUSHES], ahead_sides[T::FLUSHES];
     Sums sum = {};
-    Raw x_sum[TT][4];  // not used
+    Raw x_sum[TT][4], w_sum[1][4];  // not used
     barrier_wait(full() + at.slot, at.parity);
     decode_unit(operand, sides, at.slot, part, lane);
     bool add = false;
@@ -170,7 +170,7 @@ struct Pipeline {
         }
         warpgroup_wait(into);
         if constexpr (!T::DIRECT) {
-          if (ends) flush<false>(y, sum, x_sum, sides[j], x_scales(shared + slot * STAGE, j), lane);
+          if (ends) flush<false>(y, sum, x_sum, w_sum, sides[j], x_scales(shared + slot * STAGE, j), lane);
         }
         add = !ends;
       }

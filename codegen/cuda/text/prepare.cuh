@@ -1,14 +1,18 @@
 // The kernel before: a token's activations, in packed columns, rounded to levels with a scale for all or for every group.
 //
 // Some threads, a team, share a group: first they find its largest magnitude or its range, then they round. Rounding is
-// to nearest, ties to even. Bytes of 16 columns are stored in the order in which weights' operands have them.
+// to nearest, ties to even. Bytes of 16 columns are stored in the order in which weights' operands have them; as half bytes
+// two times 16 columns share the same bytes.
 
 // Levels of 16 bits are two digits of 8: the high ones of the leading units' columns are stored before everything else,
-// under 256 times the scale.
+// under 256 times the scale. Half bytes hold levels less the least one of the group, which stands behind the scale; those
+// of 8 bits are two digits of 4.
 
 constexpr int X_LANES = T::X_GROUPS == 1 || T::X_LEAD ? T::PREPARE_THREADS : T::TEAM;
 constexpr int TEAMS = T::PREPARE_THREADS / X_LANES;
-constexpr int PIECE = 16;
+constexpr int PIECE = T::PIECE;
+constexpr bool HALF_BYTES = T::BITS == 4;
+constexpr int DIGIT = HALF_BYTES ? 16 : 256;
 constexpr int HIGH_COLUMNS = T::LEAD_UNITS * T::UNIT_BLOCKS * 64, PACKED_COLUMNS = T::X_COLUMNS - HIGH_COLUMNS;
 constexpr int HIGH_FLUSHES = T::LEAD_UNITS * T::FLUSHES;
 
@@ -64,34 +68,39 @@ LB_DEV float level(float v, float least, float top) {
 }
 
 LB_DEV uint32_t operand_of(float v) {
-  if constexpr (T::WIDTH == 2) return T::BF16 ? float_bfloat(v) : float_half(v);
-  if constexpr (T::INTEGER) return (uint32_t)(int)v & 255;
+  if constexpr (T::BITS == 16) return T::BF16 ? float_bfloat(v) : float_half(v);
+  if constexpr (T::INTEGER) return (uint32_t)(int)v & ((1 << T::BITS) - 1);
   const uint32_t bits = float_bits(v), sign = bits >> 24 & 0x80;
   const float size = fabsf(v);  // e4m3
   return sign | (size < 0.015625f ? (uint32_t)(size * 512.0f) : (bits >> 20 & 0x7ff) - (120 << 3));
 }
 
 LB_DEV void store_piece(const Args& a, size_t token, int column, const float (&v)[PIECE]) {
-  uint32_t words[PIECE * T::WIDTH / 4] = {};
+  constexpr int WORDS = PIECE * T::BITS / 32;
+  uint32_t words[WORDS] = {};
 #pragma unroll
   for (int i = 0; i < PIECE; ++i) {
-    const int byte = i % 8 / 2 * 4 + i % 2 * 2 + i / 8, place = T::WIDTH == 1 ? byte : i;
-    words[place * T::WIDTH / 4] |= operand_of(v[i]) << 8 * (place * T::WIDTH % 4);
+    const int byte = i % 8 / 2 * 4 + i % 2 * 2 + i % 16 / 8, bit = T::BITS == 16 ? i * 16 : byte * 8 + i / 16 * 4;
+    words[bit / 32] |= operand_of(v[i]) << bit % 32;
   }
-  uint4* to = (uint4*)((char*)a.ready + (token * T::X_COLUMNS + column) * T::WIDTH);
+  uint4* to = (uint4*)((char*)a.ready + token * (T::X_COLUMNS * T::BITS / 8)) + (unsigned)column / (128 / T::BITS);
 #pragma unroll
-  for (int i = 0; i < T::WIDTH; ++i)
+  for (int i = 0; i < WORDS / 4; ++i)
     to[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
 }
 
-// Levels of packed columns, as digits where they have two.
-LB_DEV void store_levels(const Args& a, size_t token, int column, bool wide, float (&v)[PIECE]) {
+// Levels of packed columns, as digits where they have two. least: of the group.
+LB_DEV void store_levels(const Args& a, size_t token, int column, bool wide, float least, float (&v)[PIECE]) {
+  if constexpr (HALF_BYTES) {
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) v[i] -= least;
+  }
   if constexpr (HIGH_COLUMNS > 0) {
     float high[PIECE];
 #pragma unroll
     for (int i = 0; i < PIECE; ++i) {
-      high[i] = wide ? floorf((v[i] + 128.0f) * (1.0f / 256.0f)) : 0.0f;
-      v[i] -= 256.0f * high[i];
+      high[i] = wide ? floorf((v[i] + (HALF_BYTES ? 0.0f : 128.0f)) * (1.0f / DIGIT)) : 0.0f;
+      v[i] -= DIGIT * high[i];
     }
     if (column < HIGH_COLUMNS) store_piece(a, token, column, high);
     if (column >= PACKED_COLUMNS) return;
@@ -99,11 +108,18 @@ LB_DEV void store_levels(const Args& a, size_t token, int column, bool wide, flo
   store_piece(a, token, HIGH_COLUMNS + column, v);
 }
 
-// The scale of some flushes of a token, where the main kernel looks for it.
-LB_DEV void store_scale(const Args& a, int token, int flush, float scale) {
-  float* at = a.x_scale + (size_t)(token / T::TILE_M) * T::UNITS_PER_SET * T::FLUSHES * T::SCALE_TOKENS + token % T::TILE_M;
-  at[(size_t)(HIGH_FLUSHES + flush) * T::SCALE_TOKENS] = scale;
-  if (flush < HIGH_FLUSHES) at[(size_t)flush * T::SCALE_TOKENS] = 256.0f * scale;
+// The scale of some flushes of a token, where the main kernel looks for it. Beyond the row activations are zeros, and so
+// is the least one.
+LB_DEV void store_scale(const Args& a, int token, int flush, float scale, float least) {
+  constexpr int EACH = T::X_SIDES * T::SCALE_TOKENS;
+  float* at = a.x_scale + (size_t)(token / T::TILE_M) * T::UNITS_PER_SET * T::FLUSHES * EACH + token % T::TILE_M;
+  float* low = at + (size_t)(HIGH_FLUSHES + flush) * EACH;
+  *low = scale;
+  if constexpr (HALF_BYTES) low[T::SCALE_TOKENS] = flush * T::FLUSH < PACKED_COLUMNS ? least : 0.0f;
+  if (flush < HIGH_FLUSHES) {
+    at[(size_t)flush * EACH] = DIGIT * scale;
+    if constexpr (HALF_BYTES) at[(size_t)flush * EACH + T::SCALE_TOKENS] = 0.0f;
+  }
 }
 
 // A float's bits as an unsigned integer with the same order, and back.
@@ -181,18 +197,18 @@ LB_DEV void prepare(const Args& a) {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) v[i] *= inverse;
       }
-      store_levels(a, token, c, group < T::X_WIDE, v);
+      store_levels(a, token, c, group < T::X_WIDE, least, v);
     }
     if constexpr (T::TOKEN_X) {
       if (me == 0 && group == 0) a.x_scale[token] = scale;
     } else if constexpr (T::GROUP_X) {
       const int end = group < T::X_GROUPS - 1 ? last / T::FLUSH : T::UNITS_PER_SET * T::FLUSHES - HIGH_FLUSHES;
       if (group < T::X_GROUPS)
-        for (int f = first / T::FLUSH + me; f < end; f += X_LANES) store_scale(a, token, f, scale);
+        for (int f = first / T::FLUSH + me; f < end; f += X_LANES) store_scale(a, token, f, scale, least);
     }
   }
   for (int c = PACKED_COLUMNS + threadIdx.x * PIECE; c < HIGH_COLUMNS; c += T::PREPARE_THREADS * PIECE) {
     float none[PIECE] = {};
-    store_levels(a, token, c, false, none);
+    store_levels(a, token, c, false, 0.0f, none);
   }
 }

@@ -53,11 +53,17 @@ LB_DEV void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
 #undef LB_MMA
 }
 
-// The same of signed bytes: 16 rows x 32 columns.
+// The same of signed bytes, 16 rows x 32 columns; or of their halves, signed by unsigned ones, 16 rows x 64 columns.
 LB_DEV void mma(int (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#define LB_MMA(shape)                                                                                         \
+  asm("mma.sync.aligned." shape ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                  \
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (T::BITS == 4)
+    LB_MMA("m16n8k64.row.col.s32.s4.u4");
+  else
+    LB_MMA("m16n8k32.row.col.s32.s8.s8");
+#undef LB_MMA
 }
 
 LB_DEV uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }

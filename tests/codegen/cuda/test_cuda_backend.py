@@ -64,11 +64,31 @@ def test_bytes_meet_warpgroups_on_hopper_only() -> None:
         best = next(iter(BACKEND.schedules(spec, target, 512)))
         assert best.get("wgmma", 0) == warpgroups
         text = BACKEND.emit(spec, best, target).text
-        assert ".s4" not in text
+        assert "BITS = 8;" in text
         assert ("k32.s32.s8.s8 " in text) == bool(warpgroups)
     fp8 = spec_of("e3m2.ch", (8192,), 8192, "bf16", "bf16", activation="e4m3.token")
     assert next(iter(BACKEND.schedules(fp8, HOPPER, 512))).get("fp8", 0)
     assert not any(s.get("fp8", 0) for s in BACKEND.schedules(fp8, AMPERE, 512))
+
+
+def test_half_bytes_meet_between_ampere_and_ada_only() -> None:
+    """Where groups are long enough for one more operation a sum to pay; not where a side has no four bits."""
+    spec = spec_of("int4.g128.sym.perm", (8192,), 8192, "bf16", "bf16", activation="int4.g128.w4.asym")
+    for arch, has in (("sm_80", True), ("sm_89", True), ("sm_90", False)):
+        target = Target.parse(arch)
+        best = next(iter(BACKEND.schedules(spec, target, 512)))
+        assert bool(best.get("s4", 0)) == has
+        assert ("BITS = 4;" in BACKEND.emit(spec, best, target).text) == has
+        assert has == any(s.get("s4", 0) for s in BACKEND.schedules(spec, target, 16))
+    s4 = next(s for s in BACKEND.schedules(spec, AMPERE, 512) if s.get("s4", 0))
+    assert "does not multiply" in str(BACKEND.illegal(spec, s4, HOPPER))
+    for fmt, activation, why in (
+        ("int4.g128.sym", "int8.g128", "activations of as many"),
+        ("int4.g128.sym", "int4.g128.w2x16", "activations of as many"),
+        ("int4.g128.asym", "int4.g128", "zero points"),
+        ("int8.g128.sym", "int4.g128", "four bits"),
+    ):
+        assert why in str(BACKEND.illegal(spec_of(fmt, (64,), 256, activation=activation), s4, AMPERE))
 
 
 def test_groups_smaller_than_a_step_of_bytes() -> None:

@@ -39,6 +39,7 @@ WIDE = Schedule(64, 256, 64, 8, 3).with_extra(row_warps=8, exact=1)
 WARPGROUPS = Schedule(64, 128, 64, 8, 4).with_extra(row_warps=8, wgmma=1, bulk=1, resident=1)
 BYTES = replace(WARPGROUPS, tile_k=128, stages=3)
 FP8 = BYTES.with_extra(fp8=1)
+HALF_BYTES = Schedule(16, 128, 128, 4, 3).with_extra(row_warps=4, s4=1)
 GATED = ("bias", "silu_mul", "residual")
 
 CASES: dict[str, tuple[KernelSpec, Schedule, int]] = {
@@ -63,6 +64,18 @@ CASES: dict[str, tuple[KernelSpec, Schedule, int]] = {
     "mixed blocks": (spec_of("int4.g64.sym.perm", (100,), 576, "f32", activation="int4.g64.w2"), SOME, 5),
     "ranges": (spec_of("int4.g64.sym.perm", (100,), 576, "f32", activation="int4.g64.w2.asym"), SOME, 5),
     "ranges of tokens": (spec_of("int4.ch.asym", (100,), 581, activation="int4.token.c90.asym"), ONE, 3),
+    "four bits by four": (spec_of("int4.g64.sym", (70, 30), 581, "f16", activation="int4.g64"), HALF_BYTES, 11),
+    "ranges of four bits": (
+        spec_of("int4.g64.sym.perm", (136, 136), 576, "f32", epilogue=GATED, activation="int4.g64.w2.asym"),
+        replace(HALF_BYTES, warps=8),
+        37,
+    ),
+    "two bits by three, one scale": (spec_of("int2.ch.sym", (100,), 200, activation="int3.token"), HALF_BYTES, 5),
+    "leading columns of four bits": (
+        spec_of("int3.g128.sym", (64,), 704, activation="int4.token.w64.asym"),
+        replace(HALF_BYTES, tile_m=32),
+        33,
+    ),
     "columns of two digits": (spec_of("int4.g64.asym", (100,), 576, activation="int4.g64.w1x16"), SOME, 5),
     "leading columns": (spec_of("int8.ch.sym", (100,), 200, "f32", activation="int8.token.w32x16"), ONE, 3),
     "leading columns of one digit": (spec_of("int8.ch.asym", (70, 30), 320, activation="int8.token.w96"), SOME, 3),

@@ -19,7 +19,8 @@ BENCH = Path(__file__).resolve().parents[3] / "bench"
 pytestmark = pytest.mark.skipif(find_nvcc() is None or find_tool("cuobjdump") is None, reason="no nvcc or cuobjdump")
 
 QUICK = ("sm_90 int4.g128.sym bf16 m1", "sm_80 int4.g128.sym f16 m1", "sm_90 int4.g128.sym bf16 m128",
-         "sm_90 int8.ch.sym int8.token m128", "sm_90 vq.d4.k256 bf16 m8")  # fmt: skip
+         "sm_90 int8.ch.sym int8.token m128", "sm_90 vq.d4.k256 bf16 m8",
+         "sm_89 int4.g64.sym.perm int4.g64.w2.asym m64 s4")  # fmt: skip
 ARITHMETIC = {"sm_80 int4.g128.sym f16 m1": 1.25, "sm_80 int2.g64.asym f16 m1": 1.4,
               "sm_90 int2.g64.asym f16 m1": 1.4, "sm_90 int2.g64.asym f16 m1 tall": 1.3}  # fmt: skip
 """Integer and float instructions for each weight, everything in the main loop included."""
@@ -52,6 +53,8 @@ def check(offline: ModuleType, name: str, folder: Path) -> None:
     assert report.spills == 0
     assert report.stack == 0
     assert set(report.matrix) == {matrix_instruction(*job[:2])}
+    if job[1].get("s4", 0):
+        assert report.count("IMMA.16864.S4.U4") == report.matrix["IMMA"]
     assert report.count("UTMALDG" if job[1].get("wgmma", 0) else "LDSM" if job[0].vector else "LDGSTS.E.BYPASS.128")
     assert report.count("LDL", "STL") == 0
     assert report.decode <= ARITHMETIC.get(name, report.decode)

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from lowbit.codegen.cuda.bits import ByteType, Op, Sequence, Type16, half_of, run, run_words, text, to_bits
+from lowbit.codegen.cuda.bits import NarrowType, Op, Sequence, Type16, half_of, run, run_words, text, to_bits
 from lowbit.codegen.cuda.recipe import Recipe, _proven, find_recipe
 from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
 from lowbit.codegen.cuda.value import read_value
@@ -74,7 +74,7 @@ BYTES += [("e4m3", scalar_format(f"{e}.ch").element) for e in ("e3m2", "e2m3", "
 @pytest.mark.parametrize(
     ("operand", "element"), BYTES, ids=lambda x: x if isinstance(x, str) else f"{x.name}{x.symmetric}"
 )
-def test_bytes_in_every_place(operand: ByteType, element: Element) -> None:
+def test_bytes_in_every_place(operand: NarrowType, element: Element) -> None:
     """Byte i of lane t's register for the first half of 32 columns is column 4t + i of the instruction's operand; that
     is the matrix's column 8 (i % 2) + 2 t + i // 2, as `prepare` stores activations."""
     recipe = find_byte_recipe(element, operand)
@@ -96,6 +96,29 @@ def test_bytes_in_every_place(operand: ByteType, element: Element) -> None:
         column = step * 32 + q * 16 + i % 2 * 8 + lane % 4 * 2 + i // 2
         want = element.levels().double()[codes[h * 8 + lane // 4, column]]
         assert torch.equal(got[want.isfinite()], want[want.isfinite()])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_half_bytes_in_every_place(bits: int) -> None:
+    """Half byte i of lane t's register for the first half of 64 columns is column 8t + i of the instruction's operand:
+    the matrix's column 16 (i % 2) + 8 (i // 2 % 2) + 2 t + i // 4, as `prepare` stores activations."""
+    element = scalar_format(f"int{bits}.ch.sym").element
+    recipe = find_byte_recipe(element, "s4")
+    assert recipe is not None
+    assert recipe.cost <= {1: 0.5, 2: 0.3125, 3: 0.875, 4: 0.375}[bits]
+    codes = torch.randint(0, 2**bits, (16, 64), generator=torch.Generator().manual_seed(bits))
+    planes = LAYOUTS["fragments"].pack(codes.repeat(4, 1).to(torch.uint8), bits)
+    words = {
+        f"w{p}[{i}]": plane.reshape(4, 32, width)[0, :, i].to(torch.int64) & 0xFFFFFFFF
+        for p, (width, plane) in enumerate(zip(plane_bits(bits), planes, strict=True))
+        for i in range(width)
+    }
+    found, lane = run_words(recipe.sequence, words), torch.arange(32)
+    for q, h, i in product(range(2), range(2), range(8)):
+        half = found[f"a[0][{2 * q + h}]"] >> 4 * i & 15
+        got = (half - 16 * (half > 7)) * recipe.factor + recipe.addend[0]
+        column = q * 32 + i % 2 * 16 + i // 2 % 2 * 8 + lane % 4 * 2 + i // 4
+        assert torch.equal(got, element.levels().double()[codes[h * 8 + lane // 4, column]])
 
 
 def test_bytes_cost_little() -> None:

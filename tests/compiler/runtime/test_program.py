@@ -16,6 +16,7 @@ import lowbit
 from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.compiler.errors import KernelError, RunError
 from lowbit.compiler.runtime.modules import QuantLinear
+from lowbit.compiler.runtime.program import verify
 from lowbit.compiler.runtime.program.cache import ProgramCache
 from lowbit.compiler.runtime.program.engine import DecoderProgram
 from lowbit.compiler.runtime.program.install import compile_program
@@ -170,6 +171,22 @@ def test_a_program_that_disagrees_is_refused() -> None:
     parts.rope[:, 1].neg_()  # as if positions turned the other way
     with pytest.raises(RunError, match="LB0565"):
         verify_program(DecoderProgram(parts, max_tokens=8, context=48), model)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_difference_may_be_as_large_as_rounding_makes_it(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the usual limit is not enough, the model's own answer to moved activations says what is rounding."""
+    monkeypatch.setattr(verify, "TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e-9))
+    model = lowbit.compile(swap_linears(_loud(tiny_llama()), "int4.g32.sym"), max_tokens=8)
+    parts = read_decoder(model, 48, "f32")
+    if wrong:
+        parts.rope[:, 1].neg_()
+    program = DecoderProgram(parts, max_tokens=8, context=48)
+    if wrong:
+        with pytest.raises(RunError, match="LB0565"):
+            verify_program(program, model)
+    else:
+        assert verify_program(program, model) > 1e-9
 
 
 def test_refusals_name_the_part() -> None:
