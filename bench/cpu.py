@@ -56,6 +56,7 @@ from lowbit.quantizers.qtensor import PackedWeight
 
 BACKEND = CppBackend()
 COLD_BYTES = 128 << 20
+_WAITING = 0.025  # seconds; libgomp's threads wait in a loop for up to about 17 ms
 _PEERS = {"torch": "vs_torch", "ggml": "vs_llamacpp", "ik": "vs_ik_llamacpp", "ort": "vs_onnxruntime"}
 _TORCH_BITS = {"bf16": 16, "f32": 32, "int8": 8, "int4pack.g128": 4}
 Call = Callable[[], object]
@@ -442,11 +443,18 @@ def rotate(function: Callable[..., object], x: torch.Tensor, copies: list[tuple[
 
 
 def interleaved(calls: list[Call], reps: int, threads: int) -> list[list[float]]:
-    """Microseconds of every visit to each call, visited in turn; the first two rounds are not counted."""
+    """Microseconds of every visit to each call, visited in turn; the first two rounds are not counted.
+
+    Each library has threads of its own, which wait in a loop for a while after a call and so take the next one's cores:
+    with several threads a visit begins with a pause until they sleep, and a call that wakes its own.
+    """
     clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
     times: list[list[int]] = [[] for _ in calls]
     for _ in range(reps + 2):
         for call, found in zip(calls, times, strict=True):
+            if threads > 1:
+                time.sleep(_WAITING)
+                call()
             start = clock()
             call()
             found.append(clock() - start)

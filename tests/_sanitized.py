@@ -102,6 +102,7 @@ FAMILIES: dict[str, list[Case]] = {
     "elsewhere": [
         Case("int4.g128.asym", "int8", (257,), 601, 1, "avx2"),
         Case("e3m2.ch", "int16", (129,), 145, 17, "avx2"),
+        Case("int1.g64.asym", "int16", (259,), 545, 2, "avx2"),
         Case("int8.g48.asym", "int16", (33,), 160, 4, "avx512"),
         Case("vq.d6.k256.o5v4k16.cn", "float", (97,), 66, 4, "avx2"),
         Case("int3.g48.fz", "int16", (33,), 160, 17, "generic"),

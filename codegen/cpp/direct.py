@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.cpp.products import Products
 from lowbit.codegen.cpp.sides import (
@@ -18,26 +20,39 @@ from lowbit.codegen.cpp.sides import (
     units,
 )
 
-__all__ = ["direct_text"]
+__all__ = [
+    "Chunk",
+    "activations",
+    "blocks_loop",
+    "collect",
+    "direct_chunk",
+    "direct_text",
+    "group_sums",
+    "jump",
+    "load_block",
+]
+
+Chunk = Callable[[Plan, Products, int, int], list[str]]
+"""Statements for a chunk of whole groups: its sums for a tile of (width, height), added to the results."""
 
 
-def direct_text(plan: Plan, form: Products) -> str:
+def direct_text(plan: Plan, form: Products, chunk: Chunk) -> str:
     """All tile functions, and `work`, which runs units [u0, u1)."""
-    tiles = [_tile(plan, form, width, height) for width in plan.widths for height in plan.heights]
+    tiles = [_tile(plan, form, chunk, width, height) for width in plan.widths for height in plan.heights]
     return "\n".join([*tiles, _work(plan)])
 
 
-def _tile(plan: Plan, form: Products, width: int, height: int) -> str:
+def _tile(plan: Plan, form: Products, chunk: Chunk, width: int, height: int) -> str:
     """One tile: `width` panels x `height` tokens, over all of K."""
     cells = [(i, m) for i in range(width) for m in range(height)]
     lines = [f"static void direct_{width}_{height}(const Args& a, int64_t slot, int64_t t) {{"]
     lines += [*pointers(plan, width), *units(plan, width)]
     lines += [f"F y{i}_{m} = fzero();" for i, m in cells]
-    lines += _parts(plan, form, width, height) if plan.spec.parts > 1 else _groups(plan, form, width, height)
+    lines += _parts(plan, form, width, height) if plan.spec.parts > 1 else _groups(plan, form, chunk, width, height)
     return indent([*lines, *_finish(plan, width, height), "}"])
 
 
-def _groups(plan: Plan, form: Products, width: int, height: int) -> list[str]:
+def _groups(plan: Plan, form: Products, chunk: Chunk, width: int, height: int) -> list[str]:
     """The loop over groups of whole chunks."""
     cells = [(i, m) for i in range(width) for m in range(height)]
     lines = ["int64_t c = 0;", "for (int64_t g = 0; g < kGroups; ++g) {", *scale_and_zero(plan, width, "g")]
@@ -50,7 +65,7 @@ def _groups(plan: Plan, form: Products, width: int, height: int) -> list[str]:
             "const int64_t end = c + kGroupChunks < kChunks ? c + kGroupChunks : kChunks;",
             "for (; c < end; ++c) {",
         ]
-    lines += _rounds(plan, width, _chunk(plan, form, width, height))
+    lines += _rounds(plan, width, chunk(plan, form, width, height))
     if plan.group_chunks > 1:
         lines.append("}")
         if form.late:
@@ -63,9 +78,9 @@ def _groups(plan: Plan, form: Products, width: int, height: int) -> list[str]:
 
 def _parts(plan: Plan, form: Products, width: int, height: int) -> list[str]:
     """The loop over blocks of several groups: a block is a chunk, and every part of it a sum with its own scale."""
-    lines = ["for (int64_t c = 0; c < kChunks; ++c) {", *_activations(plan, form), *_jump(plan, width)]
+    lines = ["for (int64_t c = 0; c < kChunks; ++c) {", *activations(plan, form), *jump(plan, width)]
     for i in range(width):
-        lines += ["{", *_load(plan, form, i)]
+        lines += ["{", *load_block(plan, form, i)]
         for part in range(plan.spec.parts):
             lines += ["{", *scale_and_zero(plan, width, part_group(plan, "c", part), (i,))]
             lines += _sums(plan, form, i, height, part)
@@ -74,7 +89,7 @@ def _parts(plan: Plan, form: Products, width: int, height: int) -> list[str]:
                 if form.offset(step) // plan.part_cols == part:
                     lines += _step(plan, form, i, height, step)
             for m in range(height):
-                lines += _collect(plan, form, i, m, part)
+                lines += collect(plan, form, i, m, part)
             lines.append("}")
         lines += [*(f"p{i}w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}"]
     return [*lines, "}"]
@@ -86,7 +101,7 @@ def _digits(plan: Plan, form: Products, height: int) -> list[tuple[int, int, int
     return [(m, d, e) for m in range(height) for d in limbs for e in range(form.vectors)]
 
 
-def _activations(plan: Plan, form: Products) -> list[str]:
+def activations(plan: Plan, form: Products) -> list[str]:
     """Pointers to the chunk's activations and what belongs to them."""
     row = "row" if plan.spec.double_chunks else "c"
     at = f"{row} * a.m + t" if plan.spec.parts == 1 else "c * kParts * a.m + t"
@@ -115,28 +130,54 @@ def _sums(plan: Plan, form: Products, i: int, height: int, part: int = 0) -> lis
     return lines
 
 
-def _chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
+def _short_sums(plan: Plan, form: Products, i: int, height: int) -> list[str]:
+    """Sums of 16-bit numbers of panel `i`."""
+    return [f"V h{name} = vzero();" for name in _short_names(plan, form, i, height)]
+
+
+def _short_names(plan: Plan, form: Products, i: int, height: int) -> list[str]:
+    sums = _digits(plan, form, height) if plan.shorts else []
+    return [f"{i}_{m}_{d}_{e}_{k}" for m, d, e in sums for k in range(len(form.shifts))]
+
+
+def _lengthen(plan: Plan, form: Products, i: int, height: int, step: int) -> list[str]:
+    """Adds sums of 16-bit numbers to those of 32 bits, after the step of a block that may be their last."""
+    lines, blocks = [], plan.shorts // form.steps
+    for name in _short_names(plan, form, i, height):
+        lines += [f"a{name} = add_pairs(a{name}, h{name});", f"h{name} = vzero();"]
+    if not lines or (step + 1) % (form.steps if blocks else plan.shorts):
+        return []
+    return lines if blocks < 2 else [f"if ((b + 1) % {blocks} == 0 || b + 1 == blocks) {{", *lines, "}"]
+
+
+def direct_chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
     """Sum over one chunk, then add it to the running result with its scales."""
-    last = (
-        ""
-        if plan.last_blocks == plan.spec.chunk_blocks
-        else f" - (c + 1 == kChunks) * {plan.spec.chunk_blocks - plan.last_blocks}"
-    )
-    lines = [*_activations(plan, form), *_jump(plan, width)]
+    lines = [*activations(plan, form), *jump(plan, width)]
     for i in range(width):
-        lines += _sums(plan, form, i, height)
-    lines += [f"const int blocks = kChunkBlocks{last};", "#pragma GCC unroll 1", "for (int b = 0; b < blocks; ++b) {"]
+        lines += [*_sums(plan, form, i, height), *_short_sums(plan, form, i, height)]
+    lines += blocks_loop(plan)
     for i in range(width):
-        lines += ["{", *_load(plan, form, i), *([] if form.late else decode_sides(plan, i))]
+        lines += ["{", *load_block(plan, form, i), *([] if form.late else decode_sides(plan, i))]
         for step in range(form.steps):
-            lines += _step(plan, form, i, height, step)
+            lines += [*_step(plan, form, i, height, step), *_lengthen(plan, form, i, height, step)]
         lines += [*(f"p{i}w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}"]
     lines += ["x += 32;", "}"]
     for i in range(width):
         for m in range(height):
-            lines += _collect(plan, form, i, m)
-    # What an offset is multiplied with: the sum of the group's activations.
-    return [*lines, *(f"g{m} += xo[{m}];" for m in range(height) if plan.shifts and plan.group_chunks > 1)]
+            lines += collect(plan, form, i, m)
+    return [*lines, *group_sums(plan, height)]
+
+
+def blocks_loop(plan: Plan) -> list[str]:
+    """The head of the loop over the chunk's `blocks` blocks."""
+    short = plan.spec.chunk_blocks - plan.last_blocks
+    last = f" - (c + 1 == kChunks) * {short}" if short else ""
+    return [f"const int blocks = kChunkBlocks{last};", "#pragma GCC unroll 1", "for (int b = 0; b < blocks; ++b) {"]
+
+
+def group_sums(plan: Plan, height: int) -> list[str]:
+    """What an offset is multiplied with: the sum of the group's activations."""
+    return [f"g{m} += xo[{m}];" for m in range(height) if plan.shifts and plan.group_chunks > 1]
 
 
 def _rounds(plan: Plan, width: int, chunk: list[str]) -> list[str]:
@@ -148,7 +189,7 @@ def _rounds(plan: Plan, width: int, chunk: list[str]) -> list[str]:
     return [*head, *chunk, *back, "}"]
 
 
-def _load(plan: Plan, form: Products, i: int) -> list[str]:
+def load_block(plan: Plan, form: Products, i: int) -> list[str]:
     """The words of one block of one panel."""
     lines = [f"const uint8_t* w{j} = p{i}w{j};" for j in range(len(plan.planes))]
     if plan.ahead:
@@ -160,7 +201,7 @@ def _load(plan: Plan, form: Products, i: int) -> list[str]:
     return [*lines, *form.loads()]
 
 
-def _jump(plan: Plan, width: int) -> list[str]:
+def jump(plan: Plan, width: int) -> list[str]:
     """`jump`: blocks to add to what is fetched ahead where that lies behind a panel's end: then the panel of the next
     unit is meant, not the one that another stream of this unit has read."""
     if not plan.ahead:
@@ -174,12 +215,12 @@ def _step(plan: Plan, form: Products, i: int, height: int, step: int) -> list[st
     lines = ["{", *(f"const {form.vector} v{e} = {form.weight(step, e)};" for e in range(form.vectors))]
     for m, d, e in _digits(plan, form, height):
         x = form.activation("x", str(m * plan.token_stride + d * plan.chunk_cols + form.offset(step)))
-        acc = f"a{i}_{m}_{d}_{e}_{form.accumulator(step)}"
+        acc = f"{form.sums}{i}_{m}_{d}_{e}_{form.accumulator(step)}"
         lines.append(f"{acc} = {form.multiply(acc, f'v{e}', x)};")
     return [*lines, "}"]
 
 
-def _collect(plan: Plan, form: Products, i: int, m: int, part: int = 0) -> list[str]:
+def collect(plan: Plan, form: Products, i: int, m: int, part: int = 0) -> list[str]:
     """Add the sums of panel `i`, token `m` to the result."""
     add = "vadd" if plan.integer else "fadd"
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from lowbit.codegen.cpp.assemble import Pieces, assemble
 from lowbit.codegen.cpp.buffered import buffered_text
-from lowbit.codegen.cpp.direct import direct_text
+from lowbit.codegen.cpp.direct import direct_chunk, direct_text
+from lowbit.codegen.cpp.lut import lut_chunk, lut_types
 from lowbit.codegen.cpp.plan import PANEL, Plan
 from lowbit.codegen.cpp.products import products
 from lowbit.codegen.cpp.rounding import rounding_macros, rounding_types
@@ -18,22 +19,36 @@ __all__ = ["emit_text"]
 _LOADS = {"f32": ("fload", 1.0), "f16": ("load_f16", 1.0), "e8m0": ("load_e8m0", 1.0), "e4m3": ("load_e4m3", 256.0)}
 """How a type of scale is loaded, and what the result must be multiplied with."""
 
+_LUT_FIELDS = (
+    "uint8_t* tables;  // sums of activations, [chunk][token][digit][block][step]",
+    "int32_t* excess;  // what all sums of a chunk have too much, [chunk][token][digit]",
+)
+_LUT_PLACES = (
+    "tables = tokens;",
+    "excess = (int32_t*)(tables + kChunkRows * m * LB_LIMBS * kLutBytes);",
+    "tokens = (uint8_t*)(excess + kChunkRows * m * LB_LIMBS);",
+)
+
 
 def emit_text(plan: Plan, arch: str) -> str:
     """The whole source of one kernel for instruction set `arch`."""
     form = products(plan)
-    kernel = buffered_text(plan, form) if plan.buffered else direct_text(plan, form)
+    chunk = lut_chunk if plan.lut else direct_chunk
+    kernel = buffered_text(plan, form) if plan.buffered else direct_text(plan, form, chunk)
     fmt = plan.spec.fmt
     top = max(map(max, plan.levels.digits)) if plan.integer and plan.residues == 1 else 255
     macros = {"LB_CODE_TOP": top, "LB_LIMBS": plan.spec.limbs, "LB_ZERO": int(fmt.zero)}
     macros |= rounding_macros(plan.spec)
     macros["LB_WORDS"] = int(plan.words)
     macros["LB_PAIRS"] = int(plan.half_factor is not None and not plan.buffered)
+    macros |= {"LB_LUT": 1} if plan.lut else {}
     prepare = "LB_INLINE void prepare(const Args&, int, int) {}\n"
     text = "\n".join(
         [prepare, form.printer.tables, _word_table(plan), _unit_of(plan), _place(plan), _finish(plan), kernel]
     )
-    return assemble(plan, arch, Pieces(macros, (), _constants(plan), _types(plan), ("scalar_rows.h",), "{y}", text))
+    headers, rows = (("lut_avx2.h",), ("lut_rows.h", "scalar_rows.h")) if plan.lut else ((), ("scalar_rows.h",))
+    types = (lut_types(plan) if plan.lut else "") + _types(plan)
+    return assemble(plan, arch, Pieces(macros, headers, _constants(plan), types, rows, "{y}", text))
 
 
 def _word_table(plan: Plan) -> str:
@@ -96,6 +111,7 @@ def _types(plan: Plan) -> str:
         "const int32_t* columns;",
         "const float* input_scale;",
         "const float* norm_weight;",
+        *(_LUT_FIELDS if plan.lut else ()),
         f"{item}* xq;  // activations, [chunk][token][digit][column]; high digits of `kDoubleChunks` behind the rest",
         "float* xs;  // activation scales, [chunk][token]",
         "int32_t* xi;  // what an accumulator starts from, [chunk][part][token]",
@@ -103,6 +119,7 @@ def _types(plan: Plan) -> str:
         "void bind(const void* const* weight, uint8_t*, uint8_t* tokens) {",
         *(f"plane[{j}] = (const uint8_t*)weight[{j}];" for j in range(planes)),
         *(f"{name} = {at(name, type_)};" for name, type_ in sides),
+        *(_LUT_PLACES if plan.lut else ()),
         f"xq = ({item}*)tokens;",
         f"xs = (float*)(tokens + kChunkRows * m * kTokenStride * int64_t(sizeof({item})));",
         "xi = (int32_t*)(xs + kChunkRows * m);",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lowbit.codegen.cpp.expr import build, half_bits, name
+from lowbit.codegen.cpp.lut_plan import TABLE_BYTES, lut_problem, lut_steps
 from lowbit.codegen.cpp.rounding import extra_columns
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
@@ -16,7 +17,7 @@ from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats import IntegerLevels
 from lowbit.quantizers.formats.scaled import DIGIT_BITS
 
-__all__ = ["PANEL", "KernelPlan", "Plan", "align", "half_factor"]
+__all__ = ["PANEL", "KernelPlan", "Plan", "align", "half_factor", "short_steps"]
 
 PANEL = 16
 """Rows of a panel: the int32 lanes of one 64-byte vector."""
@@ -101,23 +102,45 @@ class Plan(KernelPlan):
     kernels, 0 = none). extra `words`: 1 to multiply integers as 16-bit numbers, half as many at once, instead of as
     8-bit digits: better where several pairs of digits make one product, or where short sums end often. extra
     `residues`: accumulators per sum for codes that are multiplied where they stand (direct kernels, see
-    `InPlaceProducts`); then `accs` is 1.
+    `InPlaceProducts`); then `accs` is 1. extra `lut`: 1 to look sums of activations up by the codes (direct kernels,
+    see `lut_plan`); then there is one accumulator, and no words. extra `shorts`: 1 to add pairs of products up as
+    16-bit numbers first, as far as they fit (direct kernels, see `ShortProducts`).
     """
 
     def __post_init__(self) -> None:
         if self.tile_m < 1 or self.schedule.tile_n % PANEL or self.np < 1 or (self.silu and self.np % 2):
             raise KernelError("LB0412", f"no C++ kernel has tiles of {self.tile_m} x {self.schedule.tile_n}")
+        if self.lut and (why := lut_problem(self.spec)):
+            raise KernelError("LB0412", f"no C++ kernel looks these sums up: {why}")
+
+    @property
+    def lut(self) -> bool:
+        """True when sums of products are looked up instead of computed."""
+        return bool(self.schedule.get("lut", 0)) and not self.buffered
+
+    @property
+    def lut_bytes(self) -> int:
+        """Bytes of the tables of one chunk of one token and digit; 0 for kernels that have none."""
+        steps = len(lut_steps(self.spec.layout_, self.spec.fmt.bits)) if self.lut else 0
+        return steps * TABLE_BYTES * self.spec.chunk_blocks
 
     @property
     def accs(self) -> int:
         """Accumulators each sum is split over."""
-        return 1 if self.buffered or self.residues > 1 else self.schedule.get("accs", 1)
+        return 1 if self.buffered or self.lut or self.residues > 1 else self.schedule.get("accs", 1)
 
     @property
     def residues(self) -> int:
         """The most accumulators each sum has for codes left where they stand; 1 for codes moved to their value."""
         plain = self.integer and self.levels.plain and self.spec.fmt.bits < 8 and self.spec.parts == 1
-        return self.schedule.get("residues", 1) if plain and not self.buffered and not self.words else 1
+        plain = plain and not (self.buffered or self.words or self.lut)
+        return self.schedule.get("residues", 1) if plain else 1
+
+    @property
+    def shorts(self) -> int:
+        """Steps of a dot product whose pairs are added up as 16-bit numbers; 0 where every step adds 32-bit ones."""
+        plain = self.integer and not (self.buffered or self.words or self.lut or self.residues > 1)
+        return short_steps(self.spec) if plain and self.schedule.get("shorts", 0) else 0
 
     @property
     def prefetch(self) -> int:
@@ -132,7 +155,7 @@ class Plan(KernelPlan):
     @property
     def words(self) -> bool:
         """True when products of integers are of 16-bit numbers instead of 8-bit digits."""
-        return self.integer and bool(self.schedule.get("words", 0))
+        return self.integer and bool(self.schedule.get("words", 0)) and not self.lut
 
     @cached_property
     def word_table(self) -> WordTable | None:
@@ -250,8 +273,9 @@ class Plan(KernelPlan):
 
     @property
     def token_bytes(self) -> int:
-        """Scratch bytes per token, shared by all threads: activations, scales, starting values, sums."""
-        return self.chunk_rows * (self.token_stride * self.item_bytes + 4 + 8 * self.spec.parts)
+        """Scratch bytes per token, shared by all threads: tables, activations, scales, starting values, sums."""
+        tables = self.digits * (self.lut_bytes + 4) if self.lut else 0
+        return self.chunk_rows * (tables + self.token_stride * self.item_bytes + 4 + 8 * self.spec.parts)
 
     @property
     def ahead(self) -> int:
@@ -293,6 +317,15 @@ def word_table(integers: tuple[int, ...]) -> WordTable | None:
         return WordTable(integers * (_WORDS // size), -1)
     low, high = integers[:_WORDS], integers[_WORDS:]
     return WordTable(low, 5) if size == 2 * _WORDS and all(a == -b for a, b in zip(low, high, strict=True)) else None
+
+
+def short_steps(spec: KernelSpec) -> int:
+    """How many pairs of products with int8 digits have a sum below 2**15, as a power of two; 0 for less than two."""
+    levels = spec.integer_levels
+    if levels is None or not spec.limbs or spec.parts > 1:
+        return 0
+    fit = (2**15 - 1) // (2 * 128 * max(map(max, levels.digits)))
+    return 1 << (fit.bit_length() - 1) if fit > 1 else 0
 
 
 def half_factor(spec: KernelSpec) -> float | None:

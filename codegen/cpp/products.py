@@ -38,6 +38,7 @@ __all__ = [
     "LevelProducts",
     "PairProducts",
     "Products",
+    "ShortProducts",
     "WordProducts",
     "products",
 ]
@@ -48,6 +49,7 @@ class Products(ABC):
 
     steps: of a block. vectors: weight vectors of a step, each with sums of its own. late: scales meet sums instead of
     weights. shifts: of a sum's accumulators, each the power of two that its weights exceed the others' by; 0 first.
+    sums: what the names of those that steps add to begin with; `a` of those that chunks end with.
     """
 
     vector: str
@@ -57,6 +59,7 @@ class Products(ABC):
     steps: int
     vectors: int = 1
     late: bool = False
+    sums: str = "a"
     printer: Printer
 
     def __init__(self, plan: Plan) -> None:
@@ -149,6 +152,16 @@ class IntProducts(Products):
 
     def offset(self, step: int) -> int:
         return 4 * step
+
+
+class ShortProducts(IntProducts):
+    """The same with pairs of products added up as 16-bit numbers for as many steps as `Plan.shorts` says: two
+    instructions a step instead of three, on machines without dot products of bytes."""
+
+    sums = "h"
+
+    def multiply(self, acc: str, w: str, x: str) -> str:
+        return f"dot_pairs({acc}, {w}, {x})"
 
 
 class InPlaceProducts(IntProducts):
@@ -312,7 +325,9 @@ class CentroidProducts(FloatProducts):
 def products(plan: Plan) -> Products:
     """The products of a plan's spec."""
     if plan.integer:
-        return WordProducts(plan) if plan.words else InPlaceProducts(plan) if plan.residues > 1 else IntProducts(plan)
+        if plan.words:
+            return WordProducts(plan)
+        return InPlaceProducts(plan) if plan.residues > 1 else (ShortProducts if plan.shorts else IntProducts)(plan)
     if plan.half_factor is None:
         return FloatProducts(plan)
     return HalfProducts(plan) if plan.buffered else PairProducts(plan)

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowbit.codegen.cpp.plan import PANEL, Plan, half_factor
+from lowbit.codegen.cpp.lut_plan import lut_problem, lut_steps
+from lowbit.codegen.cpp.plan import PANEL, Plan, half_factor, short_steps
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
-__all__ = ["MACHINES", "TILES", "Machine", "predict", "schedules"]
+__all__ = ["LUT_ARCHES", "MACHINES", "SHORT_ARCHES", "TILES", "Machine", "predict", "schedules"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ MACHINES = {
     "neon": Machine(2.8, 12.0, 0.75, 0.5, 6.0, 4),
     "generic": Machine(3.0, 12.0, 0.5, 0.5, 24.0, 2),
 }
+SHORT_ARCHES = ("avx512", "avx2")
+"""Instruction sets whose byte dot products are sums of two steps, the first of 16-bit numbers."""
+LUT_ARCHES = ("avx2vnni", "avx2")
+"""Instruction sets with the lookups of `text/lut_avx2.h`."""
+_FILL = 10.0  # cycles that filling one table of sums takes
+_NEAR = 2**20  # bytes of tables that caches of a core hold
 _SIDE_BYTES = {"f32": 4, "f16": 2, "e8m0": 1, "e4m3": 1}
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((2, 2), (4, 1), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
@@ -52,7 +59,8 @@ _PART_TILES = {16: ((4, 3), (6, 2)), 4: ((2, 1), (1, 2)), 2: ((1, 1), (1, 2))}
 
 
 def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
-    """Legal schedules for `m` tokens: direct kernels for up to 8, buffered ones from 4 on.
+    """Legal schedules for `m` tokens: direct kernels for up to 8, buffered ones from 4 on. Sums are looked up where dot
+    products take several instructions.
 
     The generic instruction set has no direct kernels: unrolled vectors that the machine lacks take minutes to compile.
     """
@@ -60,6 +68,8 @@ def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
     tokens = m_class(m)
     if tokens <= 8 and arch != "generic":
         yield from _direct(spec, arch, tokens, pair)
+        if arch in LUT_ARCHES and not MACHINES[arch].full and lut_problem(spec) is None:
+            yield from _lut(spec, tokens, pair)
     if tokens > 2 or arch == "generic":
         yield from _buffered(spec, arch, tokens, pair)
 
@@ -72,6 +82,7 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
         digits, most = 2, 2
     height = max(1, min(tokens, room // digits // pair))
     panels = [p for p in (4, 2, 1) if p <= most and p % pair == 0 and (p == pair or p * height * digits <= room)]
+    shorts = arch in SHORT_ARCHES and short_steps(spec) > 0
     # Few panels are better split evenly over threads than streamed side by side.
     panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]
     for p in panels[:2]:
@@ -80,7 +91,15 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
         accs = 1 if residues > 1 else accs
         for prefetch in (1024, 0):
             found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
+            found = found.with_extra(shorts=1) if shorts and not words else found
             yield found.with_extra(words=1) if words else found.with_extra(residues=residues) if residues > 1 else found
+
+
+def _lut(spec: KernelSpec, tokens: int, pair: int) -> Iterator[Schedule]:
+    """Two sums at a time, as the best measured ones have: of two panels, or of one panel and two tokens."""
+    for height, panels in ((1, 2), (1, 1)) if tokens == 1 else ((2, 1), (1, 2)):
+        if panels % pair == 0:
+            yield Schedule(height, panels * PANEL, spec.chunk_blocks * 32).with_extra(lut=1, prefetch=1024)
 
 
 def _residues(spec: KernelSpec, arch: str, room: int) -> int:
@@ -132,7 +151,7 @@ def predict(plan: Plan, arch: str, m: int) -> float:
     compute = _cycles(plan, cpu, m, weights) / (cpu.ghz * 1e9)
     # Decoding into a buffer waits for memory; registers are filled while it works.
     overlap = 1.0 if plan.buffered else 0.56
-    activations = m * spec.k * 1e-10
+    activations = m * spec.k * 1e-10 + (_tables(plan, cpu, m) if plan.lut else 0.0)
     return max(memory, compute) + overlap * min(memory, compute) + activations + 2e-6
 
 
@@ -147,14 +166,29 @@ def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
             math.ceil(m / plan.tokens) * _decode(plan) + m * digits * (cpu.dot if plan.integer else 2)
         )
         loads, end = vectors * tiles * digits * (1 + plan.tile_m / plan.np), 4.4
+    elif plan.lut:
+        # One port sorts, looks up and spreads bytes, which the others wait for.
+        operations = vectors * plan.spec.fmt.bits * (tiles + 1.5 * m * digits)
+        loads, end = vectors * plan.spec.fmt.bits * (tiles / 8 + m * digits / 2), 8.5 + 6 * digits * len(plan.planes)
     else:
         # Sums that do not fit in registers are stored and loaded for every block.
         spill = 1.0 if sums <= 1.5 * cpu.sums else 1.4
-        operations = vectors * (tiles * _decode(plan) + m * digits * (cpu.dot if plan.integer else 1)) * spill
+        # Adding up 16-bit numbers takes one operation less, which waits for nothing, and two now and then.
+        dot = cpu.dot - 0.6 + 2 / plan.shorts if plan.shorts else cpu.dot
+        operations = vectors * (tiles * _decode(plan) + m * digits * (dot if plan.integer else 1)) * spill
         loads = vectors * tiles * (plan.spec.fmt.bits / 8 + plan.tile_m * digits)
         end = 8.5 + 2 * (plan.residues - 1) * digits
     ends = plan.spec.rows / PANEL * plan.spec.chunks * m * (end if parts == 1 else 2 + 0.8 * end * parts)
     return max((operations + ends) / cpu.ops, loads / cpu.loads)
+
+
+def _tables(plan: Plan, cpu: Machine, m: int) -> float:
+    """Seconds of filling the tables of `m` tokens, four a step, and of reading them again for every unit where no cache
+    close by holds them all."""
+    steps = plan.spec.blocks * len(lut_steps(plan.spec.layout_, plan.spec.fmt.bits))
+    size = m * plan.chunk_rows * plan.digits * plan.lut_bytes
+    again = plan.units * size / (2e9 * cpu.bandwidth) if size > _NEAR else 0.0
+    return 4 * _FILL * m * plan.digits * steps / (cpu.ghz * 1e9) + again
 
 
 def _decode(plan: Plan) -> float:

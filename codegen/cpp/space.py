@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from itertools import product
 
 from lowbit.codegen.cpp.bytes_plan import BytesPlan, vector_plan
-from lowbit.codegen.cpp.plan import PANEL, Plan, word_table
-from lowbit.codegen.cpp.schedules import MACHINES, schedules
+from lowbit.codegen.cpp.lut_plan import lut_problem
+from lowbit.codegen.cpp.plan import PANEL, Plan, short_steps, word_table
+from lowbit.codegen.cpp.schedules import LUT_ARCHES, MACHINES, SHORT_ARCHES, schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.cpp.vector_schedules import vector_schedules
 from lowbit.codegen.schedule import Schedule, m_class
@@ -34,15 +35,17 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
         yield from _vector_space(tokens, (8,) if spec.limbs else (1, 2, 4, 8))
         return
     yield from schedules(spec, arch, m)
+    if tokens <= _MOST_DIRECT and arch in LUT_ARCHES and lut_problem(spec) is None:
+        yield from _lut(spec, tokens)
     words = (0, 1) if spec.limbs == 2 else (0,)
     for word in words:
         if tokens <= _MOST_DIRECT:
-            yield from _direct(spec, tokens, word)
+            yield from _direct(spec, arch, tokens, word)
         if tokens >= _LEAST_BUFFERED or arch == "generic":
             yield from _buffered(spec, tokens, word)
 
 
-def _direct(spec: KernelSpec, tokens: int, words: int) -> Iterator[Schedule]:
+def _direct(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Schedule]:
     heights = [h for h in (1, 2, 4, 8) if h <= tokens]
     plain = not words and spec.integer_levels is not None and spec.integer_levels.plain
     residues = ((2, 1), (1, 2), (1, 3), (1, 4)) if plain else ((2, 1),)
@@ -51,7 +54,14 @@ def _direct(spec: KernelSpec, tokens: int, words: int) -> Iterator[Schedule]:
         found = Schedule(height, panels * PANEL, spec.chunk_blocks * 32)
         found = found.with_extra(accs=split[0], prefetch=prefetch)
         found = found.with_extra(residues=split[1]) if split[1] > 1 else found
+        if arch in SHORT_ARCHES and split == (1, 1) and not words and short_steps(spec):
+            yield found.with_extra(shorts=1)
         yield found.with_extra(words=1) if words else found
+
+
+def _lut(spec: KernelSpec, tokens: int) -> Iterator[Schedule]:
+    for height, panels, prefetch in product([h for h in (1, 2, 4) if h <= tokens], (1, 2, 4), (0, 512, 1024, 2048)):
+        yield Schedule(height, panels * PANEL, spec.chunk_blocks * 32).with_extra(lut=1, prefetch=prefetch)
 
 
 def _buffered(spec: KernelSpec, tokens: int, words: int) -> Iterator[Schedule]:
@@ -98,6 +108,8 @@ def _sums(plan: Plan | VectorPlan) -> int:
     if isinstance(plan, VectorPlan):
         wide = max((part.lanes for part in plan.parts), default=16) / 16
         return int(plan.tile_m * (plan.np if plan.buffered else max(1, plan.vectors * wide)))
+    if plan.lut:
+        return plan.tile_m * plan.np * plan.digits * len(plan.planes)
     each = 2 if plan.half_factor is not None and not plan.buffered else max(1, plan.digits)
     scaled = 2 if plan.buffered and plan.integer and plan.spec.parts > 1 else 1  # a float beside every sum
     return plan.tile_m * plan.np * max(plan.accs, plan.residues) * (1 if plan.buffered else each) * scaled
@@ -110,13 +122,26 @@ def _least_sums(plan: Plan | VectorPlan) -> int:
     return (2 if plan.silu else 1) * max(2, plan.digits)
 
 
+def _no_lut(plan: Plan, arch: str) -> str | None:
+    if arch not in LUT_ARCHES:
+        return f"sums are looked up by instructions of {' and '.join(LUT_ARCHES)}"
+    most = {"words": 0, "shorts": 0, "accs": 1, "residues": 1}
+    if not plan.lut or any(plan.schedule.get(name, 0) > value for name, value in most.items()):
+        return "sums that are looked up are neither of words or decoded chunks nor split"
+    return None
+
+
 def _no_plan(plan: Plan, arch: str) -> str | None:
+    if plan.schedule.get("lut", 0) and (why := _no_lut(plan, arch)):
+        return why
     if plan.prefetch > _MOST_PREFETCH or plan.prefetch % 64:
         return f"{plan.prefetch} bytes ahead are not whole cache lines within {_MOST_PREFETCH}"
     if plan.accs not in (1, 2):
         return f"sums are split in one or two, not in {plan.accs}"
     if plan.schedule.get("residues", 1) > 1 and (plan.residues == 1 or not MACHINES[arch].full):
         return "codes are multiplied where they stand as unsigned bytes of full range, by one instruction"
+    if plan.schedule.get("shorts", 0) and (not plan.shorts or arch not in SHORT_ARCHES):
+        return "pairs of products are added up as 16-bit numbers where dot products of bytes are made of such pairs"
     if plan.unit > plan.slots:
         return f"a unit of {plan.unit} panels is larger than the matrix, which has {plan.slots}"
     if plan.schedule.get("words", 0) and (plan.spec.limbs != 2 or not arch.startswith("avx512")):

@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-import lowbit.compiler.runtime.ops  # noqa: F401  (defines torch.ops.lowbit.linear)
 from lowbit.codegen.select import kernel_layout
 from lowbit.codegen.spec import Compute, KernelSpec, rounded_products
 from lowbit.compiler.errors import FormatError, KernelError
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime.dispatch import device_target, parse_spec
+from lowbit.compiler.runtime.ops import run_packed, unwatched
 from lowbit.quantizers.formats import VectorFormat, WeightFormat, exact_integers, parse_activation
 from lowbit.quantizers.hadamard import rotate, split_order
 from lowbit.quantizers.qtensor import PackedWeight
@@ -138,12 +138,12 @@ class PackedLinear(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The weight as a value."""
-        fmt, layout, segments, k = self._meta
-        return PackedWeight(fmt, layout, segments, k, dict(zip(self._names, self.operands(), strict=True)))
+        return PackedWeight(*self._meta, dict(zip(self._names, self.operands(), strict=True)))
 
     def operands(self) -> list[torch.Tensor]:
         """The packed tensors, in the order of `KernelSpec.operands`."""
-        return [getattr(self, name) for name in self._names]
+        buffers = self._buffers  # attributes of modules take far longer to look up
+        return [cast(torch.Tensor, buffers[name]) for name in self._names]
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +155,8 @@ class PackedLinear(nn.Module):
     ) -> torch.Tensor:
         """[..., K] -> [..., n_out]."""
         x = rotate(x, self.rotate) if self._rotates_first else x
+        if not torch.compiler.is_compiling() and unwatched(x):
+            return run_packed(x, self.packed(), bias, residual, self.key)
         out: torch.Tensor = torch.ops.lowbit.linear(x, self.operands(), bias, residual, self.key)
         return out
 
@@ -278,10 +280,13 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N], in x's dtype."""
-        if self.inner is None:
-            self.prepare()
-        assert self.inner is not None
-        return cast(torch.Tensor, self.inner(x, self.bias))
+        if torch.compiler.is_compiling():
+            inner, bias = self.inner, self.bias
+        else:  # attributes of modules take far longer to look up
+            inner, bias = cast("PackedLinear | None", self._modules.get("inner")), self._parameters.get("bias")
+        if inner is None:
+            inner = cast(PackedLinear, self.prepare().inner)
+        return cast(torch.Tensor, inner(x, bias))
 
     def canonical(self) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors by name."""

@@ -1,8 +1,8 @@
 """The torch operator behind every quantized layer: `torch.ops.lowbit.linear`.
 
 One op with plain tensors and the kernel's spec as text, so that torch.compile, torch.export and CUDA graphs see a
-single opaque call. The raw Library API is used because a call costs about 2 us, against 16 us for
-`torch.library.custom_op`.
+single opaque call. The raw Library API is used because a call costs less than that of `torch.library.custom_op`; where
+nobody would see the call, layers do without it (`unwatched`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch._C._dynamo import eval_frame
 from lowbit.compiler.runtime.dispatch import kernel_for, parse_spec
 from lowbit.quantizers.qtensor import PackedWeight
 
-__all__ = ["LIBRARY", "output_features", "run_linear"]
+__all__ = ["LIBRARY", "output_features", "run_linear", "run_packed", "unwatched"]
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
 LIBRARY.define(
@@ -32,12 +32,40 @@ def _linear(
     residual: torch.Tensor | None,
     spec: str,
 ) -> torch.Tensor:
+    return run_packed(x, _packed(weight, spec), bias, residual, spec)
+
+
+def _packed(weight: list[torch.Tensor], spec: str) -> PackedWeight:
     s = parse_spec(spec)
-    flat = x.reshape(-1, s.k).contiguous()
-    out = torch.empty((flat.shape[0], s.n_out), dtype=x.dtype, device=x.device)
-    rest = None if residual is None else residual.reshape(-1, s.n_out).to(x.dtype).contiguous()
-    run_linear(flat, weight, bias, rest, spec, out)
-    return out.view(*x.shape[:-1], s.n_out)
+    return PackedWeight(s.weight_format, s.layout_, s.segments, s.k, dict(zip(s.operands, weight, strict=True)))
+
+
+def unwatched(x: torch.Tensor) -> bool:
+    """Whether a call of the operator with `x` would run its kernel and nothing else: no mode, transform, gradient,
+    trace or profiler takes part. Not to be asked while torch.compile traces."""
+    return (
+        type(x) is torch.Tensor
+        and (x.is_cpu or x.is_cuda)
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch._C._autograd._profiler_enabled()
+        and not torch._C._is_tracing()
+    )
+
+
+def run_packed(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, spec: str
+) -> torch.Tensor:
+    """What the operator computes: x [..., K] -> [..., N], with the kernel of `spec`."""
+    s = parse_spec(spec)
+    n, k = s.n_out, s.k
+    flat = x if x.dim() == 2 and x.shape[1] == k else x.reshape(-1, k)
+    out = x.new_empty((flat.shape[0], n))
+    if residual is not None:
+        residual = residual.reshape(-1, n).to(x.dtype).contiguous()
+    _run(flat if flat.is_contiguous() else flat.contiguous(), packed, bias, residual, spec, out)
+    return out if flat is x else out.view(*x.shape[:-1], n)
 
 
 def run_linear(
@@ -49,12 +77,20 @@ def run_linear(
     out: torch.Tensor,
 ) -> None:
     """Run the kernel of `spec` on contiguous rows: x [M, K], residual and out [M, N] of one type; M may be 0."""
-    if not x.shape[0]:
-        return
-    s = parse_spec(spec)
-    kernel = kernel_for(spec, x.dtype, x.device, x.shape[0])
-    packed = PackedWeight(s.weight_format, s.layout_, s.segments, s.k, dict(zip(s.operands, weight, strict=True)))
-    kernel.launch(x, packed, None if bias is None else bias.float().contiguous(), residual, out)
+    _run(x, _packed(weight, spec), bias, residual, spec, out)
+
+
+def _run(
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    spec: str,
+    out: torch.Tensor,
+) -> None:
+    if m := x.shape[0]:
+        kernel = kernel_for(spec, x.dtype, x.device, m)
+        kernel.launch(x, packed, None if bias is None else bias.float().contiguous(), residual, out)
 
 
 def _linear_fake(

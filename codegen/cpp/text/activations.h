@@ -19,6 +19,8 @@ static void load_tokens(const Args& a, const XT* x, int64_t t0, int64_t t1, floa
         const Digit second = to[i + 1];
         to[i + 1] = to[i + 2], to[i + 2] = second;
       }
+#elif LB_LUT
+      look_ahead(a, at, n);
 #endif
 #elif LB_PAIRS
       float* to = a.xq + at * kTokenStride;

@@ -124,6 +124,14 @@ LB_INLINE __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 #endif
 }
+#if LB_CODE_TOP < 128
+// acc + sums of 2 products in each 16-bit lane; acc + sums of 2 such sums in each 32-bit lane.
+LB_INLINE V dot_pairs(V acc, V codes, V x) {
+  return {_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(codes.a, x.a)),
+          _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(codes.b, x.b))};
+}
+LB_INLINE V add_pairs(V acc, V sums) { return vadd(acc, madd16(sums, set1(0x00010001u))); }
+#endif
 // acc + sum of 4 unsigned codes x 4 signed activations in each 32-bit lane, exact.
 LB_INLINE V dot(V acc, V codes, V x) { return {dot_half(acc.a, codes.a, x.a), dot_half(acc.b, codes.b, x.b)}; }
 // The even or odd bytes as 16-bit numbers; the entry of a table of 32 that the lowest five bits of each choose, and

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from _models import random_qtensor
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.layout import LAYOUTS
@@ -118,6 +122,35 @@ def test_operator_passes_torchs_own_checks() -> None:
     p = inner.packed()
     args = (torch.randn(2, 3, 64), list(p.tensors.values()), torch.randn(32), torch.randn(2, 3, 32), inner.key)
     torch.library.opcheck(torch.ops.lowbit.linear, args)
+
+
+def test_whoever_watches_sees_the_operator() -> None:
+    """A plain call goes to the kernel without torch's dispatcher; what would notice gets the operator."""
+    layer = QuantLinear.from_qtensor(random_qtensor("int4.g32.asym", 32, 64), torch.randn(32))
+    inner = layer.inner
+    assert inner is not None
+    for x in (torch.randn(2, 3, 64), torch.randn(64, 3).T, torch.randn(0, 64), torch.randn(64)):
+        want = torch.ops.lowbit.linear(x, inner.operands(), layer.bias, None, inner.key)
+        assert torch.equal(layer(x), want)
+        assert layer(x).shape == want.shape
+    x = torch.randn(3, 64)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with Seen():
+        layer(x)
+    assert "lowbit.linear.default" in names
+    with torch.profiler.profile() as profile:
+        layer(x)
+    assert "lowbit::linear" in [event.key for event in profile.key_averages()]
+    assert "lowbit.linear" in make_fx(layer)(x).code
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        assert "lowbit::linear" in str(torch.jit.trace(layer, x, check_trace=False).inlined_graph)
+    assert layer(torch.randn(2, 64, device="meta")).device.type == "meta"
 
 
 def test_survives_compile_and_export() -> None:
