@@ -181,6 +181,13 @@ class KernelSpec:
         return sum(math.ceil(n / dim / tile) * tile for n in self.segments)
 
     @property
+    def joins_by_rows(self) -> bool:
+        """Whether operands of matrices one below the other are those of each, one behind the other: in layouts of row
+        panels, where no operand belongs to all rows."""
+        rows = all(o.startswith("plane") or o in ("scale", "zero", "offset") for o in self.operands)
+        return rows and self.layout_.container == 8
+
+    @property
     def blocks(self) -> int:
         """32-column blocks of the packed matrix."""
         return padded_columns(self.fmt, self.k, self.layout_.block) // K_ALIGN

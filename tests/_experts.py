@@ -16,6 +16,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen2Moe": {**_QWEN, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
     "Qwen3Moe": {**_QWEN, "head_dim": 16},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None, "eos_token_id": None},
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
 }
 """GPT-OSS has transposed, interleaved matrices with biases, and a gate of its own."""

@@ -155,8 +155,7 @@ def stack_operands(parts: list[FxWeight], columns: list[list[torch.Tensor]], spe
     In layouts of row panels that is one tensor behind the other, and the parts become views of the whole: memory for
     weights stays what it was. Otherwise the matrices are unpacked and packed again.
     """
-    plain = all(o.startswith("plane") or o in ("scale", "zero", "offset") for o in spec.operands)
-    if plain and spec.layout_.container == 8:
+    if spec.joins_by_rows:
         return [_joined(list(tensors)) for tensors in zip(*columns, strict=True)]
     weights = []
     for part, tensors in zip(parts, columns, strict=True):

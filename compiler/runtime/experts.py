@@ -15,13 +15,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lowbit.compiler.runtime.dispatch import parse_spec
 from lowbit.compiler.runtime.grouped import DENSE
 from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
 from lowbit.quantizers.hadamard import rotate
+from lowbit.quantizers.qtensor import PackedWeight
 
 __all__ = [
+    "DOWN",
+    "GATE",
+    "UP",
     "Experts",
     "Slicing",
+    "as_experts",
     "expert_layers",
     "prepare_experts",
     "restore_experts",
@@ -108,6 +114,7 @@ class Experts(nn.Module):
                 expert.add_module(layer, self._linear(original, index, layer, old.has_bias))
             self.add_module(str(index), expert)
         self._stacks: dict[str, _Stack] = {}
+        self._pairs: dict[str, Tensor] = {}  # operands of gate and up, [E, 2, ...], where they are pairs
 
     def _linear(self, original: nn.Module, expert: int, layer: str, bias: bool) -> nn.Linear:
         stack = cast(nn.Parameter, original._parameters[self.slicing.stack(layer)])
@@ -197,6 +204,48 @@ class Experts(nn.Module):
         not quantized stays where it is."""
         found = {name: _stacked([self.layer(e, name) for e in range(self.num_experts)]) for name in self.slicing.layers}
         self._stacks = {} if None in found.values() else cast("dict[str, _Stack]", found)
+        self._pairs = {}
+
+    def pair(self) -> bool:
+        """Lay gate and up of each expert one behind the other, still the only copy, where one kernel can then read both
+        (see `paired`); whether that is so."""
+        gate, up = self._stacks.get(GATE), self._stacks.get(UP)
+        if self._pairs or gate is None or up is None or not self.plain_gate:
+            return bool(self._pairs)
+        same = len(gate.specs) == 1 and gate.specs == up.specs and gate.bias is up.bias is None
+        if not same or gate.rotate or up.rotate or not parse_spec(gate.specs[0]).joins_by_rows:
+            return False
+        for index, operand in enumerate(cast(PackedLinear, cast(QuantLinear, self.layer(0, GATE)).inner)._names):
+            whole = torch.stack((gate.operands[index], up.operands[index]), 1)
+            for side, (name, stack) in enumerate(((GATE, gate), (UP, up))):
+                stack.operands[index] = whole[:, side]
+                for expert in range(self.num_experts):
+                    layer = cast(QuantLinear, self.layer(expert, name))
+                    cast(PackedLinear, layer.inner)._buffers[operand] = whole[expert, side]
+            self._pairs[operand] = whole
+        return True
+
+    def paired(self, expert: int) -> PackedLinear | None:
+        """Gate and up of one expert as one matrix whose kernel gives silu(gate) * up; None where they are no pair."""
+        if not self._pairs:
+            return None
+        gate = cast(PackedLinear, cast(QuantLinear, self.layer(expert, GATE)).inner)
+        fmt, layout, segments, k = gate._meta
+        tensors = {name: whole[expert].flatten(0, 1) for name, whole in self._pairs.items()}
+        packed = PackedWeight(fmt, layout, segments * 2, k, tensors)
+        both = PackedLinear(packed, gate.compute, ("silu_mul",), gate.activation, gate.rotate)
+        if gate.invariant:
+            both.make_invariant()
+        return both
+
+    @contextlib.contextmanager
+    def separate(self) -> Iterator[None]:
+        """Inside, layers are called one by one."""
+        held, self._stacks = self._stacks, {}
+        try:
+            yield
+        finally:
+            self._stacks = held
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -258,6 +307,14 @@ def _is_stacked(module: nn.Module) -> bool:
     slicing = Slicing(old.has_gate, old.is_transposed, not old.is_concatenated)
     kinds = ("weight", "bias") if old.has_bias else ("weight",)
     return set(module._parameters) == {slicing.stack(layer, kind) for layer in slicing.layers for kind in kinds}
+
+
+def as_experts(module: nn.Module) -> Experts | None:
+    """A module's experts as linear layers that share its memory, the module itself if it has them already; None where
+    it has none that are known."""
+    if isinstance(module, Experts):
+        return module
+    return Experts(module, int(cast(Any, module).num_experts)) if _is_stacked(module) else None
 
 
 def unstack_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:

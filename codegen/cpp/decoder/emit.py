@@ -31,6 +31,7 @@ def emit_program(spec: DecoderSpec, arch: str) -> Source:
         "LB_CODE_TOP": 255,
         "LB_KV_HALF": int(spec.cache == "f16"),
         "LB_PACKED": int(spec.packed is not None),
+        "LB_MIXTURES": int(spec.experts > 0),
     }
     packed = ""
     if spec.packed is not None:
@@ -50,6 +51,8 @@ def emit_program(spec: DecoderSpec, arch: str) -> Source:
             _constants(spec),
             *(_text("decoder", "text", name) for name in ("rows.h", "dense.h", "attention.h")),
             *([packed, _text("decoder", "text", "packed.h")] if packed else []),
+            _text("decoder", "text", "blocks.h"),
+            *([_text("decoder", "text", "mixture.h")] if spec.experts else []),
             _text("decoder", "text", "step.h"),
             "}  // namespace",
             _text("decoder", "text", "entry.h"),
@@ -73,7 +76,6 @@ def _constants(s: DecoderSpec) -> str:
     values = {
         "kLayers": s.layers,
         "kHidden": s.hidden,
-        "kInner": s.inner,
         "kHeads": s.heads,
         "kKvHeads": s.kv_heads,
         "kHeadDim": s.head_dim,
@@ -82,6 +84,8 @@ def _constants(s: DecoderSpec) -> str:
         "kVocab": s.vocab,
         "kQ": s.q_width,
         "kKv": s.kv_width,
+        "kActive": s.active,
+        "kWideNorms": int(s.wide_norms),
     }
     floats = {"kEps": s.eps, "kScale": s.scale, "kEmbedScale": s.embed_scale}
     lines = [f"constexpr int64_t {name} = {value};" for name, value in values.items()]

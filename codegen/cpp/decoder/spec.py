@@ -25,10 +25,12 @@ PARTS = ("embedding", "norms", "qkv", "rope and cache", "attention", "output", "
 class DecoderSpec:
     """Pre-norm blocks of grouped-query attention with rotary positions and a gated feed-forward part.
 
-    hidden, inner: features of the residual stream and between gate and down. head_dim: of queries, keys and values.
+    hidden, inner: features of the residual stream and, at most, between gate and down. head_dim: of queries, keys and
+    values.
     rotary: pairs of entries of a head that are rotated. scale: what scores are multiplied with. embed_scale: what
     embeddings are multiplied with. embedding: element type of the embedding table, or the key of a `TableSpec`. cache:
-    of keys and values, a type or the text of a `KVFormat`.
+    of keys and values, a type or the text of a `KVFormat`. experts, active: the most of a layer, and how many of them
+    a token goes to; 0 where all layers are dense. wide_norms: queries and keys are normed all heads at once.
     """
 
     layers: int
@@ -45,10 +47,14 @@ class DecoderSpec:
     embed_scale: float = 1.0
     embedding: str = "f32"
     cache: str = "f16"
+    experts: int = 0
+    active: int = 0
+    wide_norms: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.layers, self.hidden, self.inner, self.heads, self.kv_heads, self.head_dim, self.vocab)
         fits = all(n > 0 for n in sizes) and self.heads % self.kv_heads == 0 and 2 * self.rotary <= self.head_dim
+        fits &= 0 <= self.active <= self.experts and bool(self.active) == bool(self.experts)
         if not fits or self.activation not in ACTIVATIONS or not self._table_fits:
             raise KernelError("LB0430", f"no decoder program has these sizes: {self}")
         fmt = self.packed.fmt if self.packed is not None else None

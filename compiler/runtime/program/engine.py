@@ -25,8 +25,10 @@ from lowbit.compiler.runtime.cache import KernelCache
 from lowbit.compiler.runtime.modules import PackedLinear
 from lowbit.compiler.runtime.program.cache import ProgramCache
 from lowbit.compiler.runtime.program.kernels import KernelTable, step_sizes
-from lowbit.compiler.runtime.program.parts import DecoderParts, LayerParts, LinearPart
-from lowbit.compiler.runtime.program.structures import CLayer, CLinear, CModel, CState
+from lowbit.compiler.runtime.program.linears import Gated, LinearPart
+from lowbit.compiler.runtime.program.mixture import MixtureParts
+from lowbit.compiler.runtime.program.parts import DecoderParts, LayerParts
+from lowbit.compiler.runtime.program.structures import CGated, CLayer, CLinear, CMixture, CModel, CState
 
 __all__ = ["DecoderProgram"]
 
@@ -125,6 +127,11 @@ class DecoderProgram:
             self._call(ids, 0, ids.numel(), cache, 1, logits, 0, times)
         return dict(zip(PARTS, times, strict=True))
 
+    def routes(self, tokens: int) -> dict[int, torch.Tensor]:
+        """The experts, int64 [tokens, active], that each sparse layer chose for the `tokens` of the last step."""
+        sparse = {i: layer.mlp for i, layer in enumerate(self.parts.layers) if isinstance(layer.mlp, MixtureParts)}
+        return {i: self._chosen[i, : tokens * m.active].view(tokens, m.active).long() for i, m in sparse.items()}
+
     def generate(
         self, tokens: torch.Tensor, new_tokens: int, stop: Iterable[int] = (), cache: ProgramCache | None = None
     ) -> torch.Tensor:
@@ -141,7 +148,7 @@ class DecoderProgram:
 
     def _build_model(self, parts: DecoderParts) -> Any:
         sizes = step_sizes(self.max_tokens)
-        for linear in [*(x for layer in parts.layers for x in layer.linears.values()), parts.head]:
+        for linear in [*(x for layer in parts.layers for x in layer.all_linears()), parts.head]:
             if linear.packed is not None:
                 key = linear.packed.spec_key(linear.epilogue)
                 self._tables.setdefault(key, KernelTable(key, sizes))
@@ -169,7 +176,29 @@ class DecoderProgram:
     def _layer(self, layer: LayerParts) -> Any:
         norms = {name: self._address(tensor) for name, tensor in layer.norms.items()}
         linears = {name: self._linear(part) for name, part in layer.linears.items()}
-        return CLayer(window=layer.window, rope=0, **norms, **linears)
+        if isinstance(layer.mlp, MixtureParts):
+            mixture = self._mixture(layer.mlp)
+            self._keep.append(mixture)
+            return CLayer(window=layer.window, rope=0, **norms, **linears, mixture=ctypes.addressof(mixture))
+        return CLayer(window=layer.window, rope=0, **norms, **linears, mlp=self._gated(layer.mlp))
+
+    def _gated(self, part: Gated) -> Any:
+        return CGated(**{name: self._linear(linear) for name, linear in part.items()})
+
+    def _mixture(self, part: MixtureParts) -> Any:
+        experts = (CGated * len(part.experts))(*[self._gated(expert) for expert in part.experts])
+        self._keep.append(experts)
+        shared = {} if part.shared is None else {"shared": self._gated(part.shared)}
+        if part.shared_gate is not None:
+            shared["shared_gate"] = self._linear(part.shared_gate)
+        return CMixture(
+            experts=ctypes.addressof(experts),
+            count=len(part.experts),
+            active=part.active,
+            normalised=part.normalised,
+            router=self._linear(part.router),
+            **shared,
+        )
 
     def _linear(self, part: LinearPart) -> Any:
         bias = 0 if part.bias is None else self._address(part.bias.float())
@@ -197,10 +226,16 @@ class DecoderProgram:
             "mixed": m * s.q_width,
             "inner": 3 * m * s.inner,
         }
+        if s.experts:
+            floats |= {"rows": m * s.hidden, "given": m * s.hidden, "odds": m * s.experts, "shares": m * s.active}
         room = max((t.scratch(m, self.threads) for t in self._tables.values()), default=0)
         state = CState(tokens=m, threads=self.threads, scratch_bytes=room)
         for name, size in floats.items():
             setattr(state, name, self._address(torch.zeros(size)))
+        self._chosen = torch.zeros(s.layers, m * s.active, dtype=torch.int32)
+        state.chosen = self._address(self._chosen)
+        for name, size in {"places": m * s.active, "ends": s.experts}.items():
+            setattr(state, name, self._address(torch.zeros(size, dtype=torch.int32)))
         state.scratch = self._address(torch.zeros(room, dtype=torch.uint8))
         self._scores = self._prompt = torch.empty(0)
         if s.packed is not None:

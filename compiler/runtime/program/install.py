@@ -16,7 +16,8 @@ from lowbit.compiler.runtime.embedding import quantize_embedding
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.compiler.runtime.program.cache import ProgramCache
 from lowbit.compiler.runtime.program.engine import DecoderProgram
-from lowbit.compiler.runtime.program.parts import read_decoder
+from lowbit.compiler.runtime.program.mixture import pair_experts
+from lowbit.compiler.runtime.program.parts import activation_of, read_decoder
 from lowbit.compiler.runtime.program.verify import verify_program
 from lowbit.quantizers.formats import parse_format
 from lowbit.quantizers.methods import make_method
@@ -51,7 +52,10 @@ def compile_program(
         quantize_embedding(model, embedding)
     if head is not None:
         _quantize_head(model, head)
-    limit = int(getattr(getattr(model, "config", None), "max_position_embeddings", 4096) or 4096)
+    config = getattr(model, "config", None)
+    if config is not None and activation_of(config) == "silu":
+        pair_experts(model)
+    limit = int(getattr(config, "max_position_embeddings", 4096) or 4096)
     parts = read_decoder(model, context or min(limit, 4096), _cache_of(model, cache))
     program = DecoderProgram(parts, max_tokens=max_tokens, context=parts.rope.shape[0], threads=threads)
     error = verify_program(program, model)
@@ -130,6 +134,9 @@ def why_modules(program: DecoderProgram, model: nn.Module, call: dict[str, Any])
         return "its attention mask hides tokens"
     if (at := call.get("position_ids")) is not None and not _counting(at, start, ids.shape[1]):
         return "its positions do not count up"
+    routers = call.get("output_router_logits")
+    if routers or (routers is None and getattr(model.config, "output_router_logits", False)):
+        return "it asks for router logits"
     if call.get("output_attentions") or call.get("output_hidden_states"):
         return "it asks for inner activations"
     if model.training or call.get("labels") is not None:
@@ -144,7 +151,7 @@ def why_modules(program: DecoderProgram, model: nn.Module, call: dict[str, Any])
 
 
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-_KNOWN = {*_POSITIONAL, "inputs_embeds", "labels", "logits_to_keep"}
+_KNOWN = {*_POSITIONAL, "inputs_embeds", "labels", "logits_to_keep", "output_router_logits"}
 
 
 def _counting(at: torch.Tensor, start: int, count: int) -> bool:

@@ -6,20 +6,29 @@ it reads is then compared with the model numerically (see `verify`).
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lowbit.codegen.cpp.decoder.spec import Activation, DecoderSpec
-from lowbit.compiler.errors import RunError
 from lowbit.compiler.runtime.embedding import QuantEmbedding
-from lowbit.compiler.runtime.fused import QuantGatedMLP, SiblingLinear
-from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
+from lowbit.compiler.runtime.fused import SiblingLinear
+from lowbit.compiler.runtime.modules import PackedLinear
+from lowbit.compiler.runtime.program.linears import (
+    Gated,
+    LinearPart,
+    check_children,
+    read_gated,
+    read_linear,
+    refuse,
+    stacked,
+)
+from lowbit.compiler.runtime.program.mixture import MixtureParts, is_mixture, read_mixture
 
-__all__ = ["DecoderParts", "LayerParts", "LinearPart", "read_decoder"]
+__all__ = ["DecoderParts", "LayerParts", "activation_of", "read_decoder"]
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _ACTIVATIONS: dict[str, Activation] = {
@@ -30,24 +39,24 @@ _FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 
 
 @dataclass(frozen=True)
-class LinearPart:
-    """One matrix: packed, or `dense` [N, K]; with the epilogue its kernel gets. `n`: columns of its result."""
-
-    n: int
-    k: int
-    packed: PackedLinear | None = None
-    dense: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    epilogue: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class LayerParts:
-    """One block. linears: by name; k and v are absent where q holds all three, up where gate holds both."""
+    """One block. linears: of attention, by name; k and v are absent where q holds all three. mlp: what follows."""
 
     norms: dict[str, torch.Tensor]
     linears: dict[str, LinearPart]
     window: int
+    mlp: Gated | MixtureParts
+
+    def all_linears(self) -> Iterator[LinearPart]:
+        """Every matrix."""
+        yield from self.linears.values()
+        yield from self.mlp.values() if isinstance(self.mlp, dict) else self.mlp.all_linears()
+
+    def gated(self) -> list[Gated]:
+        """Every dense feed-forward part, experts included."""
+        if isinstance(self.mlp, dict):
+            return [self.mlp]
+        return [*self.mlp.experts, *([self.mlp.shared] if self.mlp.shared else [])]
 
 
 @dataclass(frozen=True)
@@ -62,19 +71,14 @@ class DecoderParts:
     rope: torch.Tensor
 
 
-def refuse(path: str, why: str) -> RunError:
-    """LB0560: the model has a part that the program does not do."""
-    return RunError("LB0560", f"no program for this model: {why}", where=path, hint="use mode='modules'")
-
-
 def read_decoder(model: nn.Module, context: int, cache: str = "f16") -> DecoderParts:
     """The parts of `model` for up to `context` positions; raises RunError (LB0560) naming what does not fit."""
     config: Any = getattr(model, "config", None)
     trunk = getattr(model, "model", None)
     if config is None or not isinstance(trunk, nn.Module) or not hasattr(trunk, "layers"):
         raise refuse(type(model).__name__, "it is not a transformers decoder with `model.layers`")
-    _children(model, "model", "model", {"model", "lm_head"}, {"model", "lm_head"})
-    _children(trunk, "model", "model", {"embed_tokens", "layers", "norm", "rotary_emb"})
+    check_children(model, "model", "model", *[{"model", "lm_head"}] * 2)
+    check_children(trunk, "model", "model", *[{"embed_tokens", "layers", "norm", "rotary_emb"}] * 2)
     _settings(config)
     blocks = list(cast(nn.ModuleList, trunk.layers))
     layers = [_layer(block, f"model.layers.{i}", _window(config, i)) for i, block in enumerate(blocks)]
@@ -88,28 +92,28 @@ def read_decoder(model: nn.Module, context: int, cache: str = "f16") -> DecoderP
         raise refuse(f"model.layers.{sliding[0]}", f"a cache of {cache} has no sliding windows")
     if embedding.device.type != "cpu" or (packed is None and embedding.dtype not in _DTYPES):
         raise refuse("model", f"it is on {embedding.device.type} in {embedding.dtype}, not on the CPU")
-    return DecoderParts(spec, layers, packed or embedding, norm, _linear(model.lm_head, "lm_head"), rope)
-
-
-def _children(module: nn.Module, path: str, what: str, known: Collection[str], needed: Collection[str] = ()) -> None:
-    names = {name for name, child in module.named_children()}
-    if unknown := sorted(names - set(known)):
-        raise refuse(f"{path}.{unknown[0]}", f"{what} has a part it does not know")
-    if missing := sorted(set(needed or known) - names):
-        raise refuse(path, f"{what} has no {missing[0]}")
+    return DecoderParts(spec, layers, packed or embedding, norm, read_linear(model.lm_head, "lm_head"), rope)
 
 
 def _settings(config: Any) -> None:
     """Settings that change results without a module of their own, or only on long texts."""
-    for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "use_bidirectional_attention"):
+    softcaps = ("attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping")
+    for name in (*softcaps, "logit_scale", "use_bidirectional_attention", "clip_qkv"):
         if getattr(config, name, None) not in (None, False, 1.0):
             raise refuse(f"config.{name}", "it does not know this setting")
     rope = getattr(config, "rope_parameters", None) or {}
     kind = str(rope.get("rope_type", "default"))
     if kind not in _FIXED_ROPE:
         raise refuse("config.rope_parameters", f"rotary positions of kind {kind!r} depend on the length of the text")
-    if str(config.hidden_act if hasattr(config, "hidden_act") else config.hidden_activation) not in _ACTIVATIONS:
+    activation_of(config)
+
+
+def activation_of(config: Any) -> Activation:
+    """What gates are put through."""
+    name = str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None))
+    if name not in _ACTIVATIONS:
         raise refuse("config.hidden_act", "it does not know this activation")
+    return _ACTIVATIONS[name]
 
 
 def _window(config: Any, layer: int) -> int:
@@ -123,55 +127,29 @@ def _window(config: Any, layer: int) -> int:
 
 def _layer(block: nn.Module, path: str, window: int) -> LayerParts:
     norm_names = {"input_layernorm": "input_norm", "post_attention_layernorm": "inner_norm"}
-    _children(block, path, "the block", {"self_attn", "mlp", *norm_names})
+    check_children(block, path, "the block", *[{"self_attn", "mlp", *norm_names}] * 2)
     attention, mlp = cast(nn.Module, block.self_attn), cast(nn.Module, block.mlp)
     projections = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
-    _children(attention, f"{path}.self_attn", "attention", {*projections, "q_norm", "k_norm"}, projections)
+    check_children(attention, f"{path}.self_attn", "attention", {*projections, "q_norm", "k_norm"}, projections)
     norms = {own: _norm(getattr(block, name), f"{path}.{name}")[0] for name, own in norm_names.items()}
     for name, own in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
         if isinstance(found := getattr(attention, name, None), nn.Module):
             norms[own] = _norm(found, f"{path}.self_attn.{name}")[0]
-    linears = _projections(attention, f"{path}.self_attn") | _feed_forward(mlp, f"{path}.mlp")
-    for name in ("o", "down"):
-        linears[name] = replace(linears[name], epilogue=(*linears[name].epilogue, "residual"))
-    return LayerParts(norms, linears, window)
+    linears = _projections(attention, f"{path}.self_attn")
+    linears["o"] = linears["o"].behind("residual")
+    if is_mixture(mlp):
+        return LayerParts(norms, linears, window, read_mixture(mlp, f"{path}.mlp"))
+    gated = read_gated(mlp, f"{path}.mlp")
+    return LayerParts(norms, linears, window, gated | {"down": gated["down"].behind("residual")})
 
 
 def _projections(attention: nn.Module, path: str) -> dict[str, LinearPart]:
     q = attention.q_proj
     if isinstance(q, SiblingLinear):
-        return {"q": _stacked(q.shared), "o": _linear(attention.o_proj, path)}
-    return {name: _linear(getattr(attention, f"{name}_proj"), f"{path}.{name}_proj") for name in ("q", "k", "v", "o")}
-
-
-def _feed_forward(mlp: nn.Module, path: str) -> dict[str, LinearPart]:
-    if isinstance(mlp, QuantGatedMLP):
-        gate = replace(_stacked(mlp.gate_up), epilogue=("silu_mul",))
-        return {"gate": replace(gate, n=gate.n // 2), "down": _linear(mlp.reader, path)}
-    _children(mlp, path, "the feed-forward part", {"gate_proj", "up_proj", "down_proj", "act_fn"}, ())
-    gate_proj = mlp.gate_proj
-    if isinstance(gate_proj, SiblingLinear):
-        return {"gate": _stacked(gate_proj.shared), "down": _linear(mlp.down_proj, path)}
-    return {name: _linear(getattr(mlp, f"{name}_proj"), f"{path}.{name}_proj") for name in ("gate", "up", "down")}
-
-
-def _stacked(packed: PackedLinear) -> LinearPart:
-    """Siblings in one matrix."""
-    weight = packed.packed()
-    return LinearPart(weight.n, weight.k, packed)
-
-
-def _linear(module: Any, path: str) -> LinearPart:
-    bias = getattr(module, "bias", None)
-    epilogue = ("bias",) if bias is not None else ()
-    bias = None if bias is None else bias.detach()
-    if isinstance(module, QuantLinear):
-        packed = module.prepare().inner
-        return LinearPart(module.out_features, module.in_features, packed, bias=bias, epilogue=epilogue)
-    if type(module) is nn.Linear:
-        n, k = module.weight.shape
-        return LinearPart(n, k, dense=module.weight.detach(), bias=bias, epilogue=epilogue)
-    raise refuse(path, f"a {type(module).__name__} stands where a linear layer should")
+        return {"q": stacked(q.shared, f"{path}.q_proj"), "o": read_linear(attention.o_proj, f"{path}.o_proj")}
+    return {
+        name: read_linear(getattr(attention, f"{name}_proj"), f"{path}.{name}_proj") for name in ("q", "k", "v", "o")
+    }
 
 
 def _norm(module: nn.Module, path: str) -> tuple[torch.Tensor, float]:
@@ -214,19 +192,35 @@ def _spec(
     attention: Any = blocks[0].self_attn
     head_dim = int(attention.head_dim)
     heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, MixtureParts)]
     return DecoderSpec(
         layers=len(blocks),
         hidden=table.embedding_dim,
-        inner=layers[0].linears["down"].k,
+        inner=max(gated["down"].k for layer in layers for gated in layer.gated()),
         heads=heads,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        kv_heads=kv_heads,
         head_dim=head_dim,
         rotary=rope.shape[-1],
         vocab=table.num_embeddings,
         eps=eps,
         scale=float(attention.scaling),
-        activation=_ACTIVATIONS[str(getattr(config, "hidden_act", None) or config.hidden_activation)],
+        activation=activation_of(config),
         embed_scale=float(getattr(table, "embed_scale", 1.0)),
         embedding=table.key if isinstance(table, QuantEmbedding) else _DTYPES.get(table.weight.dtype, "f32"),
         cache=cache,
+        experts=max((len(m.experts) for m in mixtures), default=0),
+        active=max((m.active for m in mixtures), default=0),
+        wide_norms=_wide_norms(layers, head_dim, (heads * head_dim, kv_heads * head_dim)),
     )
+
+
+def _wide_norms(layers: list[LayerParts], head: int, rows: tuple[int, int]) -> bool:
+    """Whether norms of queries and keys go over all heads at once, rather than over each."""
+    sizes = [tuple(len(layer.norms[n]) for n in ("query_norm", "key_norm") if n in layer.norms) for layer in layers]
+    if all(size in ((), (head, head)) for size in sizes):
+        return False
+    odd = next((i for i, size in enumerate(sizes) if size != rows), None)
+    if odd is not None:
+        raise refuse(f"model.layers.{odd}.self_attn", f"norms of queries and keys have {sizes[odd]} entries")
+    return True

@@ -49,7 +49,7 @@ def test_experts_are_explained(tmp_path: Path) -> None:
     assert any("all experts in one operator" in line for line in one["fused"])
     assert one["microseconds"] < 0.7 * all_["microseconds"]
     assert not any("experts" in line for line in (*one["left"], *one["notes"]))
-    assert str(one["program"]).startswith("LB0560")
+    assert one["program"] is None
 
 
 def test_lines_of_equal_blocks_are_one() -> None:

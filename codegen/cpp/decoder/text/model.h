@@ -19,12 +19,27 @@ struct Linear {
   const void* dense;
   int64_t n, k, half;
 };
-// q holds q, k and v where k.n is 0. gate holds silu(gate) * up where gate.n is kInner and up.n is 0, and both where
-// gate.n is 2 * kInner. window: positions a token sees, 0 for all. rope: which table of rotary positions.
+// A feed-forward part. gate holds silu(gate) * up where gate.n is down.k and up.n is 0, and both where gate.n is twice
+// that.
+struct Gated {
+  Linear gate, up, down;
+};
+// `count` experts, of which a token goes to `active`; their shares add up to one where `normalised`. shared: an expert
+// for all tokens, absent where its down.n is 0, and the number whose sigmoid it is scaled with.
+struct Mixture {
+  const Gated* experts;
+  int64_t count, active, normalised;
+  Linear router, shared_gate;
+  Gated shared;
+};
+// q holds q, k and v where k.n is 0. window: positions a token sees, 0 for all. rope: which table of rotary positions.
+// mixture: in the place of `mlp`, or null.
 struct Layer {
   const float *input_norm, *inner_norm, *query_norm, *key_norm;
-  Linear q, k, v, o, gate, up, down;
+  Linear q, k, v, o;
+  Gated mlp;
   int64_t window, rope;
+  const Mixture* mixture;
 };
 struct Model {
   const Layer* layers;
@@ -45,4 +60,8 @@ struct State {
   void* packed[8];
   int64_t k_rows, v_rows;
   float *partial, *few;
+  // Mixtures of experts: one expert's tokens and results, router logits, shares by token; chosen experts of the last
+  // step, [layer][token][expert]; places of these sorted by expert, and where each expert's end.
+  float *rows, *given, *odds, *shares;
+  int32_t *chosen, *places, *ends;
 };

@@ -44,6 +44,11 @@ static void gated(const float* gate, const float* up, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = LB_ACTIVATION(gate[i]) * up[i];
 }
 
+// to += from * scale
+LB_INLINE void add_row(float* to, const float* from, float scale) {
+  for (int64_t i = 0; i < kHidden; ++i) to[i] += from[i] * scale;
+}
+
 LB_INLINE double now() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
