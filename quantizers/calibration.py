@@ -36,16 +36,19 @@ __all__ = [
 class LayerStats:
     """What a layer's inputs look like: hessian [K, K] (float32 or float64, mean of x x^T) over `tokens` tokens.
 
-    derived: what methods computed from it, for sibling layers; it goes when the statistics go.
+    shift: [K, K], mean of (r - x) x^T where r is what the float model's layer reads in the place of x; None where that
+    is not known. derived: what methods computed from all this, for sibling layers; it goes when the statistics go.
     """
 
     hessian: Tensor
     tokens: int
+    shift: Tensor | None = None
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def in_order(self, order: Tensor) -> LayerStats:
         """The same with channels in another order: place i is channel order[i]."""
-        return LayerStats(self.hessian[order][:, order], self.tokens)
+        shift = self.shift[order][:, order] if self.shift is not None else None
+        return LayerStats(self.hessian[order][:, order], self.tokens, shift)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Coverage:
 
 
 class HessianAccumulator:
-    """Running sum of x x^T: products of a batch in float32, the sum over batches in float64.
+    """Running sum of x x^T, and of (r - x) x^T where r is given: products of a batch in float32, the sum over batches
+    in float64.
 
     `skip_first` leaves out the first positions of every sequence (the mask of "MiniCPM4", called P-GPTQ there). It is
     off by default: in models whose first tokens carry the attention sink it removes what must be kept.
@@ -78,15 +82,33 @@ class HessianAccumulator:
 
     def __init__(self, channels: int, skip_first: int = 0) -> None:
         self._sum = torch.zeros(channels, channels, dtype=torch.float64)
+        self._shift: Tensor | None = None
         self._skip = skip_first
         self.tokens = 0
+        self._compared = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs [..., tokens, K]; non-finite values raise RunError (LB0510)."""
+    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
+        """Add inputs [..., tokens, K], and what the float model has in their place, where its shape is the same.
+
+        Non-finite values raise RunError (LB0510).
+        """
+        rows = self._rows(x)
+        self._sum += self._product(rows, rows)
+        self.tokens += rows.shape[0]
+        if reference is not None and reference.shape == x.shape:
+            if self._shift is None:
+                self._shift = torch.zeros_like(self._sum)
+            self._shift += self._product(self._rows(reference) - rows, rows)
+            self._compared += rows.shape[0]
+
+    def _rows(self, x: Tensor) -> Tensor:
         if self._skip and x.dim() >= 3:
             x = x[..., self._skip :, :]
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        product = rows.T @ rows
+        return x.detach().reshape(-1, x.shape[-1]).float()
+
+    @staticmethod
+    def _product(left: Tensor, right: Tensor) -> Tensor:
+        product = left.T @ right
         # A non-finite activation makes its channel's diagonal entry non-finite, so the diagonal is enough to look at.
         if not bool(product.diagonal().isfinite().all()):
             raise RunError(
@@ -94,18 +116,19 @@ class HessianAccumulator:
                 "activations are not finite during calibration",
                 hint="check the model in float32 on the same text",
             )
-        self._sum += product
-        self.tokens += rows.shape[0]
+        return product
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._sum.numel() * self._sum.element_size()
+        sums = [self._sum, *([self._shift] if self._shift is not None else [])]
+        return sum(s.numel() * s.element_size() for s in sums)
 
     def stats(self) -> LayerStats:
-        """The mean so far, float64 and exactly symmetric."""
+        """The means so far in float64, the Hessian exactly symmetric; the shift if every token was compared."""
         mean = self._sum / max(self.tokens, 1)
-        return LayerStats((mean + mean.T) / 2, self.tokens)
+        shift = self._shift / self.tokens if self._shift is not None and self._compared == self.tokens else None
+        return LayerStats((mean + mean.T) / 2, self.tokens, shift)
 
 
 def hook_inputs(modules: Mapping[str, nn.Module], saw: Callable[[str, Tensor], Tensor | None]) -> ExitStack:
@@ -130,7 +153,8 @@ class InputGroups:
     Used as a context manager around forward passes: `with groups: block(x)`. `order` lists the groups in the order in
     which their input first appears, which is the order of dependency inside a block. With `collect=None` nothing is
     accumulated and only the grouping is found; otherwise the listed groups are collected, and the forward pass is
-    abandoned (with `InputGroups.Done`) as soon as the last of them was seen when `stop_early` is set.
+    abandoned (with `InputGroups.Done`) as soon as the last of them was seen when `stop_early` is set. reference: what
+    the float model has in the place of the one collected input; set it anew for each pass.
     """
 
     linears: Mapping[str, nn.Module]
@@ -139,6 +163,7 @@ class InputGroups:
     collect: Sequence[int] | None = None
     stop_early: bool = False
     accumulators: dict[int, HessianAccumulator] = field(default_factory=dict)
+    reference: Tensor | None = None
 
     class Done(Exception):
         """Raised out of a forward pass when everything asked for was collected."""
@@ -169,7 +194,7 @@ class InputGroups:
         accumulator = self.accumulators.get(group)
         if accumulator is None:
             accumulator = self.accumulators[group] = HessianAccumulator(x.shape[-1], self.skip_first)
-        accumulator.add(x)
+        accumulator.add(x, self.reference)
         if self.stop_early and group == max(self.collect):
             raise InputGroups.Done
 

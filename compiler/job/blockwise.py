@@ -1,8 +1,8 @@
-"""One block with tuning: what the float block would have put out, quantize, tune against that, hand on.
+"""One block: quantize and hand on; or quantize, tune against what the float block would have put out, hand on.
 
-There are two streams of hidden states: what the quantized blocks so far put out (the block's input in tuning) and what
-the float blocks put out (which gives the target). Calibration statistics come from the first in sequential runs, from
-the second in parallel ones.
+Tuning and asymmetric calibration take two streams of hidden states: what the quantized blocks so far put out (the
+block's input) and what the float blocks put out (which gives the target). Calibration statistics come from the first
+in sequential runs, from the second in parallel ones; asymmetric ones from both.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import BlockCall
 from lowbit.compiler.job.engine import BlockEngine, Group
 from lowbit.compiler.job.tune import TuneResult, tune_block
+from lowbit.compiler.job.twin import FloatTwin
 from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.scheme import Tuning
 from lowbit.quantizers.weights import QWeight
 
-__all__ = ["States", "run_tuned"]
+__all__ = ["States", "run_tuned", "run_untuned"]
 
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """Hidden states between two blocks: behind the quantized blocks, and in tuned runs behind the float ones too.
+    """Hidden states between two blocks: behind the quantized blocks, and in tuned and in asymmetric runs behind the
+    float ones too.
 
     Parallel runs that are not tuned have the float ones only, as `hidden`.
     """
@@ -40,6 +42,25 @@ class States:
         return {"hidden": self.hidden, **({"reference": self.reference} if self.reference else {})}
 
 
+def run_untuned(
+    engine: BlockEngine,
+    block: nn.Module,
+    call: BlockCall,
+    linears: Mapping[str, tuple[nn.Linear, WeightFormat]],
+    inputs: States,
+    outputs: States | None,
+    done: Mapping[str, QWeight],
+    twin: FloatTwin | None = None,
+) -> None:
+    """Quantize one block whose weights are loaded in float32, and write what the next one will see.
+
+    outputs: None after the last block. twin: the float block, if the run is asymmetric.
+    """
+    engine.run(block, call, linears, inputs.hidden, outputs.hidden if outputs else None, done, twin)
+    if twin is not None and outputs is not None and outputs.reference is not None:
+        twin.forward(outputs.reference)
+
+
 def run_tuned(
     engine: BlockEngine,
     block: nn.Module,
@@ -50,11 +71,12 @@ def run_tuned(
     done: Mapping[str, QWeight],
     tuned: TuneResult | None,
     tuning: Tuning,
+    twin: FloatTwin | None = None,
 ) -> TuneResult:
     """Quantize and tune one block whose weights are loaded in float32, and write what the next one will see.
 
-    done: layers whose codes are known. tuned: the result of an earlier run that was interrupted after it, if any. The
-    block is left with its final weights.
+    done: layers whose codes are known. tuned: the result of an earlier run that was interrupted after it, if any. twin:
+    as in `run_untuned`. The block is left with its final weights.
     """
     weights: dict[str, QWeight] = dict(done)
 
@@ -68,7 +90,7 @@ def run_tuned(
     noting = replace(engine, finished=note)
     if engine.sequential:
         _forward(block, call, inputs.reference, targets)
-        noting.run(block, call, linears, inputs.hidden, None, done)
+        noting.run(block, call, linears, inputs.hidden, None, done, twin)
     else:
         noting.run(block, call, linears, inputs.reference, targets, done)
     if tuned is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import BlockCall
+from lowbit.compiler.job.twin import FloatTwin
 from lowbit.compiler.job.workers import Result, Workers
 from lowbit.quantizers.calibration import Coverage, InputGroups, LayerStats
 from lowbit.quantizers.formats import WeightFormat
@@ -29,6 +30,7 @@ __all__ = ["BlockEngine", "Group", "LayerEntry", "Meter", "entry", "known_entry"
 
 
 _WORK_BYTES = 64  # per entry of a Hessian: float64 copies while it is factored, float32 ones while it is used
+_SHIFT_BYTES = 36  # the same of a shift: itself, a damped Hessian, its factor, the solution, and that in float32
 
 
 @dataclass
@@ -96,17 +98,18 @@ class BlockEngine:
         inputs: Activations,
         outputs: Activations | None,
         done: Mapping[str, QWeight],
+        twin: FloatTwin | None = None,
     ) -> None:
         """Quantize `linears` (path -> layer and its format) of a block whose weights are loaded in float32.
 
         done: layers finished before, which are put in place without being computed again. outputs: where the next
-        block's inputs go (None after the last block).
+        block's inputs go (None after the last block). twin: for asymmetric methods, in sequential mode.
         """
         modules = {path: linear for path, (linear, _) in linears.items()}
         order = self._grouping(block, call, modules, inputs)
         with torch.no_grad():
             if self.sequential:
-                self._sequential(block, call, linears, modules, inputs, outputs, order, done)
+                self._sequential(block, call, linears, modules, inputs, outputs, order, done, twin)
             else:
                 self._parallel(block, call, linears, modules, inputs, outputs, order, done)
 
@@ -136,10 +139,11 @@ class BlockEngine:
         outputs: Activations | None,
         order: list[list[str]],
         done: Mapping[str, QWeight],
+        twin: FloatTwin | None,
     ) -> None:
         for index, group in enumerate(order):
             if not all(path in done for path in group):
-                stats = self._collect(block, call, modules, inputs, order, [index], None)
+                stats = self._collect(block, call, modules, inputs, order, [index], None, twin)
                 self.quantize_group(group, linears, stats.get(index))
             for path in group:
                 if path in done:
@@ -174,14 +178,17 @@ class BlockEngine:
         order: list[list[str]],
         wanted: Sequence[int],
         outputs: Activations | None,
+        twin: FloatTwin | None = None,
     ) -> dict[int, LayerStats]:
-        """Statistics of the wanted groups; the block's outputs too when `outputs` is given."""
+        """Statistics of the wanted groups (of one, if there is a twin); the block's outputs too when `outputs` is
+        given."""
         if not wanted and outputs is None:
             return {}
         groups = InputGroups(modules, self.skip_first, [list(g) for g in order], wanted, outputs is None)
         with groups:
             for samples, hidden in inputs:
                 groups.start()
+                groups.reference = twin.reads(order[wanted[0]][0], samples) if twin is not None else None
                 try:
                     result = call(block, hidden)
                 except InputGroups.Done:
@@ -238,7 +245,8 @@ class BlockEngine:
         if self.sequential:
             for path, (qtensor, _) in results.items():
                 _put(linears[path][0], qtensor)
-        worked = _WORK_BYTES * stats.hessian.numel() if stats is not None else 0
+        each = 0 if stats is None else _WORK_BYTES + (_SHIFT_BYTES if stats.shift is not None else 0)
+        worked = each * stats.hessian.numel() if stats is not None else 0
         self.meter.take(held + worked)
         self.finished(results)
         self.meter.take(-held - worked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,20 @@ from lowbit.compiler.errors import RunError
 from lowbit.compiler.io.rewritten import rewrite_module
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import Trunk, linears_in
-from lowbit.compiler.job.blockwise import States, run_tuned
+from lowbit.compiler.job.blockwise import States, run_tuned, run_untuned
 from lowbit.compiler.job.engine import BlockEngine, Group, LayerEntry, known_entry
 from lowbit.compiler.job.finetune import finetune
 from lowbit.compiler.job.kept import kept_matrices
 from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Quiet, Selection, select_layers
 from lowbit.compiler.job.prepare import calibrates, check_inputs, prepare_model
 from lowbit.compiler.job.tune import TuneResult
+from lowbit.compiler.job.twin import check_mode, float_twin
 from lowbit.compiler.job.workers import Workers
 from lowbit.compiler.runtime.experts import unstacked
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.calibration import InputGroups, LayerStats, calibration_tokens
 from lowbit.quantizers.inputs import LayerInput, input_hooks
-from lowbit.quantizers.methods import Fmpq, Method, check_finite, make_method
+from lowbit.quantizers.methods import Fmpq, Method, asymmetric, check_finite, make_method
 from lowbit.quantizers.rewrites import Edits
 from lowbit.quantizers.scheme import Scheme, Tuning
 from lowbit.quantizers.weights import QWeight
@@ -163,6 +165,7 @@ def choose(
     for path in selection.formats:
         check_finite(linears[path].weight.detach(), f"{path}.weight")
     check_inputs(scheme, method, selection.formats, selection.shapes)
+    check_mode(method, sequential)
     names = list(selection.formats)
     choice = Choice()
     if scheme.rewrites:  # the model itself is only changed at the end
@@ -242,7 +245,8 @@ def _run_blocks(
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     width = trunk.embed(tokens[:1]).shape[-1]
     shape = (tokens.shape[0], tokens.shape[1], width)
-    two_streams = tuning is not None
+    compared = asymmetric(engine.method)
+    two_streams = tuning is not None or compared
 
     def states() -> States:
         streams = [Activations(shape, batch, create=True) for _ in range(1 + two_streams)]
@@ -260,12 +264,14 @@ def _run_blocks(
         done = {path: known[path] for path in linears if path in known}
         last = index + 1 == len(blocks.modules)
         outputs = states() if tuning is not None or not last else None
-        with input_hooks(layers, engine.inputs, rounding=rounding and tuning is None):
+        reference = inputs.reference if compared else None
+        kept = float_twin(block, blocks.name(index), calls[index], reference, engine.inputs) if reference else None
+        with kept or nullcontext() as twin, input_hooks(layers, engine.inputs, rounding=rounding and tuning is None):
             if tuning is not None and outputs is not None:
-                result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, None, tuning)
+                result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, None, tuning, twin)
                 _keep(choice, result, f"{blocks.name(index)}.")
             else:
-                engine.run(block, calls[index], linears, inputs.hidden, outputs.hidden if outputs else None, done)
+                run_untuned(engine, block, calls[index], linears, inputs, outputs, done, twin)
         inputs = outputs or inputs
 
 

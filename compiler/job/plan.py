@@ -24,6 +24,7 @@ from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.layers import select_layers
 from lowbit.compiler.job.prepare import calibrates, check_inputs
+from lowbit.compiler.job.twin import check_mode
 from lowbit.compiler.runtime.experts import expert_layers
 from lowbit.quantizers.formats import (
     ChoiceFormat,
@@ -34,7 +35,7 @@ from lowbit.quantizers.formats import (
     parse_activation,
     parse_format,
 )
-from lowbit.quantizers.methods import METHODS, Fmpq, make_method
+from lowbit.quantizers.methods import METHODS, Fmpq, asymmetric, make_method
 from lowbit.quantizers.rewrites import Rotate, Smooth, rewrite_text
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import stored_shapes
@@ -160,6 +161,7 @@ def make_plan(
         )
         kept_notes = selection.notes
         check_inputs(scheme, make_method(scheme.method, scheme.options), selection.formats, selection.shapes)
+        check_mode(make_method(scheme.method, scheme.options), sequential)
     except LowbitError as e:
         problems = problems or [e.render()]
     needed = sizes.output_bytes + sizes.quantized_bytes  # the journal holds finished layers until the export is done
@@ -174,7 +176,7 @@ def make_plan(
         scheme.to_dict(),
         layers,
         sizes,
-        _peak_memory(layers, source, tokens or seen) + _finetune_memory(chosen, scheme, tokens),
+        _peak_memory(layers, source, tokens or seen, asymmetric(method)) + _finetune_memory(chosen, scheme, tokens),
         needed,
         free,
         _seconds(chosen, tokens, sequential, scheme, seen),
@@ -284,17 +286,20 @@ def _inputs(layers: list[LayerPlan]) -> list[int]:
     return widths
 
 
-def _peak_memory(layers: tuple[LayerPlan, ...], source: ModelSource, tokens: int) -> int:
+def _peak_memory(layers: tuple[LayerPlan, ...], source: ModelSource, tokens: int, compared: bool) -> int:
     """Bytes: the process, one block in float32 twice (as it is and quantized), its Hessians (float32, and the float64
     factor of the largest), the activations of every calibration token before and after the block, and the largest
-    other tensor, as the embedding is read whole."""
+    other tensor, as the embedding is read whole. compared: with the float model, of which there are a block,
+    activations and statistics then."""
     blocks = _blocks(layer for layer in layers if layer.format)
     block = max((sum(x.n * x.k for x in members) for members in blocks.values()), default=0)
     widths = max((_inputs(members) for members in blocks.values()), key=lambda w: sum(k * k for k in w), default=[])
     hessians = 4 * sum(k * k for k in widths) + 3 * 8 * max((k * k for k in widths), default=0)
     hidden = min(widths, default=0)
     largest = max((4 * math.prod(source.shape(name)) for name in source.names()), default=0)
-    return int(_PROCESS_BYTES + 8 * block + (hessians + 8 * tokens * hidden if tokens else 0) + largest)
+    calibration = hessians + 8 * tokens * hidden if tokens else 0
+    twin = 4 * block + calibration if compared else 0
+    return int(_PROCESS_BYTES + 8 * block + calibration + twin + largest)
 
 
 def _finetune_memory(chosen: list[LayerPlan], scheme: Scheme, tokens: int) -> int:
@@ -321,7 +326,9 @@ def _seconds(
     columns = 0.0
     if tokens:
         widths = [k for members in _blocks(chosen).values() for k in _inputs(members)]
-        work += 2 * tokens * weights * (2 if sequential else 1) + 2 * tokens * sum(k * k for k in widths)
+        calibration = 2 * tokens * weights * (2 if sequential else 1) + 2 * tokens * sum(k * k for k in widths)
+        compared = asymmetric(make_method(scheme.method, scheme.options))  # with the float block: everything twice
+        work += calibration * (2 if compared else 1) + (3 * sum(k**3 for k in widths) if compared else 0)
         efforts = [METHODS[scheme.method].effort(parse_format(str(x.format))) for x in chosen]
         own = [_PER_WEIGHT * x.n * x.k + _PER_PAIR * x.k**2 for x in chosen]
         work += sum(e * w + 4 * x.k**3 for e, w, x in zip(efforts, own, chosen, strict=True))

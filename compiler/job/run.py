@@ -42,6 +42,7 @@ from lowbit.compiler.job.prepare import (
     stored_inputs,
 )
 from lowbit.compiler.job.stream import BlockStream
+from lowbit.compiler.job.twin import check_mode
 from lowbit.quantizers.calibration import calibration_tokens
 from lowbit.quantizers.methods import Fmpq, make_method
 from lowbit.quantizers.rewrites import rewrite_text
@@ -96,6 +97,7 @@ def run(
     if not folder.exists():
         _refuse_occupied(out)
     check_inputs(scheme, method, selection.formats, selection.shapes)
+    check_mode(method, sequential)
     tokens = None
     if method.needs_hessian or calibrates(scheme, method, list(selection.formats)):
         text = "pydoc" if calibration is None else calibration

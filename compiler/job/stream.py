@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -18,7 +19,7 @@ from lowbit.compiler.errors import CheckpointError, LowbitError, RunError
 from lowbit.compiler.io.source import ModelSource
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import BlockCall, Trunk, linears_in, materialize, outside_modules, release
-from lowbit.compiler.job.blockwise import States, run_tuned
+from lowbit.compiler.job.blockwise import States, run_tuned, run_untuned
 from lowbit.compiler.job.engine import BlockEngine, Group, Meter
 from lowbit.compiler.job.finetune import finetune
 from lowbit.compiler.job.interrupt import Interrupt
@@ -26,9 +27,10 @@ from lowbit.compiler.job.journal import Journal, load_plain, load_qtensor, save_
 from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Selection
 from lowbit.compiler.job.tail import quantize_outside
 from lowbit.compiler.job.tune import TuneResult
+from lowbit.compiler.job.twin import float_twin
 from lowbit.compiler.job.workers import Workers
 from lowbit.quantizers.inputs import LayerInput, input_hooks
-from lowbit.quantizers.methods import Method, check_finite
+from lowbit.quantizers.methods import Method, asymmetric, check_finite
 from lowbit.quantizers.scheme import Tuning
 from lowbit.quantizers.weights import QWeight
 
@@ -174,7 +176,7 @@ class BlockStream:
 
     @property
     def _two_streams(self) -> bool:
-        return self.tune is not None
+        return self.tune is not None or asymmetric(self.method)
 
     def _embed(self, trunk: Trunk) -> States:
         assert self.tokens is not None
@@ -249,16 +251,21 @@ class BlockStream:
             self._pool,
             self.inputs,
         )
-        with input_hooks(layers, self.inputs, rounding=self.rounding and self.tune is None):
+        reference = inputs.reference if inputs is not None and asymmetric(self.method) else None
+        kept = float_twin(block, name, calls[index], reference, self.inputs) if reference else None
+        rounding = self.rounding and self.tune is None
+        with kept or nullcontext() as twin, input_hooks(layers, self.inputs, rounding=rounding):
+            self.meter.take(taken if twin else 0)
             if inputs is None:
                 engine.run_plain(linears, done)
             elif self.tune is not None and outputs is not None:
                 tuned = self._tuned(index)
-                result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, tuned, self.tune)
+                result = run_tuned(engine, block, calls[index], linears, inputs, outputs, done, tuned, self.tune, twin)
                 if tuned is None:
                     self._save_tuned("tuned", index, name, result)
             else:
-                engine.run(block, calls[index], linears, inputs.hidden, outputs.hidden if outputs else None, done)
+                run_untuned(engine, block, calls[index], linears, inputs, outputs, done, twin)
+            self.meter.take(-taken if twin else 0)
         release(block)
         self.meter.take(-taken)
         self._seal("block", index, None if unused else outputs)

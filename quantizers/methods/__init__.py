@@ -13,6 +13,7 @@ from lowbit.quantizers.methods.decoupleq import DecoupleQ
 from lowbit.quantizers.methods.fmpq import Fmpq
 from lowbit.quantizers.methods.gptq import Gptq
 from lowbit.quantizers.methods.rtn import Rtn
+from lowbit.quantizers.methods.target import asymmetric
 from lowbit.quantizers.methods.vptq import Vptq
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Quantized",
     "Rtn",
     "Vptq",
+    "asymmetric",
     "check_finite",
     "make_method",
     "proxy_error",

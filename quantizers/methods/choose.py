@@ -14,16 +14,25 @@ from torch import Tensor
 from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import ChoiceFormat, WeightFormat
 from lowbit.quantizers.methods.base import Method, Quantized
+from lowbit.quantizers.methods.target import aim
 
 __all__ = ["quantize_weight"]
 
 
 def quantize_weight(method: Method, weight: Tensor, fmt: WeightFormat, stats: LayerStats | None) -> Quantized:
-    """`method.quantize`; where `fmt` is a choice, with every candidate, and the result with the lowest error.
+    """`method.quantize`, aimed where the method's options say (see `target`); errors count from there.
+
+    Where `fmt` is a choice, with every candidate, and the result with the lowest error.
 
     Candidates should cost the same; a larger one that is better always wins. Ties go to the earlier candidate. A note
     gives the errors of the others. Raises what `Method.quantize` raises.
     """
+    weight, notes = aim(method, weight, stats)
+    found = _best(method, weight, fmt, stats)
+    return replace(found, notes=(*found.notes, *notes)) if notes else found
+
+
+def _best(method: Method, weight: Tensor, fmt: WeightFormat, stats: LayerStats | None) -> Quantized:
     if not isinstance(fmt, ChoiceFormat):
         return method.quantize(weight, fmt, stats)
     results = [method.quantize(weight, candidate, stats) for candidate in fmt.candidates]

@@ -19,13 +19,14 @@ from torch import Tensor
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import Format, WeightFormat
-from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error, row_errors, scalar_only
+from lowbit.quantizers.methods.base import Quantized, check_finite, proxy_error, row_errors, scalar_only
 from lowbit.quantizers.methods.box import BoxSystems, box_feedback
 from lowbit.quantizers.methods.factor import Prepared, prepare
 from lowbit.quantizers.methods.fit import choose_rows, fitted
 from lowbit.quantizers.methods.gptq import keep_better
 from lowbit.quantizers.methods.grid import Grid, search_grid, stored_offset
 from lowbit.quantizers.methods.sweep import ColumnGrid, coordinate_sweeps, feedback
+from lowbit.quantizers.methods.target import SecondOrder
 
 __all__ = ["DecoupleQ", "Incumbent"]
 
@@ -70,7 +71,7 @@ class Incumbent:
 
 
 @dataclass(frozen=True)
-class DecoupleQ(Method):
+class DecoupleQ(SecondOrder):
     """decoupleQ, for formats with offsets (`fz`); symmetric formats are its mode without offsets.
 
     damping: share of the mean diagonal added to the Hessian's diagonal. iterations: 0 rounds to nearest, 1 adds GPTQ on
@@ -79,7 +80,7 @@ class DecoupleQ(Method):
     relaxed problem; `cd`, that followed by `rounds` rounds of coordinate descent (`sweeps` passes each) and closed
     forms, which start at `temperature` (noise as a share of the row's root mean square error; 0 only ever descends) and
     cool down. shrinks: ranges tried in the search. act_order: most important columns first. block: columns between two
-    full updates. integer_zero: offsets are whole multiples of their scales.
+    full updates. integer_zero: offsets are whole multiples of their scales. asymmetric: see `SecondOrder`.
     """
 
     damping: float = 0.01
@@ -92,9 +93,9 @@ class DecoupleQ(Method):
     sweeps: int = 2
     temperature: float = 0.3
     integer_zero: bool = False
+    asymmetric: float = 0.0
 
     name: ClassVar[str] = "decoupleq"
-    needs_hessian: ClassVar[bool] = True
 
     @classmethod
     def effort(cls, fmt: WeightFormat) -> float:
@@ -105,8 +106,9 @@ class DecoupleQ(Method):
             raise RunError(
                 "LB0503", f"unknown rounding {self.rounding!r}", where=self.name, hint=f"use {', '.join(_ROUNDINGS)}"
             )
-        if not self.damping > 0 or not self.temperature >= 0:
-            raise RunError("LB0503", "damping must be positive, temperature must not be negative", where=self.name)
+        self.check_calibration()
+        if not self.temperature >= 0:
+            raise RunError("LB0503", "temperature must not be negative", where=self.name)
         if self.block < 1 or self.shrinks < 1 or min(self.iterations, self.rounds, self.sweeps) < 0:
             raise RunError("LB0503", "block and shrinks must be positive, no count negative", where=self.name)
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import Format, WeightFormat
-from lowbit.quantizers.methods.base import Method, Quantized, check_finite, row_errors, scalar_only
+from lowbit.quantizers.methods.base import Quantized, check_finite, row_errors, scalar_only
 from lowbit.quantizers.methods.factor import Prepared, prepare
 from lowbit.quantizers.methods.fit import refit_scales
 from lowbit.quantizers.methods.grid import Grid, search_grid
 from lowbit.quantizers.methods.rtn import Rtn
 from lowbit.quantizers.methods.sweep import ColumnGrid, descend, feedback
+from lowbit.quantizers.methods.target import SecondOrder
 from lowbit.quantizers.methods.two_level import two_level_grid, within_bytes
 from lowbit.quantizers.qtensor import QTensor
 
@@ -32,7 +33,7 @@ _WEIGHTINGS = ("none", "diagonal", "conditional")
 
 
 @dataclass(frozen=True)
-class Gptq(Method):
+class Gptq(SecondOrder):
     """GPTQ with static groups.
 
     damping: share of the mean diagonal added to the Hessian's diagonal. block: columns between two full updates.
@@ -42,6 +43,7 @@ class Gptq(Method):
     column's squared error counts in the choice of scales: nothing special (`none`), the Hessian's diagonal, or the
     error's cost after compensation (`conditional`, the inverse diagonal of H^-1's factor squared). refits: rounds of
     re-fitting scales and coordinate descent; sweeps: passes over the columns in each. signed_scale: see `Rtn`.
+    asymmetric: see `SecondOrder`.
     """
 
     damping: float = 0.01
@@ -53,13 +55,12 @@ class Gptq(Method):
     refits: int = 2
     sweeps: int = 1
     signed_scale: bool = True
+    asymmetric: float = 0.0
 
     name: ClassVar[str] = "gptq"
-    needs_hessian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise RunError("LB0503", f"damping must be positive, not {self.damping}", where="gptq")
+        self.check_calibration()
         if self.block < 1 or self.refits < 0 or self.sweeps < 0:
             raise RunError("LB0503", "block must be positive, refits and sweeps must not be negative", where="gptq")
         if self.weighting not in _WEIGHTINGS:

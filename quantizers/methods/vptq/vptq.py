@@ -16,15 +16,16 @@ from torch import Tensor
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import VectorFormat, WeightFormat
-from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error
+from lowbit.quantizers.methods.base import Quantized, check_finite, proxy_error
 from lowbit.quantizers.methods.factor import prepare
+from lowbit.quantizers.methods.target import SecondOrder
 from lowbit.quantizers.methods.vptq.solver import Settings, Solver, Weighting
 
 __all__ = ["Vptq"]
 
 
 @dataclass(frozen=True)
-class Vptq(Method):
+class Vptq(SecondOrder):
     """VPTQ, for the formats `vq.*`.
 
     damping: share of the mean diagonal added to the Hessian's diagonal. block: columns between two full updates.
@@ -32,7 +33,8 @@ class Vptq(Method):
     column's error counts in k-means: as any other's (`none`), the Hessian's diagonal (`diagonal`, the paper's), or its
     cost after compensation (`conditional`, the inverse diagonal of H^-1's factor squared). restarts: times the column
     loop runs again with books fitted to the columns as compensated. refit: rounds of codebook fit and coordinate
-    descent. beam: main centroids tried with every residual centroid; 1 chooses one after the other.
+    descent. beam: main centroids tried with every residual centroid; 1 chooses one after the other. asymmetric: see
+    `SecondOrder`.
 
     The paper's algorithm is weighting = "diagonal", restarts = 0, refit = 0, beam = 1. The reported `rtn_error` is
     that of k-means (weighted as asked) and nearest centroids, without feedback.
@@ -48,9 +50,9 @@ class Vptq(Method):
     restarts: int = 3
     refit: int = 6
     beam: int = 16
+    asymmetric: float = 0.0
 
     name: ClassVar[str] = "vptq"
-    needs_hessian: ClassVar[bool] = True
 
     @classmethod
     def effort(cls, fmt: WeightFormat) -> float:
@@ -59,8 +61,7 @@ class Vptq(Method):
         return 9.0 * (3.0 if fmt.residual else 1.0) * max(1.0, fmt.centroids / 1024)
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise RunError("LB0503", f"damping must be positive, not {self.damping}", where="vptq")
+        self.check_calibration()
         if min(self.block, self.beam) < 1:
             raise RunError("LB0503", "block and beam must be positive", where="vptq")
         if min(self.iterations, self.seed, self.sample, self.restarts, self.refit) < 0 or not self.tolerance >= 0:
