@@ -26,10 +26,10 @@ TYPES = {"q4_0": 2, "q8_0": 8, "q2_K": 10, "q4_K": 12, "q6_K": 14, "iq2_xxs": 16
 BITS = {"q4_0": 4, "q8_0": 8, "q2_K": 2, "q4_K": 4, "q6_K": 6, "iq2_xxs": 2, "tq2_0": 2, "mxfp4": 4}
 """Bits of a code, without its share of scales."""
 IK_TYPES = {"q4_0_r8": 202, "q8_0_r8": 208, "q2_k_r4": 210, "q4_k_r4": 212, "q6_k_r4": 214, "iq4_ks": 144, "iq4_k": 139,
-            "iq3_k": 138, "iq2_k": 137, "iq2_xxs_r4": 216}  # fmt: skip
+            "iq3_k": 138, "iq2_k": 137}  # fmt: skip
 """Likewise of ik_llama.cpp."""
 BITS |= {"q4_0_r8": 4, "q8_0_r8": 8, "q2_k_r4": 2, "q4_k_r4": 4, "q6_k_r4": 6, "iq4_ks": 4, "iq4_k": 4, "iq3_k": 3,
-         "iq2_k": 2, "iq2_xxs_r4": 2}  # fmt: skip
+         "iq2_k": 2}  # fmt: skip
 _TERNARY = frozenset({"tq2_0"})
 
 SAMPLE_ROWS = 256  # rows that are quantized; the others repeat them, because quantizing K types takes seconds
@@ -165,7 +165,7 @@ class Ggml:
         if kind in _TERNARY:
             sample = sample.round().clamp(-1, 1)
         data = self.quantize(kind, sample).repeat(n // SAMPLE_ROWS)
-        calls = [self._product(kind, buffer_type, data, x, n) for _ in range(copies)]
+        calls = self._products(kind, buffer_type, data, x, n, copies)
         calls[0]()
         exact = (x @ sample.T).repeat(1, n // SAMPLE_ROWS)
         error = float((calls[0].result() - exact).norm() / exact.norm())
@@ -184,24 +184,30 @@ class Ggml:
         device = self("ggml_backend_reg_dev_get", self("ggml_backend_cpu_reg"), 0)
         return bool(self("ggml_backend_dev_supports_op", device, out))
 
-    def _context(self, tensors: int) -> int:
-        """A context for a graph and a few tensors, whose data a backend allocates."""
-        room = tensors * self("ggml_tensor_overhead") + self("ggml_graph_overhead")
+    def _context(self, tensors: int, graphs: int = 1) -> int:
+        """A context for graphs and tensors, whose data a backend allocates. A process can have 64 of them."""
+        room = tensors * self("ggml_tensor_overhead") + graphs * self("ggml_graph_overhead")
         return int(self._init(_Params(room, None, True)))
 
-    def _product(self, kind: str, buffer_type: str, data: torch.Tensor, x: torch.Tensor, n: int) -> Product:
+    def _products(
+        self, kind: str, buffer_type: str, data: torch.Tensor, x: torch.Tensor, n: int, copies: int
+    ) -> list[Product]:
         m, k = x.shape
-        holder, context = self._context(2), self._context(8)
-        weight = self("ggml_new_tensor_2d", holder, self.types[kind], k, n)
+        holder, context = self._context(copies + 1), self._context(8 * copies, copies)
+        weights = [self("ggml_new_tensor_2d", holder, self.types[kind], k, n) for _ in range(copies)]
         self("ggml_backend_alloc_ctx_tensors_from_buft", holder, self.buffer_types[buffer_type])
-        self("ggml_backend_tensor_set", weight, data.data_ptr(), 0, data.numel())
-        given = self("ggml_new_tensor_2d", context, 0, k, m)
-        out = self("ggml_mul_mat", context, weight, given)
-        graph = self("ggml_new_graph", context)
-        self("ggml_build_forward_expand", graph, out)
+        found, inputs = [], []
+        for weight in weights:
+            self("ggml_backend_tensor_set", weight, data.data_ptr(), 0, data.numel())
+            inputs.append(self("ggml_new_tensor_2d", context, 0, k, m))
+            out = self("ggml_mul_mat", context, weight, inputs[-1])
+            graph = self("ggml_new_graph", context)
+            self("ggml_build_forward_expand", graph, out)
+            found.append(Product(self, self._backend, graph, out, (m, n)))
         self("ggml_backend_alloc_ctx_tensors_from_buft", context, self.buffer_types["CPU"])
-        self("ggml_backend_tensor_set", given, x.data_ptr(), 0, x.numel() * 4)
-        return Product(self, self._backend, graph, out, (m, n))
+        for given in inputs:
+            self("ggml_backend_tensor_set", given, x.data_ptr(), 0, x.numel() * 4)
+        return found
 
 
 class Product:
