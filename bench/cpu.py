@@ -114,7 +114,7 @@ def main() -> None:
         "--ort", nargs="*", type=int, choices=ort_peer.BITS, help="onnxruntime's bits; none: leave it out"
     )
     options = parser.parse_args()
-    ggml = [*open_ggml(options.ggml), *open_ik(options.ik)]
+    ggml = [*open_ggml(options.ggml), *open_ggml(options.ik, fork=True)]
     ort = Ort.open(options.ort)
     shapes = [(4096, 4096)] if options.quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
     shapes = [(n, k) for n, k in options.shape] if options.shape else shapes
@@ -179,26 +179,16 @@ Types = tuple[Ggml, list[str]]
 """llama.cpp's library or its fork's, and the types to measure."""
 
 
-def open_ggml(kinds: list[str] | None) -> list[Types]:
-    """llama.cpp's library, if it is there and wanted."""
-    folder = find_libraries()
+def open_ggml(kinds: list[str] | None, fork: bool = False) -> list[Types]:
+    """llama.cpp's library, or its fork's, if it is there and wanted."""
+    name, option, variable = ("ik_llama.cpp", "ik", "IK_GGML") if fork else ("llama.cpp", "ggml", "GGML")
+    folder = find_ik_libraries() if fork else find_libraries()
     if folder is None and kinds:
-        sys.exit("--ggml needs llama-cpp-python, or LOWBIT_GGML naming the folder of its libraries")
+        sys.exit(f"--{option} needs LOWBIT_{variable}, naming the folder of {name}'s libraries (see ggml_peer.py)")
     if folder is None or kinds == []:
-        print("llama.cpp is left out" + ("" if folder else ": no llama-cpp-python here, and LOWBIT_GGML is not set"))
+        print(f"{name} is left out" + ("" if folder else f": it is not here, and LOWBIT_{variable} is not set"))
         return []
-    return [(Ggml(folder), kinds or list(TYPES))]
-
-
-def open_ik(kinds: list[str] | None) -> list[Types]:
-    """ik_llama.cpp's, if it is there and wanted."""
-    folder = find_ik_libraries()
-    if folder is None and kinds:
-        sys.exit("--ik needs LOWBIT_IK_GGML, naming the folder of ik_llama.cpp's libggml.so")
-    if folder is None or kinds == []:
-        print("ik_llama.cpp is left out" + ("" if folder else ": LOWBIT_IK_GGML is not set"))
-        return []
-    return [(Ggml(folder, fork=True), kinds or list(IK_TYPES))]
+    return [(Ggml(folder, fork), kinds or list(IK_TYPES if fork else TYPES))]
 
 
 def measure(
