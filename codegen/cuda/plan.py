@@ -130,9 +130,9 @@ class Plan:
 
     @property
     def digits(self) -> bool:
-        """Whether the leading columns are two digits of an operand's bits: of 8, high ones times 256, or of 4."""
+        """Whether the leading columns are two digits: of 8 bits, high ones times 256, or of 4 as half bytes."""
         rounding = self.spec.rounding
-        return rounding is not None and rounding.wide > 0 and rounding.wide_bits == 2 * self.operand_bits
+        return rounding is not None and rounding.wide > 0 and rounding.wide_bits == (8 if self.half_bytes else 16)
 
     @cached_property
     def lead_units(self) -> int:
