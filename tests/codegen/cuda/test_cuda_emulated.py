@@ -200,11 +200,14 @@ FORMATS += ["int2.g64.fz", "int4.ch.fz", "int8.g128.fz", "e2m1.g32.e8m0", "nvfp4
             "int6.g128.asym.f32"]  # fmt: skip
 
 
-def draw(seed: int) -> tuple[KernelSpec, Schedule, int, int]:
-    """A kernel that may exist, and tokens and thread blocks to run it with."""
-    r = random.Random(seed)
+HALF_BYTE_FORMATS = [f"int{b}.{g}.sym" for b in range(1, 5) for g in ("ch", "g64", "g96", "g128")]
+
+
+def draw(seed: int, s4: bool = False) -> tuple[KernelSpec, Schedule, int, int]:
+    """A kernel that may exist, and tokens and thread blocks to run it with. s4: of half bytes."""
+    r, target = random.Random(seed), Target.parse("sm_80" if s4 else "sm_90")
     while True:
-        fmt, k = r.choice(FORMATS), r.choice((64, 100, 128, 192, 257, 320, 448, 581))
+        fmt, k = r.choice(HALF_BYTE_FORMATS if s4 else FORMATS), r.choice((64, 100, 128, 192, 257, 320, 448, 581))
         gated, dtype = r.random() < 0.25, r.choice(("bf16", "f16"))
         n = r.randrange(1, 200)
         segments = (n, n) if gated else (n, *[r.randrange(1, 100) for _ in range(r.randrange(3))])
@@ -224,21 +227,27 @@ def draw(seed: int) -> tuple[KernelSpec, Schedule, int, int]:
                 WARPGROUPS, tile_m=r.choice((8, 64, 128)), tile_n=n, warps=n // 16, stages=r.choice((2, 3, 4)),
                 tile_k=r.choice((64, 128)),
             ).with_extra(row_warps=n // 16, fp8=r.randrange(2))  # fmt: skip
+        if s4:
+            schedule = replace(schedule, tile_k=128).with_extra(exact=0, bulk=0, s4=1)
+            activation = r.choice(("int4.token", "int3.token.w64.asym", "int4.g64.c90", "int4.g128.w1", "int2.g64.asym",
+                                   "int4.g64.w2.asym", "int3.g192.w1.asym", "int4.g64.static"))  # fmt: skip
         if r.random() < 0.1 and "perm" not in fmt:
             fmt += ".perm" if fmt.startswith("int") and "fz" not in fmt else ""
         if activation and BACKEND.serves(scalar_format(fmt), activation):
             continue
         spec = spec_of(fmt, segments, k, r.choice((dtype, "f32")) if activation else dtype, "f32", steps, activation)
-        if BACKEND.supports(spec, Target.parse("sm_90")):
+        if BACKEND.supports(spec, target):
             continue
-        if illegal(Plan(spec, schedule), Target.parse("sm_90")) is None:
+        if illegal(Plan(spec, schedule), target) is None:
             return spec, schedule, r.randrange(1, 2 * schedule.tile_m + 2), r.randrange(1, 9)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(320))
-def test_odd_shapes(seed: int) -> None:
-    spec, schedule, m, blocks = draw(seed)
+@pytest.mark.parametrize(
+    ("seed", "s4"), [(seed, s4) for s4, count in ((False, 320), (True, 80)) for seed in range(count)]
+)
+def test_odd_shapes(seed: int, s4: bool) -> None:
+    spec, schedule, m, blocks = draw(seed, s4)
     # Row scales of cancelling rows, and integers above 1024 in float16, leave a larger relative error in short sums.
     assert (
         Layer.make(spec, seed).error(schedule, m, blocks)
