@@ -156,7 +156,8 @@ def main() -> int:
             result["kernels"] = {n: k for n, k in kept["kernels"].items() if n in jobs()} | kernels
         BASELINE.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     if args.json:
-        print(json.dumps(result, indent=1, sort_keys=True))
+        listed = [{"name": name, **kernel} for name, kernel in kernels.items()]
+        print(json.dumps({**result, "kernels": listed}, indent=1, sort_keys=True))
     else:
         for name, k in kernels.items():
             print(f"{name:44s} regs {k['registers']:3d} spills {k['spills']} shared {k['shared_bytes']:6d} "
