@@ -40,7 +40,7 @@ WARPGROUPS = Schedule(128, 128, 64, 8, 4).with_extra(row_warps=8, wgmma=1, resid
 WIDE = Schedule(256, 128, 64, 8, 4).with_extra(row_warps=8, wgmma=1, resident=1)
 BYTES = Schedule(128, 128, 128, 8, 4).with_extra(row_warps=8, wgmma=1, resident=1)
 MANY = Schedule(64, 256, 64, 8, 3).with_extra(row_warps=8, exact=1, resident=1)
-NIBBLES = Schedule(64, 128, 128, 4, 3).with_extra(row_warps=4, resident=1, s4=1)
+FOUR_BITS = Schedule(64, 128, 128, 4, 3).with_extra(row_warps=4, resident=1, s4=1)
 
 
 ROUNDED = (("int8.ch.sym", "int8.token"), ("int4.ch.sym", "int8.token"), ("int4.g128.sym", "int8.token"),
@@ -48,7 +48,7 @@ ROUNDED = (("int8.ch.sym", "int8.token"), ("int4.ch.sym", "int8.token"), ("int4.
            ("e2m3.ch", "e4m3.token"))  # fmt: skip
 """Weights and what activations are rounded to: W8A8, W4A8, COMET's mixed blocks, W6A8."""
 
-HALF_BYTES = (("sm_80", "int4.ch.sym", "int4.token"), ("sm_80", "int4.g128.sym", "int4.g128"),
+NIBBLES = (("sm_80", "int4.ch.sym", "int4.token"), ("sm_80", "int4.g128.sym", "int4.g128"),
               ("sm_89", "int4.g64.sym.perm", "int4.g64.w2.asym"))  # fmt: skip
 """Weights and activations of four bits, where matrix units multiply such integers: W4A4, COMET's mixed blocks."""
 
@@ -90,8 +90,8 @@ def jobs() -> dict[str, Job]:
             add(arch, fmt, "bf16", "m16", SMALL["m16"].with_extra(resident=1), activation)
         fp8 = {"fp8": 1} if activation == "e4m3.token" else {}
         add("sm_90", fmt, "bf16", "m128", BYTES.with_extra(**fp8), activation)
-    for arch, fmt, activation in HALF_BYTES:
-        add(arch, fmt, "f16", "m64 s4", NIBBLES, activation)
+    for arch, fmt, activation in NIBBLES:
+        add(arch, fmt, "f16", "m64 s4", FOUR_BITS, activation)
     add("sm_90", "int8.ch.sym", "bf16", "m256", replace(BYTES, tile_m=256), "int8.token")
     for fmt, dtype in (("e3m2.ch", "bf16"), ("int8.ch.sym", "bf16")):
         add("sm_90", fmt, dtype, "m1 as f16", SMALL["wide"].with_extra(half=1))

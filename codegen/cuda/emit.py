@@ -145,7 +145,7 @@ def _preparation(plan: Plan) -> dict[str, int]:
     """What `prepare` has to know: x's type, groups and their packed columns, threads of a group, mantissa bits."""
     rounding, group = plan.spec.rounding, plan.x_group or plan.x_columns
     element = rounding.element if rounding else None
-    piece = 32 if plan.half_bytes else 16  # columns that a thread stores: 16 bytes
+    piece = 32 if plan.nibbles else 16  # columns that a thread stores: 16 bytes
     return {
         "X": ("f16", "bf16", "f32").index(plan.spec.x_dtype),
         "X_GROUPS": rounding.groups(plan.spec.k) if rounding and plan.x_group else 1,

@@ -25,7 +25,7 @@ def registers(plan: Plan) -> int:
     words = parts * plan.spec.fmt.bits
     sides = 2 * parts * (1 + plan.spec.fmt.zero + plan.spec.fmt.offset) if plan.in_loop else 0
     operands = 32 if plan.warpgroup else 4 * tokens + 4 * parts  # of the weights twice, or of both sides
-    live += 4 * plan.parts * plan.half_bytes
+    live += 4 * plan.parts * plan.nibbles
     return live + (4 * tokens if plan.sums_x else 0) + operands + words + sides + 44
 
 
@@ -40,11 +40,11 @@ def instructions(plan: Plan) -> float:
         (steps if plan.warpgroup else products)
         + steps * tokens * (1 if plan.sums_x else 0)
         + (0 if plan.warpgroup else steps / 2 * tokens)
-        + plan.half_bytes * steps * plan.parts
+        + plan.nibbles * steps * plan.parts
     )
     if not plan.direct:
         each = 1 + (plan.sums_x and not plan.exact) + plan.spec.fmt.offset + (plan.spec.compute == "int8")
-        each += bool(plan.x_group) + plan.half_bytes
+        each += bool(plan.x_group) + plan.nibbles
         flushes = plan.flushes / (plan.units_per_flush if plan.warpgroup else 1)
         count += flushes * plan.parts * (4 * tokens * each + 6 * plan.in_loop + 4 * plan.spec.fmt.zero)
     count += weights * plan.spec.fmt.bits / 128

@@ -75,7 +75,7 @@ class Plan:
         return _OPERAND_BITS[self.operand]
 
     @property
-    def half_bytes(self) -> bool:
+    def nibbles(self) -> bool:
         """Whether operands are integers of four bits: signed weights, and unsigned activations, each a level less its
         group's least one. The least level times the sum of the group's weights is added to every sum of products."""
         return self.operand == "s4"
@@ -113,7 +113,7 @@ class Plan:
         """Packed columns that share an activation scale, or of the leading ones where the others share one too; 0 where
         all do, or none is rounded."""
         s, rounding = self.spec, self.spec.rounding
-        if rounding is None or (rounding.groups(s.k) == 1 and not self.digits and not self.half_bytes):
+        if rounding is None or (rounding.groups(s.k) == 1 and not self.digits and not self.nibbles):
             return 0
         if rounding.groups(s.k) == 1:
             return self.k_blocks * BLOCK
@@ -130,9 +130,9 @@ class Plan:
 
     @property
     def digits(self) -> bool:
-        """Whether the leading columns are two digits: of 8 bits, high ones times 256, or of 4 as half bytes."""
+        """Whether the leading columns are two digits: of 8 bits, high ones times 256, or of 4 as nibbles."""
         rounding = self.spec.rounding
-        return rounding is not None and rounding.wide > 0 and rounding.wide_bits == (8 if self.half_bytes else 16)
+        return rounding is not None and rounding.wide > 0 and rounding.wide_bits == (8 if self.nibbles else 16)
 
     @cached_property
     def lead_units(self) -> int:
@@ -261,7 +261,7 @@ class Plan:
     def flush(self) -> int:
         """Columns after which a sum is scaled: those of a unit, or fewer where groups are smaller."""
         groups = [self.padded_group] * self.in_loop + [self.x_group] * bool(self.x_group)
-        groups += [self.k_blocks * BLOCK] * self.half_bytes  # beyond the row levels are no zeros, but the least ones
+        groups += [self.k_blocks * BLOCK] * self.nibbles  # beyond the row levels are no zeros, but the least ones
         for size in (self.schedule.tile_k, 64, 32, 16):
             if self.step <= size <= self.schedule.tile_k and all(g % size == 0 for g in groups):
                 return size
@@ -312,8 +312,8 @@ class Plan:
 
     @property
     def x_sides(self) -> int:
-        """Numbers that come with a token's group: its scale; of half bytes its least level too."""
-        return 1 + self.half_bytes
+        """Numbers that come with a token's group: its scale; of nibbles its least level too."""
+        return 1 + self.nibbles
 
     @property
     def scale_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""How a lane's packed words become operands of four bytes, signed integers or FP8 numbers, or of eight half bytes.
+"""How a lane's packed words become operands of four bytes, signed integers or FP8 numbers, or of eight nibbles.
 
 The layout was made for 16-bit operands, whose columns 2t, 2t + 1 and 8 + 2t, 8 + 2t + 1 of 16 belong to lane t. Taken
 as four bytes they are in the order 2t, 8 + 2t, 2t + 1, 9 + 2t, which does no harm where activations, which a kernel of
@@ -10,7 +10,7 @@ where they lie right, two where they have to be shifted. After "COMET: Towards P
 times 4-bit codes, without unpacking), for any width. Small floats are spread into the fields of e4m3
 (`codegen.operand`).
 
-Half bytes (`s4`) are those of two steps of 16 columns, the first in the low halves: 64 columns an instruction, for
+Nibbles (`s4`) are those of two steps of 16 columns, the first in the low halves: 64 columns an instruction, for
 activations of four bits on GPUs whose matrix units multiply such integers.
 """
 
@@ -44,8 +44,8 @@ def _sequence(bits: int, moves: tuple[Move, ...], base: int) -> Sequence:
     return s
 
 
-def _half_bytes(bits: int, moves: tuple[Move, ...], base: int) -> Sequence:
-    """The same -> registers `a[0][2 * q + h]` of eight half bytes."""
+def _nibbles(bits: int, moves: tuple[Move, ...], base: int) -> Sequence:
+    """The same -> registers `a[0][2 * q + h]` of eight nibbles."""
     s = Sequence()
     for q, h in product(range(2), range(2)):
         eight: Operand = base * _LANES * 0x11
@@ -69,7 +69,7 @@ def _integers(element: Element, width: int, plain: bool) -> Iterator[Recipe]:
                 continue
             unit = number.factor / 2**p
             addend = number.addend + unit * (top - half)
-            build = _sequence if width == 8 else _half_bytes
+            build = _sequence if width == 8 else _nibbles
             sequence = build(bits, ((2**bits - 1, p),), top | half)
             yield Recipe("s8" if width == 8 else "s4", sequence, unit, (addend, addend))
 

@@ -77,10 +77,10 @@ def _no_warpgroup(plan: Plan, target: Target) -> str | None:
 def _no_warp(plan: Plan, target: Target) -> str | None:
     if plan.operand == "e4m3":
         return "FP8 products are those of warpgroups"
-    return _no_half_bytes(plan, target) if plan.half_bytes else None
+    return _no_nibbles(plan, target) if plan.nibbles else None
 
 
-def _no_half_bytes(plan: Plan, target: Target) -> str | None:
+def _no_nibbles(plan: Plan, target: Target) -> str | None:
     rounding, fmt = plan.spec.rounding, plan.spec.fmt
     if not multiplies_int4(target):
         return f"{target} does not multiply integers of four bits"
@@ -88,7 +88,7 @@ def _no_half_bytes(plan: Plan, target: Target) -> str | None:
         return "integers of four bits are for activations of as many, of eight where they are wide"
     if find_byte_recipe(fmt.element, "s4") is None or plan.sums_x:
         return f"{fmt.element.name} is no integer of four bits without zero points and offsets"
-    return None if plan.schedule.tile_k == 2 * BLOCK else "as half bytes a unit has 128 columns"
+    return None if plan.schedule.tile_k == 2 * BLOCK else "as nibbles a unit has 128 columns"
 
 
 def _no_fp8(plan: Plan) -> str | None:

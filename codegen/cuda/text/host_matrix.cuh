@@ -10,7 +10,7 @@ inline double from_e4m3(uint8_t b) {
   return b & 0x80 ? -v : v;
 }
 
-// The i-th number of a word. Half bytes are signed on the left and unsigned on the right.
+// The i-th number of a word. Nibbles are signed on the left and unsigned on the right.
 inline double number(uint32_t word, int i, bool left) {
   if (T::BITS == 16) return from16(word >> 16 * i);
   if (T::BITS == 4) return (int)((word >> 4 * i & 15) ^ (left ? 8 : 0)) - (left ? 8 : 0);

@@ -43,7 +43,7 @@ LB_DEV int group_of(int u, int j) {
 // 16-byte pieces of a row of x in shared memory change places, so that eight rows' pieces lie in different banks.
 LB_DEV int swizzle(int row, int piece) { return X_STRIDE == 64 ? piece ^ (row >> 1 & 3) : piece ^ (row & 7); }
 
-// The scales of the activations of unit u, for all its flushes (of half bytes each with its tokens' least levels).
+// The scales of the activations of unit u, for all its flushes (of nibbles each with its tokens' least levels).
 LB_DEV const float* scales_of(const Args& a, int token_block, int u) {
   return a.x_scale + (size_t)(token_block * T::UNITS_PER_SET + u) * T::FLUSHES * T::SCALE_TOKENS * T::X_SIDES;
 }

@@ -4,7 +4,7 @@
 // the end. The rest meets sums: that of d * x, and, for what is added to d, that of x, which comes from a matrix
 // instruction too. Where many tokens share a weight (EXACT), addend and zero are added to d instead. Sums of bytes are
 // integers until then, and so exact; where activations have scales by group, those meet the sums as well. Activations of
-// half bytes are levels less the least of their group: that times the sum of the weights, which a matrix instruction with
+// nibbles are levels less the least of their group: that times the sum of the weights, which a matrix instruction with
 // ones adds up, is what the sums lack.
 //
 // Every `if constexpr` over a loop has braces: without them nvcc 13 drops the next loop when a condition is false.

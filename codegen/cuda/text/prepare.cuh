@@ -1,18 +1,18 @@
 // The kernel before: a token's activations, in packed columns, rounded to levels with a scale for all or for every group.
 //
 // Some threads, a team, share a group: first they find its largest magnitude or its range, then they round. Rounding is
-// to nearest, ties to even. Bytes of 16 columns are stored in the order in which weights' operands have them; as half bytes
+// to nearest, ties to even. Bytes of 16 columns are stored in the order in which weights' operands have them; as nibbles
 // two times 16 columns share the same bytes.
 
 // Levels of 16 bits are two digits of 8: the high ones of the leading units' columns are stored before everything else,
-// under 256 times the scale. Half bytes hold levels less the least one of the group, which stands behind the scale; those
+// under 256 times the scale. Nibbles hold levels less the least one of the group, which stands behind the scale; those
 // of 8 bits are two digits of 4.
 
 constexpr int X_LANES = T::X_GROUPS == 1 || T::X_LEAD ? T::PREPARE_THREADS : T::TEAM;
 constexpr int TEAMS = T::PREPARE_THREADS / X_LANES;
 constexpr int PIECE = T::PIECE;
-constexpr bool HALF_BYTES = T::BITS == 4;
-constexpr int DIGIT = HALF_BYTES ? 16 : 256;
+constexpr bool NIBBLES = T::BITS == 4;
+constexpr int DIGIT = NIBBLES ? 16 : 256;
 constexpr int HIGH_COLUMNS = T::LEAD_UNITS * T::UNIT_BLOCKS * 64, PACKED_COLUMNS = T::X_COLUMNS - HIGH_COLUMNS;
 constexpr int HIGH_FLUSHES = T::LEAD_UNITS * T::FLUSHES;
 
@@ -91,7 +91,7 @@ LB_DEV void store_piece(const Args& a, size_t token, int column, const float (&v
 
 // Levels of packed columns, as digits where they have two. least: of the group.
 LB_DEV void store_levels(const Args& a, size_t token, int column, bool wide, float least, float (&v)[PIECE]) {
-  if constexpr (HALF_BYTES) {
+  if constexpr (NIBBLES) {
 #pragma unroll
     for (int i = 0; i < PIECE; ++i) v[i] -= least;
   }
@@ -99,7 +99,7 @@ LB_DEV void store_levels(const Args& a, size_t token, int column, bool wide, flo
     float high[PIECE];
 #pragma unroll
     for (int i = 0; i < PIECE; ++i) {
-      high[i] = wide ? floorf((v[i] + (HALF_BYTES ? 0.0f : 128.0f)) * (1.0f / DIGIT)) : 0.0f;
+      high[i] = wide ? floorf((v[i] + (NIBBLES ? 0.0f : 128.0f)) * (1.0f / DIGIT)) : 0.0f;
       v[i] -= DIGIT * high[i];
     }
     if (column < HIGH_COLUMNS) store_piece(a, token, column, high);
@@ -115,10 +115,10 @@ LB_DEV void store_scale(const Args& a, int token, int flush, float scale, float 
   float* at = a.x_scale + (size_t)(token / T::TILE_M) * T::UNITS_PER_SET * T::FLUSHES * EACH + token % T::TILE_M;
   float* low = at + (size_t)(HIGH_FLUSHES + flush) * EACH;
   *low = scale;
-  if constexpr (HALF_BYTES) low[T::SCALE_TOKENS] = flush * T::FLUSH < PACKED_COLUMNS ? least : 0.0f;
+  if constexpr (NIBBLES) low[T::SCALE_TOKENS] = flush * T::FLUSH < PACKED_COLUMNS ? least : 0.0f;
   if (flush < HIGH_FLUSHES) {
     at[(size_t)flush * EACH] = DIGIT * scale;
-    if constexpr (HALF_BYTES) at[(size_t)flush * EACH + T::SCALE_TOKENS] = 0.0f;
+    if constexpr (NIBBLES) at[(size_t)flush * EACH + T::SCALE_TOKENS] = 0.0f;
   }
 }
 

@@ -71,7 +71,7 @@ def test_bytes_meet_warpgroups_on_hopper_only() -> None:
     assert not any(s.get("fp8", 0) for s in BACKEND.schedules(fp8, AMPERE, 512))
 
 
-def test_half_bytes_meet_between_ampere_and_ada_only() -> None:
+def test_nibbles_meet_between_ampere_and_ada_only() -> None:
     """Where groups are long enough for one more operation a sum to pay; not where a side has no four bits."""
     spec = spec_of("int4.g128.sym.perm", (8192,), 8192, "bf16", "bf16", activation="int4.g128.w4.asym")
     for arch, has in (("sm_80", True), ("sm_89", True), ("sm_90", False)):

@@ -39,7 +39,7 @@ WIDE = Schedule(64, 256, 64, 8, 3).with_extra(row_warps=8, exact=1)
 WARPGROUPS = Schedule(64, 128, 64, 8, 4).with_extra(row_warps=8, wgmma=1, bulk=1, resident=1)
 BYTES = replace(WARPGROUPS, tile_k=128, stages=3)
 FP8 = BYTES.with_extra(fp8=1)
-HALF_BYTES = Schedule(16, 128, 128, 4, 3).with_extra(row_warps=4, s4=1)
+NIBBLES = Schedule(16, 128, 128, 4, 3).with_extra(row_warps=4, s4=1)
 GATED = ("bias", "silu_mul", "residual")
 
 CASES: dict[str, tuple[KernelSpec, Schedule, int]] = {
@@ -64,16 +64,16 @@ CASES: dict[str, tuple[KernelSpec, Schedule, int]] = {
     "mixed blocks": (spec_of("int4.g64.sym.perm", (100,), 576, "f32", activation="int4.g64.w2"), SOME, 5),
     "ranges": (spec_of("int4.g64.sym.perm", (100,), 576, "f32", activation="int4.g64.w2.asym"), SOME, 5),
     "ranges of tokens": (spec_of("int4.ch.asym", (100,), 581, activation="int4.token.c90.asym"), ONE, 3),
-    "four bits by four": (spec_of("int4.g64.sym", (70, 30), 581, "f16", activation="int4.g64"), HALF_BYTES, 11),
+    "four bits by four": (spec_of("int4.g64.sym", (70, 30), 581, "f16", activation="int4.g64"), NIBBLES, 11),
     "ranges of four bits": (
         spec_of("int4.g64.sym.perm", (136, 136), 576, "f32", epilogue=GATED, activation="int4.g64.w2.asym"),
-        replace(HALF_BYTES, warps=8),
+        replace(NIBBLES, warps=8),
         37,
     ),
-    "two bits by three, one scale": (spec_of("int2.ch.sym", (100,), 200, activation="int3.token"), HALF_BYTES, 5),
+    "two bits by three, one scale": (spec_of("int2.ch.sym", (100,), 200, activation="int3.token"), NIBBLES, 5),
     "leading columns of four bits": (
         spec_of("int3.g128.sym", (64,), 704, activation="int4.token.w64.asym"),
-        replace(HALF_BYTES, tile_m=32),
+        replace(NIBBLES, tile_m=32),
         33,
     ),
     "columns of two digits": (spec_of("int4.g64.asym", (100,), 576, activation="int4.g64.w1x16"), SOME, 5),
@@ -200,14 +200,14 @@ FORMATS += ["int2.g64.fz", "int4.ch.fz", "int8.g128.fz", "e2m1.g32.e8m0", "nvfp4
             "int6.g128.asym.f32"]  # fmt: skip
 
 
-HALF_BYTE_FORMATS = [f"int{b}.{g}.sym" for b in range(1, 5) for g in ("ch", "g64", "g96", "g128")]
+NIBBLE_FORMATS = [f"int{b}.{g}.sym" for b in range(1, 5) for g in ("ch", "g64", "g96", "g128")]
 
 
 def draw(seed: int, s4: bool = False) -> tuple[KernelSpec, Schedule, int, int]:
-    """A kernel that may exist, and tokens and thread blocks to run it with. s4: of half bytes."""
+    """A kernel that may exist, and tokens and thread blocks to run it with. s4: of nibbles."""
     r, target = random.Random(seed), Target.parse("sm_80" if s4 else "sm_90")
     while True:
-        fmt, k = r.choice(HALF_BYTE_FORMATS if s4 else FORMATS), r.choice((64, 100, 128, 192, 257, 320, 448, 581))
+        fmt, k = r.choice(NIBBLE_FORMATS if s4 else FORMATS), r.choice((64, 100, 128, 192, 257, 320, 448, 581))
         gated, dtype = r.random() < 0.25, r.choice(("bf16", "f16"))
         n = r.randrange(1, 200)
         segments = (n, n) if gated else (n, *[r.randrange(1, 100) for _ in range(r.randrange(3))])

@@ -99,8 +99,8 @@ def test_bytes_in_every_place(operand: NarrowType, element: Element) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_half_bytes_in_every_place(bits: int) -> None:
-    """Half byte i of lane t's register for the first half of 64 columns is column 8t + i of the instruction's operand:
+def test_nibbles_in_every_place(bits: int) -> None:
+    """Nibble i of lane t's register for the first half of 64 columns is column 8t + i of the instruction's operand:
     the matrix's column 16 (i % 2) + 8 (i // 2 % 2) + 2 t + i // 4, as `prepare` stores activations."""
     element = scalar_format(f"int{bits}.ch.sym").element
     recipe = find_byte_recipe(element, "s4")
