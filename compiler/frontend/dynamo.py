@@ -18,6 +18,7 @@ from xdsl.passes import ModulePass
 from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.codegen.select import say_once
 from lowbit.compiler.errors import RunError
+from lowbit.compiler.frontend.attention import share_heads
 from lowbit.compiler.frontend.dense import quantize_graph
 from lowbit.compiler.frontend.explain import decisions, left_alone
 from lowbit.compiler.frontend.fx import ImportedGraph, grouped_calls, grouped_specs, import_fx, value_of
@@ -36,6 +37,9 @@ __all__ = ["GraphReport", "Options", "backend", "compile_graph", "passes", "repo
 
 _log = logging.getLogger("lowbit")
 Compiled = Callable[..., Any]
+_INDUCTOR = {"size_asserts": False, "alignment_asserts": False}
+"""Inductor's settings. Dynamo's guards and our operators check shapes already; checking every buffer again, in Python,
+costs a step of a small model more than calling its kernels does."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,10 @@ def _compile_rest(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, r
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
+    if _on_cpu(inputs) and (count := share_heads(gm)):
+        report.fused.append(f"{count} calls of attention read shared keys and values where they are")
     used = _drop_unused(gm)
-    inner = cast(Compiled, compile_fx(gm, [inputs[i] for i in used]))
+    inner = cast(Compiled, compile_fx(gm, [inputs[i] for i in used], config_patches=_INDUCTOR))
     return lambda *args: inner(*(args[i] for i in used))
 
 

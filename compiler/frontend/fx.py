@@ -40,6 +40,7 @@ __all__ = [
     "real_tensor",
     "tensor_inputs",
     "value_of",
+    "written_by",
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -275,15 +276,17 @@ def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """Tensors that a call writes to in place."""
+    name = _name(node)
+    in_place = name.endswith("_") and not name.endswith("__") and node.op in ("call_method", "call_function")
+    targets = [node.args[0]] if (in_place or name in ("setitem", "iadd", "imul")) and node.args else []
+    return [n for n in (*targets, node.kwargs.get("out")) if isinstance(n, fx.Node)]
+
+
 def _written(graph: fx.Graph) -> set[fx.Node]:
     """Tensors that a call writes to, with all that may share their memory."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        name = _name(node)
-        in_place = name.endswith("_") and not name.endswith("__") and node.op in ("call_method", "call_function")
-        targets = [node.args[0]] if (in_place or name in ("setitem", "iadd", "imul")) and node.args else []
-        targets.append(node.kwargs.get("out"))
-        found |= {n for n in targets if isinstance(n, fx.Node)}
+    found = {n for node in graph.nodes for n in written_by(node)}
     pending = list(found)
     while pending:
         node = pending.pop()
