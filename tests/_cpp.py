@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lowbit.codegen.backend import Launcher
+from lowbit.codegen.backend import Launcher, Source
 from lowbit.codegen.cpp.backend import CppBackend
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
@@ -45,13 +46,13 @@ def spec_of(fmt: str, compute: str, segments: tuple[int, ...], k: int, **rest: o
     return KernelSpec(segments, k, fmt, str(layout), compute, **rest)  # type: ignore[arg-type]
 
 
-def build(jobs: list[Job]) -> list[Launcher]:
-    """Launchers of all jobs, compiled side by side."""
+def build(jobs: list[Job], changed: Callable[[Source], Source] = lambda source: source) -> list[Launcher]:
+    """Launchers of all jobs, compiled side by side, with their sources `changed`."""
     folder = Path(tempfile.mkdtemp(prefix="lowbit-test-"))
 
     def one(n: int) -> Launcher:
         job = jobs[n]
-        source = BACKEND.emit(job.spec, job.chosen(), Target("cpu", job.arch))
+        source = changed(BACKEND.emit(job.spec, job.chosen(), Target("cpu", job.arch)))
         artifact = folder / f"{n}.so"
         BACKEND.compile(source, artifact)
         return BACKEND.load(artifact, job.spec, job.chosen())

@@ -97,6 +97,7 @@ FAMILIES: dict[str, list[Case]] = {
         Case("vq.d3.k16.rn.s8", "int8", (41, 41), 65, 17, rest={"epilogue": EVERY}),
         Case("vq.d6.k16.r16.c4.o9v13k16.cn.s8", "int8", (131,), 333, 4, rest={"x_dtype": "bf16"}),
         Case("vq.d4.k256.r16.s8", "int8", (133, 140), 477, 33, rest={"activation": "int8.token"}),
+        Case("vq.d4.k64.r16.s8", "int16", (97,), 67, 1),
         Case("vq.d5.k256.s8", "float", (97,), 66, 1),
     ],
     "elsewhere": [

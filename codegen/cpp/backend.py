@@ -36,9 +36,9 @@ class CppBackend(Backend):
     vector_layout = "vectors8"
     invariant = True
     traits = (
-        ("buffered", "words", "lut"),
-        ("buffered", "words", "lut", "tile_m", "tile_n"),
-        ("buffered", "words", "lut", "tile_m", "tile_n", "prefetch", "tokens", "vectors"),
+        ("buffered", "words", "lut", "permute"),
+        ("buffered", "words", "lut", "permute", "tile_m", "tile_n"),
+        ("buffered", "words", "lut", "permute", "tile_m", "tile_n", "prefetch", "tokens", "vectors"),
     )
 
     def available(self, target: Target) -> str | None:

@@ -4,7 +4,7 @@ byte dot products want, and register tiles of tokens x panels run over it, as th
 from __future__ import annotations
 
 from lowbit.codegen.cpp.bytes_plan import BLOCK, BytesPlan
-from lowbit.codegen.cpp.bytes_steps import block_pointers, book_of, columns_loop
+from lowbit.codegen.cpp.bytes_steps import Operand, add_function, block_pointers, book_of, columns_loop
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.products import LevelProducts
 from lowbit.codegen.cpp.sides import dispatch, indent
@@ -46,20 +46,24 @@ def _tile(plan: BytesPlan, stride: int, width: int, height: int) -> str:
 
 def _decode(plan: BytesPlan, part: Part, book: Book) -> str:
     """`decode_<book>`: the blocks of a unit over the columns of chunk `c`, as [step][panel][row][column]."""
-    many, stride = plan.many(part), plan.part_panels(part) * BLOCK
+    many, operands, stride = plan.many(part), plan.operands(part), plan.part_panels(part) * BLOCK
+
+    def use(operand: Operand) -> list[str]:
+        return [*(f"vstore(to + {BLOCK * i}, {operand(i)});" for i in range(operands)), f"to += {stride};"]
+
     start = sum(p.columns for p in plan.parts if p.chunk < part.chunk)
     lines = [
         f"static void decode_{book.name}(const Args& a, int64_t segment, int64_t unit, int64_t g, int64_t c, "
         "uint8_t* buffer) {",
         f"const int64_t n = chunk_columns(c), column = chunk_start(c) - {start};",
-        *book_of(part, book, "g"),
+        *book_of(plan, part, book, "g"),
         f"for (int64_t b = 0; b < {plan.blocks(part)}; ++b) {{",
         f"const int64_t v = unit * {part.per_unit} + b * {many};",
         # Rows behind a segment's end are computed from whatever is there, and not written.
         f"if (v >= tiles_{part.name}[segment] * {TILE}) break;",
         *block_pointers(part, book, "column"),
-        f"uint8_t* to = buffer + b * {4 * BLOCK};",
-        *columns_loop(part, [*(f"vstore(to + {BLOCK * i}, w.w[{i}]);" for i in range(4)), f"to += {stride};"]),
+        f"uint8_t* to = buffer + b * {operands * BLOCK};",
+        *columns_loop(plan, part, book, use),
     ]
     return indent([*lines, "}", "}"])
 
@@ -113,9 +117,10 @@ def _book_chunks(plan: BytesPlan, part: Part, book: Book) -> list[str]:
 def _add(plan: BytesPlan, part: Part) -> list[str]:
     """Token `t`'s sums of a part, added to its rows."""
     stride, blocks, rows = plan.part_panels(part) * PANEL, plan.blocks(part), plan.many(part) * part.dim
+    size = plan.operands(part) * PANEL
     out = []
     for i in range(plan.pair):
-        y = f"sums + {plan.sums_at(part)} + (t - t0) * {stride} + ({i * blocks} + b) * {BLOCK}"
+        y = f"sums + {plan.sums_at(part)} + (t - t0) * {stride} + ({i * blocks} + b) * {size}"
         to = f"rows + {i * plan.row_stride} + b * {rows}"
-        out.append(f"for (int b = 0; b < {blocks}; ++b) add_rows<{part.lanes}, {part.dim}>({y}, {to});")
+        out.append(f"for (int b = 0; b < {blocks}; ++b) {add_function(plan, part)}({y}, {to});")
     return out

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from itertools import pairwise
 
 from lowbit.codegen.cpp.plan import PANEL, align
-from lowbit.codegen.cpp.vector_plan import TILE, Part, VectorPlan
+from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan, lanes_of
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import CHUNK_BLOCKS, KernelSpec
 
-__all__ = ["BLOCK", "BytesPlan", "vector_plan"]
+__all__ = ["BLOCK", "PERMUTED", "BytesPlan", "table_bytes", "table_row", "vector_plan"]
 
 BLOCK = 64
 """Bytes of a vector register: one column of 4 to 16 vectors, whose rows are padded to 4, 8 or 16 bytes."""
+
+PERMUTED = {"avx512vbmi": 256, "avx512vnni": 64, "avx512": 64, "avx2vnni": 64, "avx2": 64}
+"""The most centroids that permutes of registers look up, by instruction set (`entry_of` in `text/bytes_*.h`)."""
+
+
+def table_row(book: Book) -> int:
+    """Bytes of one coordinate of all centroids in a table that permutes read."""
+    return align(book.size)
+
+
+def table_bytes(book: Book) -> int:
+    """Bytes of the tables of one codebook, a coordinate behind the other."""
+    return book.dim * table_row(book)
 
 
 def vector_plan(spec: KernelSpec, schedule: Schedule) -> VectorPlan:
@@ -26,6 +40,11 @@ class BytesPlan(VectorPlan):
 
     A *block* is the vectors whose centroids fill 64 bytes: a pass of a direct kernel, and four panels of 16 padded rows
     of a buffered one. Each codebook is a pass of its own, because each has a scale; parts' sums meet as floats.
+
+    Parts with small codebooks may be *permuted*: a block then is 16 vectors, whose centroids are looked up coordinate
+    by coordinate in tables (`text/bytes_permute.h`), and every coordinate is a panel. Schedule fields, besides those of
+    every kernel: extra `permute`: the most centroids of codebooks that are looked up so, 0 for none. tile_n of direct
+    kernels: 16 rows for each coordinate that a permuted part sums up at a time.
     """
 
     @property
@@ -33,14 +52,47 @@ class BytesPlan(VectorPlan):
         """int8 digits of an activation, the high one first."""
         return self.spec.limbs
 
+    @property
+    def permute(self) -> int:
+        """The most centroids that are looked up by permutes."""
+        return self.schedule.get("permute", 0)
+
+    def permuted(self, part: Part) -> bool:
+        """Whether a part's centroids are looked up by permutes: both codebooks', whose sums share an order."""
+        return all(book.size <= self.permute for book in part.books)
+
+    @property
+    def permutes(self) -> bool:
+        """Whether any part is permuted."""
+        return any(self.permuted(part) for part in self.parts)
+
+    def _block(self, dim: int, centroids: int) -> int:
+        """Vectors of a block of a part whose largest codebook has so many centroids."""
+        return PANEL if centroids <= self.permute else BLOCK // lanes_of(dim)
+
     def many(self, part: Part) -> int:
-        return BLOCK // part.lanes
+        return self._block(part.dim, max(book.size for book in part.books))
+
+    def operands(self, part: Part) -> int:
+        """Operands of byte dot products that a step of four columns of a block makes, and panels of a block: of a
+        coordinate each, or of padded centroids."""
+        return part.dim if self.permuted(part) else BLOCK // PANEL
+
+    def sweeps(self, part: Part) -> tuple[range, ...]:
+        """The operands that a direct kernel sums up at a time: as even as possible."""
+        most = self.np if self.permuted(part) else BLOCK // PANEL
+        return tuple(range(a, b) for a, b in pairwise(_even(self.operands(part), most)))
+
+    def copy_bytes(self, book: Book) -> int:
+        permuted = any(book in part.books and self.permuted(part) for part in self.parts)
+        return book.count * table_bytes(book) if permuted else 0
 
     @cached_property
     def unit_rows(self) -> int:
         """Rows of one unit of work in one segment: whole tiles and whole blocks of every part."""
-        dims = [self.fmt.dim, *([self.fmt.outliers.dim] if self.fmt.outliers else [])]
-        return math.lcm(*(dim * (2 * TILE if dim <= 4 else TILE) for dim in dims))
+        fmt, o = self.fmt, self.fmt.outliers
+        books = [(fmt.dim, max(fmt.centroids, fmt.residual)), *([(o.dim, o.centroids)] if o else [])]
+        return math.lcm(*(dim * max(TILE, self._block(dim, size)) for dim, size in books))
 
     @cached_property
     def chunk_cols(self) -> int:
@@ -53,14 +105,12 @@ class BytesPlan(VectorPlan):
         return part.per_unit // self.many(part)
 
     def part_panels(self, part: Part) -> int:
-        """Panels of padded rows of one unit, up rows after gate rows."""
-        return self.blocks(part) * self.pair * BLOCK // PANEL
+        """Panels of one unit, of padded rows or of coordinates, up rows after gate rows."""
+        return self.blocks(part) * self.pair * self.operands(part)
 
     def split(self, part: Part) -> tuple[int, ...]:
         """Register tiles that the panels of one segment are split into."""
-        panels = self.part_panels(part) // self.pair
-        count = math.ceil(panels / self.np)
-        return tuple(panels * (i + 1) // count - panels * i // count for i in range(count))
+        return tuple(b - a for a, b in pairwise(_even(self.part_panels(part) // self.pair, self.np)))
 
     @property
     def token_stride(self) -> int:
@@ -87,3 +137,9 @@ class BytesPlan(VectorPlan):
             sums = sum(self.part_panels(p) for p in self.parts) * PANEL * self.tokens
             return align((sums + self.pair * self.row_stride) * 4)
         return align(self.pair * self.tile_m * self.row_stride * 4)
+
+
+def _even(total: int, most: int) -> list[int]:
+    """0, then the ends of as few and as even pieces of `total` as there can be with at most `most` in each."""
+    count = math.ceil(total / most)
+    return [total * i // count for i in range(count + 1)]

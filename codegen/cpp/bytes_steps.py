@@ -1,18 +1,25 @@
 """Kernels of codebooks of bytes: what the one for few tokens and the one for many have in common, and the former.
 
 Four columns of a block are one step: 64 bytes of centroids each, brought together by eight shuffles to the operands of
-four byte dot products (`text/vector_bytes.h`).
+four byte dot products (`text/vector_bytes.h`); or, in permuted parts, an operand for every coordinate, whose bytes are
+looked up by permutes (`text/bytes_permute.h`).
 """
 
 from __future__ import annotations
 
-from lowbit.codegen.cpp.bytes_plan import BytesPlan
+from collections.abc import Callable
+
+from lowbit.codegen.cpp.bytes_plan import BytesPlan, table_bytes, table_row
+from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.sides import indent
 from lowbit.codegen.cpp.vector_direct import unit_texts
 from lowbit.codegen.cpp.vector_lookup import first_tiles
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part
 
-__all__ = ["block_pointers", "book_of", "bytes_direct_text", "columns_loop"]
+__all__ = ["Operand", "add_function", "block_pointers", "book_of", "bytes_direct_text", "columns_loop"]
+
+Operand = Callable[[int], str]
+"""The expression of a step's operand, by its number."""
 
 _AHEAD = 1024
 """Bytes of indices that are fetched ahead."""
@@ -40,29 +47,30 @@ def block_pointers(part: Part, book: Book, column: str) -> list[str]:
     ]
 
 
-def book_of(part: Part, book: Book, group: str) -> list[str]:
-    """Declarations of `book` and `scale`: the codebook of `segment` and `group`."""
+def book_of(plan: BytesPlan, part: Part, book: Book, group: str) -> list[str]:
+    """Declarations of `book` and `scale`: the codebook of `segment` and `group`, or its tables."""
     at = f"(segment * {part.groups} + {group})"
+    rows, tables = f"{book.name} + {at} * {book.size * book.lanes}", f"table_{book.name} + {at} * {table_bytes(book)}"
     return [
-        f"const uint8_t* book = a.{book.name} + {at} * {book.size * book.lanes};",
+        f"const uint8_t* book = a.{tables if plan.permuted(part) else rows};",
         f"[[maybe_unused]] const F scale = fset1(a.{book.name}_scale[{at}]);",
     ]
 
 
-def columns_loop(part: Part, body: list[str]) -> list[str]:
-    """`body` for every four of the `n` columns from `p` and `q` on, with their weights in `w.w`; missing columns of the
-    last step have bytes 0, whatever they meet."""
+def columns_loop(
+    plan: BytesPlan, part: Part, book: Book, use: Callable[[Operand], list[str]], ahead: bool = True
+) -> list[str]:
+    """What `use` makes of the operands, for every four of the `n` columns from `p` and `q` on; missing columns of the
+    last step have bytes 0, whatever they meet. ahead: fetch indices."""
+    lookup = _permutes if plan.permuted(part) else _loads
 
     def step(left: bool) -> list[str]:
-        lines = []
-        for j in range(4):
-            value = f"centroids<{part.lanes}>(book, p + {TILE * j}, q + {TILE * j})"
-            lines.append(f"const V c{j} = {f'left > {j} ? {value} : vzero()' if left and j else value};")
-        return [*lines, "const Quads w = quads(c0, c1, c2, c3);", *body]
+        lines, operand = lookup(part, book, left)
+        return [*lines, *use(operand)]
 
     # Hardware follows the streams of indices within a page.
-    streams = ("p", "q") if part.lanes == 4 else ("p",)
-    fetch = [f"prefetch((const uint8_t*){index} + {_AHEAD});" for index in streams]
+    streams = ("p", "q") if plan.many(part) > TILE else ("p",)
+    fetch = [f"prefetch((const uint8_t*){index} + {_AHEAD});" for index in streams if ahead]
     return [
         "int64_t k = 0;",
         "#pragma GCC unroll 1",
@@ -71,37 +79,87 @@ def columns_loop(part: Part, body: list[str]) -> list[str]:
     ]
 
 
+def _loads(part: Part, book: Book, left: bool) -> tuple[list[str], Operand]:
+    """Statements before a step's operands, and how these are called: centroids loaded one by one."""
+    lines = []
+    for j in range(4):
+        value = f"centroids<{part.lanes}>(book, p + {TILE * j}, q + {TILE * j})"
+        lines.append(f"const V c{j} = {f'left > {j} ? {value} : vzero()' if left and j else value};")
+    return [*lines, "const Quads w = quads(c0, c1, c2, c3);"], "w.w[{}]".format
+
+
+def _permutes(part: Part, book: Book, left: bool) -> tuple[list[str], Operand]:
+    """The same of permutes: an operand is looked up where it is used, which leaves registers to sums."""
+    lines = [f"const V index = by_vector(p, q{', left' if left else ''});"]
+    lines += ["const V kept = columns_of(left);"] if left else []
+
+    def operand(i: int) -> str:
+        found = f"entry_of<{book.size}, {i * table_row(book)}>(index, book)"
+        return f"vand(kept, {found})" if left else found
+
+    return lines, operand
+
+
 def _pass(plan: BytesPlan, part: Part, book: Book, height: int) -> str:
     """Adds the products of one codebook with a block of vectors, over all columns of the part, to the sums at `y`."""
-    cells = [(i, m) for m in range(height) for i in range(4)]
-    digits = range(plan.digits)
+    cells = [(i, m) for m in range(height) for i in range(plan.operands(part))]
+    sweeps = plan.sweeps(part)
     lines = [
         f"static void {book.name}_{height}(const Args& a, int64_t segment, int64_t v, int64_t t, float* y) {{",
         *(f"F y{i}_{m} = fzero();" for i, m in cells),
         *block_pointers(part, book, "0"),
         f"int64_t c = {part.chunk};",
         f"for (int64_t g = 0; g < {part.groups}; ++g) {{",
-        *book_of(part, book, "g"),
+        *book_of(plan, part, book, "g"),
         f"for (const int64_t end = c + {part.group_chunks}; c < end; ++c) {{",
         "const int64_t n = chunk_columns(c), at = c * a.m + t;",
         "const int8_t* x = a.xq + at * kTokenStride;",
-        *(f"V a{i}_{m}_{d} = {_start(plan, m, d)};" for i, m in cells for d in digits),
     ]
-    body = []
+    for sweep in sweeps:
+        again = [f"p -= n * {TILE}, q -= n * {TILE};"] if sweep.start else []
+        lines += ["{", *again, *_sweep(plan, part, book, height, sweep), "}"]
+    lines += ["}", "}", f"alignas(64) float s[{PANEL * plan.operands(part)}];"]
     for m in range(height):
-        for d in digits:
-            body += ["{", f"const V u = bcast4(x + k + {m * plan.token_stride + d * plan.chunk_cols});"]
-            body += [f"a{i}_{m}_{d} = dot(a{i}_{m}_{d}, w.w[{i}], u);" for i in range(4)]
-            body.append("}")
-    lines += columns_loop(part, body)
+        lines += [f"fstore(s + {PANEL * i}, y{i}_{m});" for i in range(plan.operands(part))]
+        lines.append(f"{add_function(plan, part)}(s, y + {m * plan.row_stride});")
+    return indent([*lines, "}"])
+
+
+def add_function(plan: BytesPlan, part: Part) -> str:
+    """What adds the sums of a block to the rows of its vectors."""
+    return f"add_coordinates<{part.dim}>" if plan.permuted(part) else f"add_rows<{part.lanes}, {part.dim}>"
+
+
+def _sweep(plan: BytesPlan, part: Part, book: Book, height: int, sweep: range) -> list[str]:
+    """Sums of some operands over one chunk, then added to the floats `y`."""
+    cells, digits = [(i, m) for m in range(height) for i in sweep], range(plan.digits)
+    lines = [f"V a{i}_{m}_{d} = {_start(plan, m, d)};" for i, m in cells for d in digits]
+
+    def use(operand: Operand) -> list[str]:
+        return _products(plan, height, sweep, operand, plan.permuted(part))
+
+    lines += columns_loop(plan, part, book, use, ahead=not sweep.start)
     for i, m in cells:
         exact = f"a{i}_{m}_0" if plan.digits == 1 else f"vadd(shl<8>(a{i}_{m}_0), a{i}_{m}_1)"
         lines.append(f"y{i}_{m} = fma_(fmul(cvt({exact}), fset1(a.xs[at + {m}])), scale, y{i}_{m});")
-    lines += ["}", "}", "alignas(64) float s[64];"]
-    for m in range(height):
-        lines += [f"fstore(s + {16 * i}, y{i}_{m});" for i in range(4)]
-        lines.append(f"add_rows<{part.lanes}, {part.dim}>(s, y + {m * plan.row_stride});")
-    return indent([*lines, "}"])
+    return lines
+
+
+def _products(plan: BytesPlan, height: int, sweep: range, operand: Operand, one_by_one: bool) -> list[str]:
+    """Operands times the activations of four columns: operands in turn where they come `one_by_one`, else these."""
+    lines: list[str] = []
+    rows = [(m, d) for m in range(height) for d in range(plan.digits)]
+    u = {(m, d): f"const V u{m}_{d} = bcast4(x + k + {m * plan.token_stride + d * plan.chunk_cols});" for m, d in rows}
+    if one_by_one:
+        lines += u.values()
+        for i in sweep:
+            lines += ["{", f"const V w = {operand(i)};"]
+            lines += [*(f"a{i}_{m}_{d} = dot(a{i}_{m}_{d}, w, u{m}_{d});" for m, d in rows), "}"]
+        return lines
+    for m, d in rows:
+        dots = (f"a{i}_{m}_{d} = dot(a{i}_{m}_{d}, {operand(i)}, u{m}_{d});" for i in sweep)
+        lines += ["{", u[m, d], *dots, "}"]
+    return lines
 
 
 def _start(plan: BytesPlan, m: int, d: int) -> str:

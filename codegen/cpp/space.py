@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from lowbit.codegen.cpp.bytes_plan import BytesPlan, vector_plan
+from lowbit.codegen.cpp.bytes_plan import PERMUTED, BytesPlan, vector_plan
 from lowbit.codegen.cpp.lut_plan import lut_problem
 from lowbit.codegen.cpp.plan import PANEL, Plan, short_steps, word_table
 from lowbit.codegen.cpp.schedules import LUT_ARCHES, MACHINES, SHORT_ARCHES, schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
-from lowbit.codegen.cpp.vector_schedules import vector_schedules
+from lowbit.codegen.cpp.vector_schedules import permute_of, vector_schedules
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
@@ -32,7 +32,10 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
     tokens = m_class(m)
     if spec.vector:
         yield from vector_schedules(spec, arch, m)
-        yield from _vector_space(tokens, (8,) if spec.limbs else (1, 2, 4, 8))
+        found = list(_vector_space(tokens, (8,) if spec.limbs else (1, 2, 4, 8)))
+        yield from found
+        if permute := permute_of(spec, arch):
+            yield from _permuted(found, permute, max(part.dim for part in BytesPlan(spec, Schedule()).parts))
         return
     yield from schedules(spec, arch, m)
     if tokens <= _MOST_DIRECT and arch in LUT_ARCHES and lut_problem(spec) is None:
@@ -81,6 +84,16 @@ def _vector_space(tokens: int, passes: tuple[int, ...]) -> Iterator[Schedule]:
                 yield Schedule(height, panels * PANEL).with_extra(buffered=1, tokens=block)
 
 
+def _permuted(loaded: list[Schedule], permute: int, dim: int) -> Iterator[Schedule]:
+    """The same with permutes; direct kernels with some of at most `dim` coordinates at a time, or all."""
+    for schedule in loaded:
+        if schedule.get("buffered", 0):
+            yield schedule.with_extra(permute=permute)
+        else:
+            for coordinates in (2, *(c for c in (4, 8, 16) if c < 2 * dim)):
+                yield Schedule(schedule.tile_m, coordinates * PANEL).with_extra(permute=permute)
+
+
 def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:
     """Why `schedule` cannot run `spec` on an instruction set, or None."""
     if "silu_mul" in spec.epilogue and not spec.vector and schedule.tile_n % (2 * PANEL):
@@ -98,13 +111,14 @@ def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:
         return f"{sums} running sums and what they are made of need more than {_REGISTERS[arch]} registers"
     if isinstance(plan, Plan):
         return _no_plan(plan, arch)
-    return None
+    return _no_permutes(plan, arch) if isinstance(plan, BytesPlan) and plan.permute else None
 
 
 def _sums(plan: Plan | VectorPlan) -> int:
     """Running sums of one register tile."""
     if isinstance(plan, BytesPlan):
-        return plan.tile_m * (plan.np if plan.buffered else 4 * plan.digits)
+        most = max((len(sweep) for part in plan.parts for sweep in plan.sweeps(part)), default=1)
+        return plan.tile_m * (plan.np if plan.buffered else most * plan.digits)
     if isinstance(plan, VectorPlan):
         wide = max((part.lanes for part in plan.parts), default=16) / 16
         return int(plan.tile_m * (plan.np if plan.buffered else max(1, plan.vectors * wide)))
@@ -120,6 +134,12 @@ def _least_sums(plan: Plan | VectorPlan) -> int:
     if isinstance(plan, VectorPlan):
         return 0
     return (2 if plan.silu else 1) * max(2, plan.digits)
+
+
+def _no_permutes(plan: BytesPlan, arch: str) -> str | None:
+    if plan.permute > (most := PERMUTED.get(arch, 0)):
+        return f"permutes of {arch} look up {most} centroids, not {plan.permute}"
+    return None if plan.permutes else f"no part of {plan.spec.format} has at most {plan.permute} centroids"
 
 
 def _no_lut(plan: Plan, arch: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowbit.codegen.cpp.assemble import Pieces, assemble
 from lowbit.codegen.cpp.bytes_panels import bytes_panels_text
-from lowbit.codegen.cpp.bytes_plan import BytesPlan
+from lowbit.codegen.cpp.bytes_plan import BytesPlan, table_row
 from lowbit.codegen.cpp.bytes_steps import bytes_direct_text
 from lowbit.codegen.cpp.rounding import rounding_macros, rounding_types
 from lowbit.codegen.cpp.sides import indent
@@ -44,6 +44,7 @@ def emit_vector_text(plan: VectorPlan, arch: str) -> str:
     macros["LB_NORM"] = ("none", "col", "row").index(norm)
     if isinstance(plan, BytesPlan):
         headers = (_by_arch(arch, "bytes_avx512.h", "bytes_avx2.h", "bytes_generic.h"), "vector_bytes.h")
+        headers += ("bytes_permute.h",) if plan.permutes else ()
         rows = ("scalar_rows.h", "vector_rows.h")
         macros |= {"LB_ZERO": 0, "LB_WORDS": 0, **rounding_macros(plan.spec)}
         kernel = bytes_panels_text(plan) if plan.buffered else bytes_direct_text(plan)
@@ -81,18 +82,16 @@ def _types(plan: VectorPlan) -> str:
     lines = ["[[maybe_unused]] constexpr float kLevelUnit = 1.0f;", "struct Args : Call {"]
     for name in names:
         lines.append(f"const {_operand_type(plan, name)}* {name};")
-    lines += [f"float* wide_{b.name};" for b in plan.books if b.wide]
+    copies = [(*_copy(plan, b), plan.copy_bytes(b)) for b in plan.books if plan.copy_bytes(b)]
+    lines += [f"{type_}* {name};" for type_, name, _ in copies]
     lines += _ACTIVATIONS if integer else ["float* xq;  // activations, [chunk][token][column]"]
     lines += [
         "float* shift;  // what norms add, [token]",
         "void bind(const void* const* weight, uint8_t* shared, uint8_t* tokens) {",
         *(f"{name} = (const {_operand_type(plan, name)}*)weight[{i}];" for i, name in enumerate(names)),
     ]
-    at = 0
-    for book in plan.books:
-        if book.wide:
-            lines.append(f"wide_{book.name} = (float*)(shared + {at});")
-            at += book.wide_bytes
+    for i, (type_, name, _) in enumerate(copies):
+        lines.append(f"{name} = ({type_}*)(shared + {sum(nbytes for *_, nbytes in copies[:i])});")
     lines += _ACTIVATIONS_AT if integer else ["xq = (float*)tokens;", "shift = xq + kChunks * m * kTokenStride;"]
     lines += ["}", "};"]
     if integer:
@@ -127,24 +126,36 @@ def _chunk_functions(plan: VectorPlan) -> list[str]:
 
 
 def _prepare(plan: VectorPlan) -> str:
-    """Widen the codebooks that are kept as float32, shared out over the threads."""
+    """Widen the codebooks that are kept as float32, and make the tables that permutes read, shared out over threads."""
     lines = ["static void prepare(const Args& a, int part, int parts) {", "(void)a, (void)part, (void)parts;"]
     for book in plan.books:
-        if book.wide:
-            n = book.count * book.size
-            lines += [
-                f"for (int64_t i = int64_t({n}) * part / parts; i < int64_t({n}) * (part + 1) / parts; ++i) {{",
-                f"store(a.wide_{book.name} + i * {book.lanes}, {_widened(book)});",
-                "}",
-            ]
+        if plan.copy_bytes(book):
+            n = book.count * (book.size if book.wide else book.dim)
+            lines.append(f"for (int64_t n = {n}, i = n * part / parts; i < n * (part + 1) / parts; ++i) {{")
+            lines += [*(_widen(book) if book.wide else _sort(book)), "}"]
     return indent([*lines, "}"])
 
 
-def _widened(book: Book) -> str:
+def _copy(plan: VectorPlan, book: Book) -> tuple[str, str]:
+    """Type and name of what `prepare` makes of a codebook."""
+    return ("uint8_t", f"table_{book.name}") if isinstance(plan, BytesPlan) else ("float", f"wide_{book.name}")
+
+
+def _widen(book: Book) -> list[str]:
     """Centroid `i` as floats."""
-    stored = f"stored_{book.name}(a.{book.name} + i * {book.stored_row})"
-    scale = f"set{book.lanes}(a.{book.name}_scale[i / {book.size}])"
-    return f"fma_({stored}, {scale}, zero{book.lanes}())" if book.item_bytes == 1 else stored
+    found = f"stored_{book.name}(a.{book.name} + i * {book.stored_row})"
+    if book.item_bytes == 1:
+        found = f"fma_({found}, set{book.lanes}(a.{book.name}_scale[i / {book.size}]), zero{book.lanes}())"
+    return [f"store(a.wide_{book.name} + i * {book.lanes}, {found});"]
+
+
+def _sort(book: Book) -> list[str]:
+    """Table `i`, of one coordinate."""
+    return [
+        f"const uint8_t* from = a.{book.name} + i / {book.dim} * {book.size * book.lanes} + i % {book.dim};",
+        f"uint8_t* to = a.table_{book.name} + i * {table_row(book)};",
+        f"for (int j = 0; j < {book.size}; ++j) to[j] = from[j * {book.lanes}];",
+    ]
 
 
 def _place(plan: VectorPlan) -> str:

@@ -13,7 +13,7 @@ from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.program import Program
 from lowbit.quantizers.formats import VectorFormat
 
-__all__ = ["TILE", "Book", "Part", "VectorPlan"]
+__all__ = ["TILE", "Book", "Part", "VectorPlan", "lanes_of"]
 
 TILE = 8
 """Vectors of one column that lie together."""
@@ -88,7 +88,7 @@ class Part:
     @property
     def lanes(self) -> int:
         """Floats of the vector that holds a centroid."""
-        return _lanes(self.dim)
+        return lanes_of(self.dim)
 
     @property
     def group_size(self) -> int:
@@ -212,9 +212,13 @@ class VectorPlan(KernelPlan):
     def token_stride(self) -> int:
         return self.chunk_cols
 
+    def copy_bytes(self, book: Book) -> int:
+        """Scratch bytes of what a call makes of a codebook first; 0 where kernels read it as it is."""
+        return book.wide_bytes
+
     @property
     def shared_bytes(self) -> int:
-        return sum(b.wide_bytes for b in self.books)
+        return sum(self.copy_bytes(b) for b in self.books)
 
     @property
     def token_bytes(self) -> int:
@@ -241,12 +245,13 @@ class VectorPlan(KernelPlan):
         return self.row_bytes + (self.code_bytes if self.buffered else 0) + self.sum_bytes
 
 
-def _lanes(dim: int) -> int:
+def lanes_of(dim: int) -> int:
+    """Elements of the padded row that a centroid takes."""
     return 4 if dim <= 4 else 8 if dim <= 8 else 16
 
 
 def _book(spec: KernelSpec, name: str, index: str, size: int, dim: int, groups: int) -> Book:
-    lanes, count = _lanes(dim), len(spec.segments) * groups
+    lanes, count = lanes_of(dim), len(spec.segments) * groups
     if spec.scale_dtype == "u8":
         # Bytes are multiplied as such, or widened for products of floats.
         return Book(name, index, size, dim, count, lanes, not spec.limbs, 1)

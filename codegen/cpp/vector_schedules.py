@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lowbit.codegen.cpp.bytes_plan import BytesPlan
+from lowbit.codegen.cpp.bytes_plan import BLOCK, PERMUTED, BytesPlan
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.schedules import MACHINES, TILES, Machine
-from lowbit.codegen.cpp.vector_plan import TILE, Book, VectorPlan
+from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
-__all__ = ["vector_predict", "vector_schedules"]
+__all__ = ["permute_of", "vector_predict", "vector_schedules"]
+
+_FULL = {"avx512": 1.5, "avx2": 2.8}
+"""What byte dot products take longer by where codebooks' bytes, which may be above 127, need two of 16-bit numbers."""
 
 
 def vector_schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
@@ -34,37 +37,76 @@ def vector_schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
 
 
 def _bytes_schedules(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Schedule]:
-    """Of products of bytes: looking up and sorting a step costs as much as six tokens' products."""
-    cpu = MACHINES[arch]
+    """Of products of bytes: looking up and sorting a step costs as much as six tokens' products, by loads; by permutes
+    as much as one or two, so that a few sweeps over the coordinates do no harm."""
+    cpu, permute = MACHINES[arch], permute_of(spec, arch)
     height = max(1, min(tokens, cpu.sums // (4 * spec.limbs)))
     if tokens <= 4 and arch != "generic":
         yield Schedule(height, PANEL).with_extra(vectors=8)
+        if permute:
+            dims = [part.dim for part in BytesPlan(spec, Schedule()).parts]
+            coordinates = min(max(dims), max(4, cpu.sums // (height * spec.limbs)))
+            yield Schedule(height, coordinates * PANEL).with_extra(permute=permute)
     if tokens > 2 or arch == "generic":
         for rows, panels in dict.fromkeys(TILES[cpu.sums]):
-            yield Schedule(min(rows, tokens), panels * PANEL).with_extra(buffered=1, tokens=192)
+            found = Schedule(min(rows, tokens), panels * PANEL).with_extra(buffered=1, tokens=192)
+            yield from (found, found.with_extra(permute=permute)) if permute else (found,)
 
 
-def _bytes_predict(plan: BytesPlan, cpu: Machine, m: int) -> float:
-    """Cycles of products of bytes. Lookups are one a cycle where the codebook leaves room in the first-level cache."""
-    cycles = 0.0
+def permute_of(spec: KernelSpec, arch: str) -> int:
+    """The most centroids that permutes look up on an instruction set; 0 where no part of a format has so few."""
+    most = PERMUTED.get(arch, 0)
+    return most if spec.limbs and BytesPlan(spec, Schedule().with_extra(permute=most)).permutes else 0
+
+
+def _bytes_predict(plan: BytesPlan, arch: str, m: int) -> float:
+    """Cycles of products of bytes. Loads are one a cycle where the codebook leaves room in the first-level cache."""
+    cpu, cycles = MACHINES[arch], 0.0
     for part in plan.parts:
         vectors = sum(part.tiles) * TILE * part.columns
         reuse = math.ceil(m / (plan.tokens if plan.buffered else plan.tile_m))
+        if plan.permuted(part):
+            cycles += vectors / BLOCK * sum(_permute_cycles(plan, part, book, arch, m) for book in part.books)
+            cycles += sum(0.6 * book.count * book.size * book.dim for book in part.books)  # made into tables
+            continue
         for book in part.books:
             nbytes = book.size * book.lanes
             looked = 1.12 if nbytes <= 1 << 14 else 1.29 if nbytes <= 1 << 15 else 1.8 if nbytes <= 1 << 19 else 3.0
             # Panels are stored, and with activations and sums take the codebook's place in the cache.
             looked += plan.buffered * (0.35 if nbytes <= 1 << 14 else 0.8)
-            slow = 1.0 if cpu.sums > 8 else 2.0
-            cycles += vectors * (reuse * looked * slow + m * plan.digits * part.lanes / 64 * cpu.dot / cpu.ops)
+            slow = 1.0 if cpu.sums > 8 else 1.2 if arch.startswith("avx2") else 2.0
+            cycles += vectors * (reuse * looked * slow + m * plan.digits * part.lanes / BLOCK * _dot_cycles(arch))
     return cycles
 
 
+def _dot_cycles(arch: str) -> float:
+    """Cycles of a byte dot product of 64 bytes."""
+    return MACHINES[arch].dot / MACHINES[arch].ops * _FULL.get(arch, 1.0)
+
+
+def _permute_cycles(plan: BytesPlan, part: Part, book: Book, arch: str, m: int) -> float:
+    """Cycles of one step of 64 indices, for all tokens: sorting, lookups, products; or reading the indices.
+
+    A shuffle of bytes takes 16 entries, on VBMI 64; on AVX2 it is two halves, for which indices are prepared. Fitted to
+    4096x4096 with 1 to 32 tokens on Cascade Lake, except for VBMI, which was not measured.
+    """
+    cpu = MACHINES[arch]
+    wide = cpu.sums > 8
+    pieces = math.ceil(book.size / (64 if arch == "avx512vbmi" else 16))
+    sort = 3.0 + math.log2(pieces) if wide else 2.0 + pieces
+    each = float(pieces) if wide else 2.5 * pieces - 1.6
+    tiles = math.ceil(m / (plan.tokens if plan.buffered else plan.tile_m))
+    looked = sort + (each + 2.0) * part.dim if plan.buffered else sort * len(plan.sweeps(part)) + each * part.dim
+    products = m * plan.digits * part.dim * _dot_cycles(arch)
+    compute, memory = tiles * looked + products, BLOCK / cpu.bandwidth * cpu.ghz
+    return max(compute, memory) + 0.25 * min(compute, memory)
+
+
 def vector_predict(plan: VectorPlan, arch: str, m: int) -> float:
-    """Seconds of one call on one core: lookups, which do not wait for memory, and products."""
+    """Seconds of one call on one core: lookups, which wait for memory where permutes make them, and products."""
     cpu = MACHINES[arch]
     if isinstance(plan, BytesPlan):
-        return _bytes_predict(plan, cpu, m) / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
+        return _bytes_predict(plan, arch, m) / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
     cycles = 0.0
     for part in plan.parts:
         vectors = sum(part.tiles) * TILE * part.columns

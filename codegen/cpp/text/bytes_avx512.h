@@ -40,3 +40,49 @@ template <int HIGH> LB_INLINE V zip_bytes(V a, V b) {
 template <int HIGH> LB_INLINE V zip_words(V a, V b) {
   return HIGH ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
 }
+
+// Indices of four columns of 8 vectors at `p` and of 8 more at `q`, sorted: 32-bit lane v has those of vector v.
+LB_INLINE V by_vector(const uint8_t* p, const uint8_t* q) {
+  const V low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  const V x = _mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i*)q), 1);
+#if LB_VBMI
+  const V order = _mm512_set_epi32(0x3f372f27, 0x3e362e26, 0x3d352d25, 0x3c342c24,
+                                   0x3b332b23, 0x3a322a22, 0x39312921, 0x38302820,
+                                   0x1f170f07, 0x1e160e06, 0x1d150d05, 0x1c140c04,
+                                   0x1b130b03, 0x1a120a02, 0x19110901, 0x18100800);
+  return _mm512_permutexvar_epi8(order, x);
+#else
+  const V order = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  const V lanes = _mm512_set_epi32(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
+  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(lanes, x), order);
+#endif
+}
+// The 16 entries at book + AT, in every 16 bytes. As assembly: GCC 12 loads all tables of a codebook before a loop, and
+// brings each to all lanes in the loop, by shuffles.
+template <int AT> LB_INLINE V in_lanes(const uint8_t* book) {
+  V x;
+  asm("vbroadcasti32x4 %c2(%1), %0" : "=v"(x) : "r"(book), "i"(AT), "m"(*(const uint8_t(*)[AT + 16])book));
+  return x;
+}
+// The entry that each byte of `index` chooses from the SIZE at book + AT; there are none behind. Shuffles ignore bits 4
+// to 6 of an index.
+template <int SIZE, int AT> LB_INLINE V entry_of(V index, const uint8_t* book) {
+  static_assert(SIZE <= (LB_VBMI ? 256 : 64), "more entries than bits of an index choose from");
+#if LB_VBMI
+  if constexpr (SIZE > 128) {
+    return pick<7>(index, entry_of<128, AT>(index, book), entry_of<128, AT + 128>(index, book));
+  } else if constexpr (SIZE > 64) {
+    return _mm512_permutex2var_epi8(vload(book + AT), index, vload(book + AT + 64));
+  } else if constexpr (SIZE > 16) {
+    return _mm512_permutexvar_epi8(index, vload(book + AT));
+  }
+#else
+  if constexpr (SIZE > 32) {
+    return pick<5>(index, entry_of<32, AT>(index, book), entry_of<32, AT + 32>(index, book));
+  } else if constexpr (SIZE > 16) {
+    const V low = _mm512_shuffle_epi8(in_lanes<AT>(book), index);
+    return _mm512_mask_shuffle_epi8(low, has_bit<4>(index), in_lanes<AT + 16>(book), index);
+  }
+#endif
+  return _mm512_shuffle_epi8(in_lanes<AT>(book), index);
+}
