@@ -25,7 +25,7 @@ from lowbit.quantizers.formats.base import (
 )
 from lowbit.quantizers.formats.choice import ChoiceFormat
 from lowbit.quantizers.formats.integer import IntElement
-from lowbit.quantizers.formats.levels import LevelElement
+from lowbit.quantizers.formats.levels import NORMAL_FLOAT4, LevelElement
 from lowbit.quantizers.formats.minifloat import FLOAT_NAMES, FloatElement
 from lowbit.quantizers.formats.scaled import IntegerLevels
 from lowbit.quantizers.formats.vector import Outliers, VectorFormat
@@ -96,6 +96,9 @@ def register_element(element: Element) -> None:
         return element if name == element.name and symmetric == element.symmetric else None
 
     ELEMENTS.append(ElementFamily(parse, (element.name,), ("sym" if element.symmetric else "asym",)))
+
+
+register_element(LevelElement("nf4", NORMAL_FLOAT4))
 
 
 @cache

@@ -2,7 +2,8 @@
 
     register_element(LevelElement("pot3", (0.0, 1.0, 2.0, 4.0, -1.0, -2.0, -4.0, -8.0)))
 
-is all a new one takes: methods, packing, kernels, storage and `quantize formats` then know `pot3.g64`.
+is all a new one takes: methods, packing, kernels, storage and `quantize formats` then know `pot3.g64`. The 4-bit normal
+float `nf4` of "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al.) is such a table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.program import Program, program
 from lowbit.quantizers.formats.base import Element
 
-__all__ = ["LevelElement"]
+__all__ = ["NORMAL_FLOAT4", "LevelElement"]
+
+NORMAL_FLOAT4 = (
+    -1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036, 0.0,
+    0.079580300, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0,
+)  # fmt: skip
+"""Quantiles of the normal distribution, the largest scaled to 1: eight above zero, seven below it, and zero. As float32
+these are the numbers bitsandbytes has, to the bit, so that what was tuned for them meets them."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ def test_wide_floats_hold_what_they_can(operand: str) -> None:
     dtype = OPERANDS[operand][2]  # type: ignore[index]
     for fmt in catalog():
         levels = fmt.element.levels()
+        if fmt.element.name == "nf4":
+            with pytest.raises(KernelError, match="LB0419"):
+                expand(fmt.element, operand)  # type: ignore[arg-type]
+            continue
         found = expand(fmt.element, operand)  # type: ignore[arg-type]
         values = torch.tensor(found.codes).to(torch.int16).view(dtype).double() * 2.0**found.exponent
         finite = levels.isfinite()

@@ -38,7 +38,7 @@ def formats(json_output: JsonFlag = False) -> None:
     )
     typer.echo("")
     typer.echo("A format is element.granularity.symmetry[.scale], such as int4.g128.asym or int8.ch.sym.f32:")
-    typer.echo("  element      int1 to int8; e<exponent>m<mantissa> (floats of up to 8 bits, symmetric), as in e3m2.ch")
+    typer.echo("  element      int1 to int8; nf4; e<exponent>m<mantissa> (floats of up to 8 bits), as in e3m2.ch")
     typer.echo("  symmetry     sym, asym (a zero point stored as a code), fz (an offset stored like the scale)")
     typer.echo("  granularity  t (one scale per tensor), ch (per output row), g64 (per 64 input columns; any size)")
     typer.echo(f"  scale        {', '.join(_scales())}; f16 when left out; e4m3.t32 adds a float32 per tensor")

@@ -16,7 +16,7 @@ from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
 from lowbit.compiler.ir.program import program
 from lowbit.quantizers.formats import Element, FloatElement, LevelElement, catalog, scalar_format
 
-ELEMENTS = list(dict.fromkeys(f.element for f in catalog()))
+ELEMENTS = [e for e in dict.fromkeys(f.element for f in catalog()) if e.name != "nf4"]
 TYPES: tuple[Type16, ...] = ("f16", "bf16")
 
 
@@ -141,6 +141,7 @@ def test_other_floats_have_both_types(exponent: int, mantissa: int) -> None:
 def test_what_is_not_exact_has_no_recipe() -> None:
     assert find_recipe(FloatElement(6, 1), "f16") is None  # exponents beyond float16's
     assert find_recipe(LevelElement("third", (0.0, 1 / 3)), "bf16") is None
+    assert find_recipe(scalar_format("nf4.g64").element, "f16") is None
     assert find_recipe(LevelElement("pot", (0.0, 1.0, 2.0, -4.0)), "bf16") is not None
 
 
