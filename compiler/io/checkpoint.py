@@ -15,24 +15,32 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
+from lowbit.compiler.io import bitsandbytes, ct_floats, ct_rounded, gptq, native, vptq, vptq_tensors
 from lowbit.compiler.io import compressed_tensors as ct
-from lowbit.compiler.io import ct_floats, ct_rounded, gptq, native, vptq, vptq_tensors
 from lowbit.compiler.io.card import model_card
 from lowbit.compiler.io.safetensors_file import SafetensorsFile
 from lowbit.compiler.io.source import ModelSource
 from lowbit.compiler.io.source_folder import contained, load_json, open_shards
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
 from lowbit.compiler.runtime.experts import expert_layers
-from lowbit.quantizers.formats import ChoiceFormat, Format, VectorFormat, WeightFormat, parse_format
+from lowbit.quantizers.formats import ChoiceFormat, VectorFormat, WeightFormat, parse_format
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import QWeight, stored_names
 
-__all__ = ["Checkpoint", "checkpoint_layout", "export_layout", "read_checkpoint", "stored_dtype", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Reader",
+    "checkpoint_layout",
+    "export_layout",
+    "read_checkpoint",
+    "stored_dtype",
+    "write_checkpoint",
+]
 
 Layout = Literal["compressed-tensors", "lowbit", "vptq"]
 
@@ -258,6 +266,19 @@ def _provenance(
     }
 
 
+class Reader(Protocol):
+    """How the tensors of modules in another program's layout become weights. Modules are named by path."""
+
+    def suffixes(self, path: str) -> tuple[str, ...]:
+        """Names that a module's tensors may have."""
+
+    def shape(self, path: str) -> tuple[int, int] | None:
+        """(N, K), or None where tensors have to be read for it."""
+
+    def weight(self, path: str, tensors: Mapping[str, torch.Tensor], where: str) -> QWeight:
+        """The weight, exactly as stored; CheckpointError for tensors that do not fit."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A quantized checkpoint on disk, whose headers are validated and whose tensors are read on request.
@@ -270,14 +291,12 @@ class Checkpoint:
     quantization_config: dict[str, Any]
     modules: dict[str, WeightFormat]
     _files: dict[str, SafetensorsFile]
-    _gptq: gptq.GPTQLayout | None = None
-    _vptq: Mapping[str, vptq.VPTQLayer] | None = None
+    _reader: Reader | None = None
     _inputs: Mapping[str, native.StoredInput] = field(default_factory=dict)
-    _rounded: bool = False
 
     @property
     def method(self) -> str:
-        """`compressed-tensors`, `lowbit`, `vptq` or `gptq`."""
+        """`compressed-tensors`, `lowbit`, `vptq`, `gptq` or `bitsandbytes`."""
         return str(self.quantization_config["quant_method"])
 
     @property
@@ -302,12 +321,8 @@ class Checkpoint:
         return [f"{path}.{name}" for name in self._suffixes(path) if f"{path}.{name}" in self._files]
 
     def _suffixes(self, path: str) -> tuple[str, ...]:
-        if self._vptq is not None:
-            return vptq.SUFFIXES
-        if self._gptq:
-            return gptq.SUFFIXES
-        if self._rounded:
-            return ct_rounded.SUFFIXES
+        if self._reader is not None:
+            return self._reader.suffixes(path)
         if self._float_layout(path):
             return tuple(ct_floats.tensor_shapes(self.modules[path], 1, 32))
         return (*stored_names(self.modules[path]), *self._inputs.get(path, native.StoredInput()).tensors)
@@ -323,11 +338,8 @@ class Checkpoint:
 
     def shape(self, path: str) -> tuple[int, int]:
         """(N, K) of a quantized module. Errors as `qtensor`; only GPTQ checkpoints have to unpack the weight."""
-        if self._vptq is not None and path in self._vptq:
-            return (self._vptq[path].n, self._vptq[path].k)
-        if self._rounded:
-            n, k = self._files[f"{path}.weight"].header.tensors[f"{path}.weight"].shape
-            return (n, k)
+        if self._reader is not None and path in self.modules and (found := self._reader.shape(path)):
+            return found
         name = f"{path}.weight_shape"
         if name in self._files and self._files[name].header.tensors[name].shape == (2,):
             n, k = (int(d) for d in self.tensor(name))
@@ -344,18 +356,12 @@ class Checkpoint:
         """The quantized weight of a module, exactly as stored.
 
         Raises CheckpointError: LB0113 when its columns are permuted (GPTQ activation order), LB0114 when its tensors
-        do not fit its format.
+        do not fit its format (LB0122 those of bitsandbytes).
         """
         tensors = self.module_tensors(path)
         where = f"{self.folder}: {path}"
-        if self._gptq:
-            fmt = self.modules[path]
-            assert isinstance(fmt, Format)  # as read from the config
-            return gptq.to_qtensor(self._gptq, fmt, tensors, where)
-        if self._vptq is not None:
-            return vptq_tensors.to_vqtensor(self._vptq[path], tensors, where)
-        if self._rounded:
-            return ct_rounded.from_tensors(self.modules[path], tensors, where)
+        if self._reader is not None:
+            return self._reader.weight(path, tensors, where)
         if self._float_layout(path):
             return ct_floats.from_tensors(self.modules[path], tensors, where)
         return ct.from_tensors(self.modules[path], tensors, where)
@@ -368,11 +374,11 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized), GPTQ or VPTQ.
+    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized), GPTQ, VPTQ or bitsandbytes.
 
     Raises CheckpointError: LB0101 no such folder, LB0102 broken file, LB0103 bad index, LB0108 bad config.json, LB0113
     GPTQ of a kind that is not supported, LB0114 not a quantized checkpoint, or one that contradicts itself, LB0118 VPTQ
-    of a kind that is not supported.
+    of a kind that is not supported, LB0122 bitsandbytes of such a kind.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -390,18 +396,26 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         return Checkpoint(folder, config, quant, own, files, _inputs=inputs)
     if method == "compressed-tensors":
         if (found := ct_rounded.formats_from_config(quant, _scale_dtypes(files), str(folder))) is not None:
-            return Checkpoint(folder, config, quant, found[0], files, _inputs=found[1], _rounded=True)
+            weights = {path: f"{path}.weight" for path in found[0] if f"{path}.weight" in files}
+            shapes = {path: files[name].header.tensors[name].shape for path, name in weights.items()}
+            return Checkpoint(
+                folder, config, quant, found[0], files, ct_rounded.RoundedReader(found[0], shapes), found[1]
+            )
         return Checkpoint(folder, config, quant, _ct_formats(folder, quant, files), files)
     if method == "gptq":
         layout = gptq.layout(quant, str(folder))
-        return Checkpoint(folder, config, quant, {**gptq.formats(layout, files, str(folder))}, files, layout)
+        scalar = gptq.formats(layout, files, str(folder))
+        return Checkpoint(folder, config, quant, {**scalar}, files, gptq.GPTQReader(layout, scalar))
     if method == "vptq":
         layers = _vptq_layers(folder, quant, files)
         formats: dict[str, WeightFormat] = {path: layer.fmt for path, layer in layers.items()}
-        return Checkpoint(folder, config, quant, formats, files, None, layers)
+        return Checkpoint(folder, config, quant, formats, files, vptq_tensors.VPTQReader(layers))
+    if method == "bitsandbytes":
+        reader, found_formats = bitsandbytes.read_layers(files, str(folder))
+        return Checkpoint(folder, config, quant, found_formats, files, reader)
     raise CheckpointError(
         "LB0114", f"quantization method {str(method)[:40]!r} is not supported", where=str(folder),
-        hint="lowbit reads lowbit, compressed-tensors (pack-quantized), gptq and vptq checkpoints",
+        hint="lowbit reads lowbit, compressed-tensors (pack-quantized), gptq, vptq and bitsandbytes checkpoints",
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ every layer is `int8.ch.sym` with `int8.token`, or `e4m3.ch` with `e4m3.token`, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lowbit.quantizers.weights import QWeight
 
 __all__ = [
     "SUFFIXES",
+    "RoundedReader",
     "can_hold",
     "formats_from_config",
     "from_tensors",
@@ -67,6 +69,27 @@ def to_tensors(q: QWeight) -> dict[str, torch.Tensor]:
     else:
         weight = q.codes.view(torch.float8_e4m3fn)
     return {"weight": weight.contiguous(), "weight_scale": q.scale.contiguous()}
+
+
+@dataclass(frozen=True)
+class RoundedReader:
+    """Tensors of each layer -> its weight. formats, shapes: by module path; shapes of the stored `weight`."""
+
+    formats: Mapping[str, WeightFormat]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def suffixes(self, path: str) -> tuple[str, ...]:
+        """Names of a module's tensors."""
+        return SUFFIXES
+
+    def shape(self, path: str) -> tuple[int, int] | None:
+        """(N, K), None where `weight` is no matrix or not there, which `weight` refuses."""
+        n, k, *rest = (*self.shapes.get(path, ()), 0, 0)
+        return (n, k) if len(rest) == 2 else None
+
+    def weight(self, path: str, tensors: Mapping[str, torch.Tensor], where: str) -> QTensor:
+        """As `from_tensors`."""
+        return from_tensors(self.formats[path], tensors, where)
 
 
 def from_tensors(fmt: WeightFormat, tensors: Mapping[str, torch.Tensor], where: str) -> QTensor:

@@ -22,7 +22,7 @@ from lowbit.quantizers.bitstream import pack_bits, unpack_bits
 from lowbit.quantizers.formats import WIDE_DTYPES, Format, Granularity, IntElement
 from lowbit.quantizers.qtensor import QTensor
 
-__all__ = ["SUFFIXES", "GPTQLayout", "formats", "layout", "to_qtensor", "unpack"]
+__all__ = ["SUFFIXES", "GPTQLayout", "GPTQReader", "formats", "layout", "to_qtensor", "unpack"]
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 """Names of a module's tensors; g_idx may be absent."""
@@ -38,6 +38,26 @@ class GPTQLayout:
     group: int
     symmetric: bool
     zero_offset: int
+
+
+@dataclass(frozen=True)
+class GPTQReader:
+    """Tensors of each layer -> its weight. formats: by module path."""
+
+    layout: GPTQLayout
+    formats: Mapping[str, Format]
+
+    def suffixes(self, path: str) -> tuple[str, ...]:
+        """Names of a module's tensors."""
+        return SUFFIXES
+
+    def shape(self, path: str) -> tuple[int, int] | None:
+        """None: the weight has to be unpacked."""
+        return None
+
+    def weight(self, path: str, tensors: Mapping[str, torch.Tensor], where: str) -> QTensor:
+        """As `to_qtensor`."""
+        return to_qtensor(self.layout, self.formats[path], tensors, where)
 
 
 def layout(config: Mapping[str, Any], where: str) -> GPTQLayout:

@@ -10,18 +10,19 @@ own order. Unpacked files have `indices` and `res_indices` [G, vectors, columns]
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowbit.compiler.errors import CheckpointError
-from lowbit.compiler.io.vptq import VPTQLayer
+from lowbit.compiler.io.vptq import SUFFIXES, VPTQLayer
 from lowbit.quantizers.bitstream import unpack_bits
 from lowbit.quantizers.formats import VectorFormat, WeightFormat
 from lowbit.quantizers.vqtensor import VQTensor
 from lowbit.quantizers.weights import QWeight, stored, stored_shapes
 
-__all__ = ["tensor_shapes", "to_tensors", "to_vqtensor"]
+__all__ = ["VPTQReader", "tensor_shapes", "to_tensors", "to_vqtensor"]
 
 _NAMES = {
     "indices": "indices",
@@ -67,6 +68,25 @@ def _their_shape(fmt: VectorFormat, name: str, shape: tuple[int, ...]) -> tuple[
     if name == "outlier_centroids":
         return (1, shape[0] * shape[1])
     return (1, *shape) if name == "outlier_indices" else shape
+
+
+@dataclass(frozen=True)
+class VPTQReader:
+    """Tensors of each layer -> its weight. layers: by module path."""
+
+    layers: Mapping[str, VPTQLayer]
+
+    def suffixes(self, path: str) -> tuple[str, ...]:
+        """Names of a module's tensors."""
+        return SUFFIXES
+
+    def shape(self, path: str) -> tuple[int, int] | None:
+        """(N, K)."""
+        return (self.layers[path].n, self.layers[path].k)
+
+    def weight(self, path: str, tensors: Mapping[str, Tensor], where: str) -> VQTensor:
+        """As `to_vqtensor`."""
+        return to_vqtensor(self.layers[path], tensors, where)
 
 
 def to_vqtensor(layer: VPTQLayer, tensors: Mapping[str, Tensor], where: str) -> VQTensor:
