@@ -68,7 +68,9 @@ class BitsAndBytesReader:
         return _four(fmt, self.states[path], tensors, where) if path in self.states else _eight(fmt, tensors, where)
 
 
-def read_layers(files: Mapping[str, SafetensorsFile], where: str) -> tuple[BitsAndBytesReader, dict[str, WeightFormat]]:
+def read_layers(
+    config: Mapping[str, Any], files: Mapping[str, SafetensorsFile], where: str
+) -> tuple[BitsAndBytesReader, dict[str, WeightFormat]]:
     """All quantized layers; raises CheckpointError (LB0122) for kinds that are not supported."""
     formats: dict[str, Format] = {}
     states: dict[str, _Block4] = {}

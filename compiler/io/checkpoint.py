@@ -20,7 +20,17 @@ from typing import Any, Literal, Protocol, cast
 import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
-from lowbit.compiler.io import bitsandbytes, ct_floats, ct_rounded, gptq, native, vptq, vptq_tensors
+from lowbit.compiler.io import (
+    awq,
+    bitsandbytes,
+    block_fp8,
+    ct_floats,
+    ct_rounded,
+    gptq,
+    native,
+    vptq,
+    vptq_tensors,
+)
 from lowbit.compiler.io import compressed_tensors as ct
 from lowbit.compiler.io.card import model_card
 from lowbit.compiler.io.safetensors_file import SafetensorsFile
@@ -279,6 +289,9 @@ class Reader(Protocol):
         """The weight, exactly as stored; CheckpointError for tensors that do not fit."""
 
 
+_Found = tuple[Reader, dict[str, WeightFormat]]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A quantized checkpoint on disk, whose headers are validated and whose tensors are read on request.
@@ -296,7 +309,7 @@ class Checkpoint:
 
     @property
     def method(self) -> str:
-        """`compressed-tensors`, `lowbit`, `vptq`, `gptq` or `bitsandbytes`."""
+        """`compressed-tensors`, `lowbit`, `vptq`, `gptq`, `awq`, `bitsandbytes` or `fp8`."""
         return str(self.quantization_config["quant_method"])
 
     @property
@@ -356,7 +369,7 @@ class Checkpoint:
         """The quantized weight of a module, exactly as stored.
 
         Raises CheckpointError: LB0113 when its columns are permuted (GPTQ activation order), LB0114 when its tensors
-        do not fit its format (LB0122 those of bitsandbytes).
+        do not fit its format, or the code of its layout (`read_checkpoint`).
         """
         tensors = self.module_tensors(path)
         where = f"{self.folder}: {path}"
@@ -373,12 +386,22 @@ class Checkpoint:
         return {name.removeprefix(f"{path}."): self.tensor(name) for name in self.module_names(path)}
 
 
+_READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, SafetensorsFile], str], _Found]] = {
+    "awq": awq.read_layers,
+    "bitsandbytes": bitsandbytes.read_layers,
+    "fp8": block_fp8.read_layers,
+    "gptq": gptq.read_layers,
+}
+"""quantization_config, files and folder -> the layers' reader and their formats, by quantization method."""
+
+
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized), GPTQ, VPTQ or bitsandbytes.
+    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized), GPTQ, AWQ, VPTQ, bitsandbytes or FP8
+    in blocks.
 
     Raises CheckpointError: LB0101 no such folder, LB0102 broken file, LB0103 bad index, LB0108 bad config.json, LB0113
     GPTQ of a kind that is not supported, LB0114 not a quantized checkpoint, or one that contradicts itself, LB0118 VPTQ
-    of a kind that is not supported, LB0122 bitsandbytes of such a kind.
+    of a kind that is not supported, LB0122 AWQ, bitsandbytes or FP8 of such a kind.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -402,20 +425,16 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
                 folder, config, quant, found[0], files, ct_rounded.RoundedReader(found[0], shapes), found[1]
             )
         return Checkpoint(folder, config, quant, _ct_formats(folder, quant, files), files)
-    if method == "gptq":
-        layout = gptq.layout(quant, str(folder))
-        scalar = gptq.formats(layout, files, str(folder))
-        return Checkpoint(folder, config, quant, {**scalar}, files, gptq.GPTQReader(layout, scalar))
     if method == "vptq":
         layers = _vptq_layers(folder, quant, files)
         formats: dict[str, WeightFormat] = {path: layer.fmt for path, layer in layers.items()}
         return Checkpoint(folder, config, quant, formats, files, vptq_tensors.VPTQReader(layers))
-    if method == "bitsandbytes":
-        reader, found_formats = bitsandbytes.read_layers(files, str(folder))
+    if method in _READERS:
+        reader, found_formats = _READERS[method](quant, files, str(folder))
         return Checkpoint(folder, config, quant, found_formats, files, reader)
     raise CheckpointError(
         "LB0114", f"quantization method {str(method)[:40]!r} is not supported", where=str(folder),
-        hint="lowbit reads lowbit, compressed-tensors (pack-quantized), gptq, vptq and bitsandbytes checkpoints",
+        hint=f"lowbit reads checkpoints of lowbit, compressed-tensors, vptq, {', '.join(_READERS)}",
     )  # fmt: skip
 
 

@@ -19,10 +19,10 @@ import torch
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.safetensors_file import SafetensorsFile
 from lowbit.quantizers.bitstream import pack_bits, unpack_bits
-from lowbit.quantizers.formats import WIDE_DTYPES, Format, Granularity, IntElement
+from lowbit.quantizers.formats import WIDE_DTYPES, Format, Granularity, IntElement, WeightFormat
 from lowbit.quantizers.qtensor import QTensor
 
-__all__ = ["SUFFIXES", "GPTQLayout", "GPTQReader", "formats", "layout", "to_qtensor", "unpack"]
+__all__ = ["SUFFIXES", "GPTQLayout", "GPTQReader", "formats", "layout", "read_layers", "to_qtensor", "unpack"]
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 """Names of a module's tensors; g_idx may be absent."""
@@ -94,6 +94,15 @@ def formats(layout: GPTQLayout, files: Mapping[str, SafetensorsFile], where: str
             raise _refused(f"scales are {dtype}, not a float type", f"{where}: {path}")
         found[path] = Format(IntElement(layout.bits, layout.symmetric), granularity, names[dtype])
     return found
+
+
+def read_layers(
+    config: Mapping[str, Any], files: Mapping[str, SafetensorsFile], where: str
+) -> tuple[GPTQReader, dict[str, WeightFormat]]:
+    """All quantized layers; raises CheckpointError as `layout` and `formats`."""
+    found = layout(config, where)
+    reader = GPTQReader(found, formats(found, files, where))
+    return reader, dict(reader.formats)
 
 
 def unpack(

@@ -65,7 +65,7 @@ def layers(tensors: Tensors, folder: Path) -> QTensor:
     path = folder / "model.safetensors"
     save_file({f"layer.{name}": t.contiguous() for name, t in tensors.items()}, path)
     file = SafetensorsFile(path)
-    reader, _ = read_layers(dict.fromkeys((f"layer.{name}" for name in tensors), file), "x")
+    reader, _ = read_layers({}, dict.fromkeys((f"layer.{name}" for name in tensors), file), "x")
     return reader.weight("layer", tensors, "x")
 
 
