@@ -4,7 +4,7 @@ byte dot products want, and register tiles of tokens x panels run over it, as th
 from __future__ import annotations
 
 from lowbit.codegen.cpp.bytes_plan import BLOCK, BytesPlan
-from lowbit.codegen.cpp.bytes_steps import Operand, add_function, block_pointers, book_of, columns_loop
+from lowbit.codegen.cpp.bytes_steps import Operands, add_function, block_pointers, book_of, columns_loop
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.products import LevelProducts
 from lowbit.codegen.cpp.sides import dispatch, indent
@@ -48,8 +48,9 @@ def _decode(plan: BytesPlan, part: Part, book: Book) -> str:
     """`decode_<book>`: the blocks of a unit over the columns of chunk `c`, as [step][panel][row][column]."""
     many, operands, stride = plan.many(part), plan.operands(part), plan.part_panels(part) * BLOCK
 
-    def use(operand: Operand) -> list[str]:
-        return [*(f"vstore(to + {BLOCK * i}, {operand(i)});" for i in range(operands)), f"to += {stride};"]
+    def use(made: Operands) -> list[str]:
+        stores = [f"vstore(to + {BLOCK * i}, {operand});" for i, operand in made.made.items()]
+        return [*stores, *([f"to += {stride};"] if operands - 1 in made.made else [])]
 
     start = sum(p.columns for p in plan.parts if p.chunk < part.chunk)
     lines = [
@@ -63,7 +64,7 @@ def _decode(plan: BytesPlan, part: Part, book: Book) -> str:
         f"if (v >= tiles_{part.name}[segment] * {TILE}) break;",
         *block_pointers(part, book, "column"),
         f"uint8_t* to = buffer + b * {operands * BLOCK};",
-        *columns_loop(plan, part, book, use),
+        *columns_loop(plan, part, book, range(operands), use),
     ]
     return indent([*lines, "}", "}"])
 

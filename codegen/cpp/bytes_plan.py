@@ -11,23 +11,23 @@ from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan, lanes_o
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import CHUNK_BLOCKS, KernelSpec
 
-__all__ = ["BLOCK", "PERMUTED", "BytesPlan", "table_bytes", "table_row", "vector_plan"]
+__all__ = ["BLOCK", "PERMUTED", "BytesPlan", "pair_bytes", "table_bytes", "vector_plan"]
 
 BLOCK = 64
 """Bytes of a vector register: one column of 4 to 16 vectors, whose rows are padded to 4, 8 or 16 bytes."""
 
-PERMUTED = {"avx512vbmi": 256, "avx512vnni": 64, "avx512": 64, "avx2vnni": 64, "avx2": 64}
-"""The most centroids that permutes of registers look up, by instruction set (`entry_of` in `text/bytes_*.h`)."""
+PERMUTED = {"avx512vbmi": 256, "avx512vnni": 256, "avx512": 256, "avx2vnni": 64, "avx2": 64}
+"""The most centroids that permutes of registers look up, by instruction set (`pair_of` in `text/bytes_*.h`)."""
 
 
-def table_row(book: Book) -> int:
-    """Bytes of one coordinate of all centroids in a table that permutes read."""
-    return align(book.size)
+def pair_bytes(book: Book) -> int:
+    """Bytes of two coordinates of all centroids in the tables that permutes read."""
+    return 2 * align(book.size)
 
 
 def table_bytes(book: Book) -> int:
-    """Bytes of the tables of one codebook, a coordinate behind the other."""
-    return book.dim * table_row(book)
+    """Bytes of the tables of one codebook: pairs of coordinates, the last of which may be half empty."""
+    return math.ceil(book.dim / 2) * pair_bytes(book)
 
 
 def vector_plan(spec: KernelSpec, schedule: Schedule) -> VectorPlan:
@@ -44,7 +44,7 @@ class BytesPlan(VectorPlan):
     Parts with small codebooks may be *permuted*: a block then is 16 vectors, whose centroids are looked up coordinate
     by coordinate in tables (`text/bytes_permute.h`), and every coordinate is a panel. Schedule fields, besides those of
     every kernel: extra `permute`: the most centroids of codebooks that are looked up so, 0 for none. tile_n of direct
-    kernels: 16 rows for each coordinate that a permuted part sums up at a time.
+    kernels: 16 rows for each coordinate that a permuted part sums up at a time, in pairs, which may share a lookup.
     """
 
     @property
@@ -79,9 +79,12 @@ class BytesPlan(VectorPlan):
         return part.dim if self.permuted(part) else BLOCK // PANEL
 
     def sweeps(self, part: Part) -> tuple[range, ...]:
-        """The operands that a direct kernel sums up at a time: as even as possible."""
-        most = self.np if self.permuted(part) else BLOCK // PANEL
-        return tuple(range(a, b) for a, b in pairwise(_even(self.operands(part), most)))
+        """The operands that a direct kernel sums up at a time: as even as possible, permuted ones in pairs."""
+        total = self.operands(part)
+        if not self.permuted(part):
+            return (range(total),)
+        most = math.ceil(total / 2) if self.np >= total else max(1, self.np // 2)
+        return tuple(range(2 * a, min(2 * b, total)) for a, b in pairwise(_even(math.ceil(total / 2), most)))
 
     def copy_bytes(self, book: Book) -> int:
         permuted = any(book in part.books and self.permuted(part) for part in self.parts)

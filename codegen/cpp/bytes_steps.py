@@ -2,24 +2,31 @@
 
 Four columns of a block are one step: 64 bytes of centroids each, brought together by eight shuffles to the operands of
 four byte dot products (`text/vector_bytes.h`); or, in permuted parts, an operand for every coordinate, whose bytes are
-looked up by permutes (`text/bytes_permute.h`).
+looked up by permutes, of two coordinates at a time (`text/bytes_permute.h`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from lowbit.codegen.cpp.bytes_plan import BytesPlan, table_bytes, table_row
+from lowbit.codegen.cpp.bytes_plan import BytesPlan, pair_bytes, table_bytes
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.sides import indent
 from lowbit.codegen.cpp.vector_direct import unit_texts
 from lowbit.codegen.cpp.vector_lookup import first_tiles
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part
 
-__all__ = ["Operand", "add_function", "block_pointers", "book_of", "bytes_direct_text", "columns_loop"]
+__all__ = ["Operands", "add_function", "block_pointers", "book_of", "bytes_direct_text", "columns_loop"]
 
-Operand = Callable[[int], str]
-"""The expression of a step's operand, by its number."""
+
+@dataclass(frozen=True)
+class Operands:
+    """Operands of a step that are made together: statements before them, then expressions by their numbers."""
+
+    lines: tuple[str, ...]
+    made: dict[int, str]
+
 
 _AHEAD = 1024
 """Bytes of indices that are fetched ahead."""
@@ -58,15 +65,15 @@ def book_of(plan: BytesPlan, part: Part, book: Book, group: str) -> list[str]:
 
 
 def columns_loop(
-    plan: BytesPlan, part: Part, book: Book, use: Callable[[Operand], list[str]], ahead: bool = True
+    plan: BytesPlan, part: Part, book: Book, wanted: range, use: Callable[[Operands], list[str]], ahead: bool = True
 ) -> list[str]:
-    """What `use` makes of the operands, for every four of the `n` columns from `p` and `q` on; missing columns of the
-    last step have bytes 0, whatever they meet. ahead: fetch indices."""
-    lookup = _permutes if plan.permuted(part) else _loads
+    """What `use` makes of the `wanted` operands, in turn of those that are made together, for every four of the `n`
+    columns from `p` and `q` on; missing columns of the last step have bytes 0, whatever they meet. ahead: fetch
+    indices."""
 
     def step(left: bool) -> list[str]:
-        lines, operand = lookup(part, book, left)
-        return [*lines, *use(operand)]
+        lines, groups = _permutes(book, wanted, left) if plan.permuted(part) else _loads(part, wanted, left)
+        return [*lines, *(line for group in groups for line in ("{", *group.lines, *use(group), "}"))]
 
     # Hardware follows the streams of indices within a page.
     streams = ("p", "q") if plan.many(part) > TILE else ("p",)
@@ -79,25 +86,27 @@ def columns_loop(
     ]
 
 
-def _loads(part: Part, book: Book, left: bool) -> tuple[list[str], Operand]:
-    """Statements before a step's operands, and how these are called: centroids loaded one by one."""
+def _loads(part: Part, wanted: range, left: bool) -> tuple[list[str], list[Operands]]:
+    """Statements before a step's operands, and these: centroids loaded one by one."""
     lines = []
     for j in range(4):
         value = f"centroids<{part.lanes}>(book, p + {TILE * j}, q + {TILE * j})"
         lines.append(f"const V c{j} = {f'left > {j} ? {value} : vzero()' if left and j else value};")
-    return [*lines, "const Quads w = quads(c0, c1, c2, c3);"], "w.w[{}]".format
+    quads = "const Quads w = quads(c0, c1, c2, c3);"
+    return lines, [Operands((quads,), {i: f"w.w[{i}]" for i in wanted})]
 
 
-def _permutes(part: Part, book: Book, left: bool) -> tuple[list[str], Operand]:
-    """The same of permutes: an operand is looked up where it is used, which leaves registers to sums."""
+def _permutes(book: Book, wanted: range, left: bool) -> tuple[list[str], list[Operands]]:
+    """The same of permutes: operands are looked up where they are used, which leaves registers to sums."""
     lines = [f"const V index = by_vector(p, q{', left' if left else ''});"]
     lines += ["const V kept = columns_of(left);"] if left else []
-
-    def operand(i: int) -> str:
-        found = f"entry_of<{book.size}, {i * table_row(book)}>(index, book)"
-        return f"vand(kept, {found})" if left else found
-
-    return lines, operand
+    groups = []
+    for first in wanted[::2]:
+        table = f"{book.size}, {first // 2 * pair_bytes(book)}"
+        found = {i: f"operand_of<{table}, {i % 2}>(found, book)" for i in wanted if i // 2 == first // 2}
+        made = {i: f"vand(kept, {value})" if left else value for i, value in found.items()}
+        groups.append(Operands((f"const auto found = pair_of<{table}>(index, book);",), made))
+    return lines, groups
 
 
 def _pass(plan: BytesPlan, part: Part, book: Book, height: int) -> str:
@@ -135,29 +144,29 @@ def _sweep(plan: BytesPlan, part: Part, book: Book, height: int, sweep: range) -
     cells, digits = [(i, m) for m in range(height) for i in sweep], range(plan.digits)
     lines = [f"V a{i}_{m}_{d} = {_start(plan, m, d)};" for i, m in cells for d in digits]
 
-    def use(operand: Operand) -> list[str]:
-        return _products(plan, height, sweep, operand, plan.permuted(part))
+    def use(operands: Operands) -> list[str]:
+        return _products(plan, height, operands, plan.permuted(part))
 
-    lines += columns_loop(plan, part, book, use, ahead=not sweep.start)
+    lines += columns_loop(plan, part, book, sweep, use, ahead=not sweep.start)
     for i, m in cells:
         exact = f"a{i}_{m}_0" if plan.digits == 1 else f"vadd(shl<8>(a{i}_{m}_0), a{i}_{m}_1)"
         lines.append(f"y{i}_{m} = fma_(fmul(cvt({exact}), fset1(a.xs[at + {m}])), scale, y{i}_{m});")
     return lines
 
 
-def _products(plan: BytesPlan, height: int, sweep: range, operand: Operand, one_by_one: bool) -> list[str]:
+def _products(plan: BytesPlan, height: int, operands: Operands, one_by_one: bool) -> list[str]:
     """Operands times the activations of four columns: operands in turn where they come `one_by_one`, else these."""
     lines: list[str] = []
     rows = [(m, d) for m in range(height) for d in range(plan.digits)]
     u = {(m, d): f"const V u{m}_{d} = bcast4(x + k + {m * plan.token_stride + d * plan.chunk_cols});" for m, d in rows}
     if one_by_one:
         lines += u.values()
-        for i in sweep:
-            lines += ["{", f"const V w = {operand(i)};"]
+        for i, operand in operands.made.items():
+            lines += ["{", f"const V w = {operand};"]
             lines += [*(f"a{i}_{m}_{d} = dot(a{i}_{m}_{d}, w, u{m}_{d});" for m, d in rows), "}"]
         return lines
     for m, d in rows:
-        dots = (f"a{i}_{m}_{d} = dot(a{i}_{m}_{d}, {operand(i)}, u{m}_{d});" for i in sweep)
+        dots = (f"a{i}_{m}_{d} = dot(a{i}_{m}_{d}, {w}, u{m}_{d});" for i, w in operands.made.items())
         lines += ["{", u[m, d], *dots, "}"]
     return lines
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowbit.codegen.cpp.assemble import Pieces, assemble
 from lowbit.codegen.cpp.bytes_panels import bytes_panels_text
-from lowbit.codegen.cpp.bytes_plan import BytesPlan, table_row
+from lowbit.codegen.cpp.bytes_plan import BytesPlan, table_bytes
 from lowbit.codegen.cpp.bytes_steps import bytes_direct_text
 from lowbit.codegen.cpp.rounding import rounding_macros, rounding_types
 from lowbit.codegen.cpp.sides import indent
@@ -152,9 +152,9 @@ def _widen(book: Book) -> list[str]:
 def _sort(book: Book) -> list[str]:
     """Table `i`, of one coordinate."""
     return [
-        f"const uint8_t* from = a.{book.name} + i / {book.dim} * {book.size * book.lanes} + i % {book.dim};",
-        f"uint8_t* to = a.table_{book.name} + i * {table_row(book)};",
-        f"for (int j = 0; j < {book.size}; ++j) to[j] = from[j * {book.lanes}];",
+        f"const int64_t at = i / {book.dim}, e = i % {book.dim};",
+        f"const uint8_t* from = a.{book.name} + at * {book.size * book.lanes} + e;",
+        f"put_table<{book.size}, {book.lanes}>(a.table_{book.name} + at * {table_bytes(book)}, e, from);",
     ]
 
 

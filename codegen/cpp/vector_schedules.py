@@ -67,7 +67,7 @@ def _bytes_predict(plan: BytesPlan, arch: str, m: int) -> float:
         reuse = math.ceil(m / (plan.tokens if plan.buffered else plan.tile_m))
         if plan.permuted(part):
             cycles += vectors / BLOCK * sum(_permute_cycles(plan, part, book, arch, m) for book in part.books)
-            cycles += sum(0.6 * book.count * book.size * book.dim for book in part.books)  # made into tables
+            cycles += sum(_table_cycles(book, arch) for book in part.books)
             continue
         for book in part.books:
             nbytes = book.size * book.lanes
@@ -87,19 +87,44 @@ def _dot_cycles(arch: str) -> float:
 def _permute_cycles(plan: BytesPlan, part: Part, book: Book, arch: str, m: int) -> float:
     """Cycles of one step of 64 indices, for all tokens: sorting, lookups, products; or reading the indices.
 
-    A shuffle of bytes takes 16 entries, on VBMI 64; on AVX2 it is two halves, for which indices are prepared. Fitted to
-    4096x4096 with 1 to 32 tokens on Cascade Lake, except for VBMI, which was not measured.
+    Fitted to 4096x4096 with 1 to 32 tokens (words: 1 to 16) on Cascade Lake, except for VBMI, which was not measured.
     """
-    cpu = MACHINES[arch]
-    wide = cpu.sums > 8
-    pieces = math.ceil(book.size / (64 if arch == "avx512vbmi" else 16))
-    sort = 3.0 + math.log2(pieces) if wide else 2.0 + pieces
-    each = float(pieces) if wide else 2.5 * pieces - 1.6
+    cpu, words = MACHINES[arch], _words(book, arch)
+    sort, each = _found_cycles(book, arch)
     tiles = math.ceil(m / (plan.tokens if plan.buffered else plan.tile_m))
-    looked = sort + (each + 2.0) * part.dim if plan.buffered else sort * len(plan.sweeps(part)) + each * part.dim
-    products = m * plan.digits * part.dim * _dot_cycles(arch)
-    compute, memory = tiles * looked + products, BLOCK / cpu.bandwidth * cpu.ghz
+    coordinates = math.ceil(part.dim / 2) * 2 if words else part.dim
+    if plan.buffered:
+        looked = sort + (1.25 if words else 1.0) * each * coordinates + 2.0 * part.dim
+    else:
+        looked = sort * len(plan.sweeps(part)) + each * coordinates
+    # Permutes of words leave no unit free, which products could have for themselves.
+    product = _dot_cycles(arch) + (0.65 if words and not plan.buffered else 0.0)
+    compute, memory = tiles * looked + m * plan.digits * part.dim * product, BLOCK / cpu.bandwidth * cpu.ghz
     return max(compute, memory) + 0.25 * min(compute, memory)
+
+
+def _table_cycles(book: Book, arch: str) -> float:
+    """Cycles of making codebooks into tables."""
+    return (1.5 if _words(book, arch) else 0.6) * book.count * book.size * book.dim
+
+
+def _words(book: Book, arch: str) -> bool:
+    """Whether a codebook's tables are of words (`kByteEntries` in `text/bytes_avx512.h`)."""
+    return arch in ("avx512vnni", "avx512") and book.size > 64
+
+
+def _found_cycles(book: Book, arch: str) -> tuple[float, float]:
+    """Cycles of sorting one step's indices, and of looking up one coordinate.
+
+    A shuffle of bytes takes 16 entries, on VBMI 64; on AVX2 it is two halves, for which indices are prepared. A permute
+    of words takes 64 and is three instructions; four of them find half the bytes of two coordinates among 256.
+    """
+    if _words(book, arch):
+        return 6.3, 2.33 * math.ceil(book.size / 64)
+    pieces = math.ceil(book.size / (64 if arch == "avx512vbmi" else 16))
+    if MACHINES[arch].sums > 8:
+        return 3.0 + math.log2(pieces), float(pieces)
+    return 2.0 + pieces, 2.5 * pieces - 1.6
 
 
 def vector_predict(plan: VectorPlan, arch: str, m: int) -> float:

@@ -37,10 +37,14 @@ template <int FIRST> LB_INLINE __m256i among(__m256i index) {
   const __m256i from = FIRST ? _mm256_xor_si256(index, _mm256_set1_epi8(FIRST)) : index;
   return _mm256_adds_epu8(from, _mm256_set1_epi8(0x70));
 }
+// The most entries of a table; and what is looked up for two neighbouring coordinates at once, whose tables are at
+// book + AT: nothing.
+constexpr int kByteEntries = 64;
+template <int SIZE, int AT> LB_INLINE V pair_of(V index, const uint8_t*) { return index; }
 // The entry that each byte of `index` chooses from the SIZE at book + AT, 16 at a time, from FIRST on; there are none
 // behind.
 template <int SIZE, int AT, int FIRST = 0> LB_INLINE V entry_of(V index, const uint8_t* book) {
-  static_assert(SIZE <= 64, "for more entries loads are the shorter way");
+  static_assert(SIZE <= kByteEntries, "for more entries loads are the shorter way");
   if constexpr (SIZE <= 16) {
     return lookup(index, book + AT);
   } else {

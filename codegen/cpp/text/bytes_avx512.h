@@ -64,10 +64,12 @@ template <int AT> LB_INLINE V in_lanes(const uint8_t* book) {
   asm("vbroadcasti32x4 %c2(%1), %0" : "=v"(x) : "r"(book), "i"(AT), "m"(*(const uint8_t(*)[AT + 16])book));
   return x;
 }
+// The most entries of a table of bytes; those of larger tables are words, of two coordinates.
+constexpr int kByteEntries = LB_VBMI ? 256 : 64;
 // The entry that each byte of `index` chooses from the SIZE at book + AT; there are none behind. Shuffles ignore bits 4
 // to 6 of an index.
 template <int SIZE, int AT> LB_INLINE V entry_of(V index, const uint8_t* book) {
-  static_assert(SIZE <= (LB_VBMI ? 256 : 64), "more entries than bits of an index choose from");
+  static_assert(SIZE <= kByteEntries, "more entries than bits of an index choose from");
 #if LB_VBMI
   if constexpr (SIZE > 128) {
     return pick<7>(index, entry_of<128, AT>(index, book), entry_of<128, AT + 128>(index, book));
@@ -85,4 +87,43 @@ template <int SIZE, int AT> LB_INLINE V entry_of(V index, const uint8_t* book) {
   }
 #endif
   return _mm512_shuffle_epi8(in_lanes<AT>(book), index);
+}
+
+// The word that the low byte of each word of `index` chooses from the SIZE at book + AT, more than 64. Permutes read
+// six bits of an index, so each finds one of 64 words. Where bit 6 or 7 is set, other words are not chosen, which would
+// take a blend each, but differences from the words so far are added without carry (`put_table`), three terms at once.
+template <int SIZE, int AT> LB_INLINE V words_of(V index, const uint8_t* book) {
+  const auto has = [&](int bit) __attribute__((always_inline)) {
+    return _mm512_test_epi16_mask(index, _mm512_set1_epi16(short(1 << bit)));
+  };
+  const auto piece = [&](__mmask32 chosen, int i) __attribute__((always_inline)) {
+    const uint8_t* words = book + AT + 128 * i;
+    return _mm512_maskz_permutex2var_epi16(chosen, vload(words), index, vload(words + 64));
+  };
+  const V first = _mm512_permutex2var_epi16(vload(book + AT), index, vload(book + AT + 64)), six = piece(has(6), 1);
+  if constexpr (SIZE <= 128) {
+    return _mm512_xor_si512(first, six);
+  } else {
+    const V three = _mm512_ternarylogic_epi32(first, six, piece(has(7), 2), 0x96);
+    return _mm512_xor_si512(three, piece(has(6) & has(7), 3));
+  }
+}
+// Two coordinates of a step: words found for the first and third columns, and for the others.
+struct Words {
+  V even, odd;
+};
+// What is looked up for two neighbouring coordinates at once, whose tables are at book + AT: nothing in tables of
+// bytes, which are of one coordinate each.
+template <int SIZE, int AT> LB_INLINE auto pair_of(V index, [[maybe_unused]] const uint8_t* book) {
+  if constexpr (SIZE <= kByteEntries) {
+    return index;
+  } else {
+    return Words{words_of<SIZE, AT>(index, book), words_of<SIZE, AT>(_mm512_srli_epi16(index, 8), book)};
+  }
+}
+// The operand of the first or second of them.
+template <int SIZE, int AT, int SECOND> LB_INLINE V operand_of(Words found, const uint8_t*) {
+  const V low = set1(0x00ff00ffu);
+  return SECOND ? _mm512_ternarylogic_epi32(found.odd, low, _mm512_srli_epi16(found.even, 8), 0xBA)
+                : and_or(found.even, low, _mm512_slli_epi16(found.odd, 8));
 }

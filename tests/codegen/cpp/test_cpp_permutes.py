@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ needs_vnni = pytest.mark.skipif(
 )
 # Format, products, segments, K, schedule without `permute`. Between them: tables of one and of several registers, of
 # one to sixteen coordinates, sums of some coordinates at a time, residual codebooks, column groups, outliers that are
-# looked up the other way, both norms, gate and up, odd shapes, one and two digits, both kernel shapes.
+# looked up the other way, both norms, gate and up, odd shapes, one and two digits, both kernel shapes; and, without
+# VBMI, tables of words, of an odd number of coordinates too, beside tables of bytes.
 SMALL = [
     ("vq.d6.k64.r16.c4.o9v13k512.cn.s8", "int16", (131,), 333, Schedule(2, 64)),
     ("vq.d4.k16.rn.s8", "int8", (41, 41), 67, Schedule(1, 64)),
@@ -32,6 +34,8 @@ SMALL = [
 ]
 LARGE = [
     ("vq.d6.k256.r64.c4.o9v13k128.cn.s8", "int8", (131,), 333, Schedule(2, 64)),
+    ("vq.d5.k128.r256.o3pv3k256.s8", "int8", (103,), 130, Schedule(3, 64).with_extra(buffered=1, tokens=192)),
+    ("vq.d3.k256.rn.s8", "int8", (41, 41), 67, Schedule(1, 32)),
     ("vq.d8.k256.s8", "int16", (300,), 71, Schedule(6, 64).with_extra(buffered=1, tokens=192)),
     ("vq.d2.k128.r256.s8", "int8", (100,), 90, Schedule(1, 32)),
     ("vq.d4.k256.o5v8k512.rn.s8", "int16", (82,), 66, Schedule(1, 64)),
@@ -49,6 +53,12 @@ def jobs_of(case: Any, arch: str) -> list[Job]:
     assert BytesPlan(spec, permutes).permutes
     assert not BytesPlan(spec, loads).permutes
     return [Job(spec, arch, 1, schedule) for schedule in (permutes, loads)]
+
+
+def words_of(case: Any) -> list[Job]:
+    """The kernel of a case by permutes of words, and the same for many tokens."""
+    (job, _), many = jobs_of(case, "avx512vnni"), Schedule(3, 64).with_extra(buffered=1, tokens=192, permute=256)
+    return [job, replace(job, schedule=many)]
 
 
 def check(runs: list[Any], job: Job) -> None:
@@ -98,12 +108,24 @@ def compare(cases: list[Any], arch: str) -> None:
 @pytest.mark.parametrize(
     "cases", [LARGE[:QUICK], pytest.param(LARGE[QUICK:], marks=pytest.mark.slow)], ids=["some", "others"]
 )
-def test_permutes_of_vbmi_emulated(cases: list[Any]) -> None:
+def test_permutes_of_vbmi_emulated_and_of_words(cases: list[Any]) -> None:
     pairs = [jobs_of(case, "avx512vbmi") for case in cases]
     permutes = build([job for job, _ in pairs], emulated)
-    loads = build([Job(job.spec, "avx512vnni", 1, job.schedule) for _, job in pairs])
-    for (job, _), *runs in zip(pairs, permutes, loads, strict=True):
-        check(runs, job)
+    loads = build([replace(job, arch="avx512vnni") for _, job in pairs])
+    words = build([job for case in cases for job in words_of(case)])
+    for i, (job, _) in enumerate(pairs):
+        few, many = words[2 * i : 2 * i + 2]
+        check([permutes[i], loads[i]], job)
+        check([few, loads[i]], job)
+        check([many, many], job)
+
+
+@needs_compiler
+@needs_vnni
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["avx512vnni", "avx512"])
+def test_permutes_of_words_find_what_loads_find(arch: str) -> None:
+    compare(LARGE, arch)
 
 
 @needs_compiler
@@ -132,23 +154,27 @@ def test_small_codebooks_are_permuted_where_machines_can_and_what_cannot_be_says
         return next(iter(found)).get("permute", 0)
 
     for m in M_CLASSES:
-        assert first("vq.d4.k16.s8", "avx512vnni", m) == first("vq.d4.k16.s8", "avx2", m) == 64
-    assert (first("vq.d4.k256.s8", "avx512vnni"), first("vq.d4.k256.s8", "avx512vbmi")) == (0, 256)
+        assert (first("vq.d4.k16.s8", "avx512vnni", m), first("vq.d4.k16.s8", "avx2", m)) == (256, 64)
+        assert first("vq.d4.k256.s8", "avx512vnni", m) == first("vq.d4.k256.s8", "avx512vbmi", m) == 256
+        assert first("vq.d8.k256.r256.s8", "avx512vnni", m) == first("vq.d4.k256.s8", "avx2", m) == 0
     assert (first("vq.d4.k16.s8", "neondot"), first("vq.d4.k512.s8", "avx512vbmi")) == (0, 0)
     spec, permutes = spec_of("vq.d4.k256.s8", "int8", (64,), 64), Schedule(1, 64).with_extra(permute=256)
-    assert "look up 64 centroids, not 256" in str(BACKEND.illegal(spec, permutes, Target("cpu", "avx512vnni")))
+    assert "look up 64 centroids, not 256" in str(BACKEND.illegal(spec, permutes, Target("cpu", "avx2")))
     assert "has at most 64" in str(BACKEND.illegal(spec, permutes.with_extra(permute=64), Target("cpu", "avx2")))
     for arch in CPU_ISAS:
         offered = {s.get("permute", 0) for s in BACKEND.space(spec, Target("cpu", arch), 1)}
-        assert offered == ({0, 256} if arch == "avx512vbmi" else {0}), arch
+        assert offered == ({0, 256} if arch.startswith("avx512") else {0}), arch
 
 
 def test_predictions_of_permutes_follow_centroids_and_tokens() -> None:
-    def seconds(fmt: str, m: int, permute: int = 64) -> float:
+    def seconds(fmt: str, m: int, permute: int = 256) -> float:
         spec = spec_of(fmt, "int8", (4096,), 4096)
         found = [s for s in BACKEND.schedules(spec, Target("cpu", "avx512vnni"), m) if s.get("permute", 0) == permute]
         return BACKEND.predict(spec, found[0], Target("cpu", "avx512vnni"), m)
 
     assert seconds("vq.d8.k16.s8", 1) < seconds("vq.d8.k64.s8", 1) < seconds("vq.d8.k64.s8", 1, permute=0)
+    assert seconds("vq.d4.k64.s8", 1) < seconds("vq.d4.k128.s8", 1) < seconds("vq.d4.k256.s8", 1)
+    assert seconds("vq.d4.k256.s8", 1) < seconds("vq.d4.k256.s8", 1, permute=0)
+    assert seconds("vq.d8.k256.s8", 1) > seconds("vq.d8.k256.s8", 1, permute=0)  # as many permutes as loads
     assert seconds("vq.d4.k16.s8", 1) > 4096 * 1024 / 13e9  # indices come from memory
     assert seconds("vq.d4.k16.s8", 1) < seconds("vq.d4.k16.s8", 8) < seconds("vq.d4.k16.s8", 64)
