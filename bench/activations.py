@@ -91,15 +91,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "w4a4": {"preset": "w4a4"},
     "w4a4-sym": {"preset": "w4a4", "activation": "int4.g64"},
     "w4a4-g32": {"preset": "w4a4", "activation": "int4.g32.asym"},
-    "w4a4-aware": {"preset": "w4a4", "options": {"aware": True}},
     "w4a4-quarot": {"preset": "w4a4-quarot"},
     "w4a4-atom": {"preset": "w4a4-atom"},
     "w4a4kv4": {"preset": "w4a4kv4"},
     "w4a4kv4-g32": {"preset": "w4a4kv4", "activation": "int4.g32.asym"},
     "w4a4kv4-g32-kc32": {"preset": "w4a4kv4", "activation": "int4.g32.asym", "kv": "kv4.kc32.vt.w64"},
     "w4a4kv4-g32-rot": {"preset": "w4a4kv4", "activation": "int4.g32.asym", "kv": "kv4.kc64.vt.w64.rot"},
-    "w4a4kv4-g32-aware": {"preset": "w4a4kv4", "activation": "int4.g32.asym", "options": {"aware": True}},
-    "w4a4kv4-aware": {"preset": "w4a4kv4", "options": {"aware": True}},
+    "w4a16-plain": {"preset": "w4a16", "options": {"asymmetric": 0.0}},
+    "w4a8-plain": {"preset": "w4a8", "options": {"asymmetric": 0.0}},
+    "w4a4-plain": {"preset": "w4a4", "options": {"asymmetric": 0.0, "aware": False}},
+    "w4a4kv4-plain": {"preset": "w4a4kv4", "options": {"asymmetric": 0.0, "aware": False}},
+    "w4a4-unaware": {"preset": "w4a4", "options": {"aware": False}},
+    "w4a4kv4-unaware": {"preset": "w4a4kv4", "options": {"aware": False}},
 }
 """Name -> scheme: changes to a preset, which quantizes weights too, or, without one, to a model with float weights."""
 

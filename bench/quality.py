@@ -25,10 +25,9 @@ from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import Trunk, find_blocks, linears_in, materialize
 from lowbit.compiler.job.inmemory import choose_codes
 from lowbit.compiler.job.layers import versions
-from lowbit.compiler.job.twin import check_mode
 from lowbit.quantizers.calibration import HessianAccumulator, InputGroups, LayerStats, calibration_tokens
 from lowbit.quantizers.formats import Format, parse_format, scalar_format
-from lowbit.quantizers.methods import Method, make_method
+from lowbit.quantizers.methods import Method, in_mode, make_method
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import QWeight
 
@@ -131,7 +130,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     windows = ids[: args.windows * args.length].reshape(args.windows, args.length)
     tokens = calibration_tokens(tokenizer, args.calib, max(args.samples), args.calib_length, args.seed)
     options = json.loads(args.options)
-    check_mode(make_method(args.method, options), args.mode == "sequential")
+    in_mode(make_method(args.method, options), args.mode == "sequential")
     rows: list[dict[str, Any]] = [{"format": "float32", "perplexity": perplexity(model, windows)}]
     print(rows[0], flush=True)
     if args.mode == "parallel":

@@ -172,7 +172,8 @@ def _matches(path: str, glob: str) -> bool:
 
 
 def _preset(name: str, fmt: str, method: str = "gptq", tune: Tuning | None = None, **more: Any) -> Scheme:
-    return Scheme(name, parse_format(fmt), method, tune=tune, **_activation_part(more, name))
+    options = more.pop("options", {})
+    return Scheme(name, parse_format(fmt), method, options, tune=tune, **_activation_part(more, name))
 
 
 PRESETS: dict[str, Scheme] = {
@@ -195,11 +196,19 @@ PRESETS: dict[str, Scheme] = {
             activation="int8.token",
             rewrites=["smooth{outputs=0.3,inputs=false}", "rotate{online=false,heads=false}", "permute"],
         ),
-        _preset("w4a4", "int4.g64.sym", "fmpq", activation="int4.g64.asym", rewrites=["permute"]),
+        _preset(
+            "w4a4",
+            "int4.g64.sym",
+            "fmpq",
+            options={"aware": True},
+            activation="int4.g64.asym",
+            rewrites=["permute"],
+        ),
         _preset(
             "w4a4kv4",
             "int4.g64.sym",
             "fmpq",
+            options={"aware": True},
             activation="int4.g64.asym",
             rewrites=["permute"],
             kv="kv4.kc64.vt.w64",

@@ -24,13 +24,13 @@ from lowbit.compiler.job.kept import kept_matrices
 from lowbit.compiler.job.layers import BATCH_TOKENS, ProgressSink, Quiet, Selection, select_layers
 from lowbit.compiler.job.prepare import calibrates, check_inputs, prepare_model
 from lowbit.compiler.job.tune import TuneResult
-from lowbit.compiler.job.twin import check_mode, float_twin
+from lowbit.compiler.job.twin import float_twin
 from lowbit.compiler.job.workers import Workers
 from lowbit.compiler.runtime.experts import unstacked
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.quantizers.calibration import InputGroups, LayerStats, calibration_tokens
 from lowbit.quantizers.inputs import LayerInput, input_hooks
-from lowbit.quantizers.methods import Fmpq, Method, asymmetric, check_finite, make_method
+from lowbit.quantizers.methods import Fmpq, Method, asymmetric, check_finite, in_mode, make_method
 from lowbit.quantizers.rewrites import Edits
 from lowbit.quantizers.scheme import Scheme, Tuning
 from lowbit.quantizers.weights import QWeight
@@ -158,14 +158,13 @@ def choose(
     tokens: int64 [samples, length]; None only for methods that need no statistics, and then nothing is tuned. known:
     layers in blocks whose quantized weights are taken as they are (and may be tuned).
     """
-    method, sink = make_method(scheme.method, scheme.options), progress or Quiet()
+    method, sink = in_mode(make_method(scheme.method, scheme.options), sequential), progress or Quiet()
     tied = _tied_weights(model)
     selection = select_layers(model, scheme, lambda path: path not in tied, need_blocks=method.needs_hessian)
     linears = linears_in(model, "")
     for path in selection.formats:
         check_finite(linears[path].weight.detach(), f"{path}.weight")
     check_inputs(scheme, method, selection.formats, selection.shapes)
-    check_mode(method, sequential)
     names = list(selection.formats)
     choice = Choice()
     if scheme.rewrites:  # the model itself is only changed at the end
@@ -245,7 +244,7 @@ def _run_blocks(
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     width = trunk.embed(tokens[:1]).shape[-1]
     shape = (tokens.shape[0], tokens.shape[1], width)
-    compared = asymmetric(engine.method)
+    compared = asymmetric(engine.method) > 0
     two_streams = tuning is not None or compared
 
     def states() -> States:

@@ -24,7 +24,6 @@ from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.layers import select_layers
 from lowbit.compiler.job.prepare import calibrates, check_inputs
-from lowbit.compiler.job.twin import check_mode
 from lowbit.compiler.runtime.experts import expert_layers
 from lowbit.quantizers.formats import (
     ChoiceFormat,
@@ -35,7 +34,7 @@ from lowbit.quantizers.formats import (
     parse_activation,
     parse_format,
 )
-from lowbit.quantizers.methods import METHODS, Fmpq, asymmetric, make_method
+from lowbit.quantizers.methods import METHODS, Fmpq, Method, asymmetric, in_mode, make_method
 from lowbit.quantizers.rewrites import Rotate, Smooth, rewrite_text
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import stored_shapes
@@ -155,20 +154,20 @@ def make_plan(
     sizes = _sizes(source, chosen, name)
     problems = [f"{layer.path}: {layer.problem}" for layer in layers if layer.problem][:5]
     kept_notes: tuple[str, ...] = ()
+    method = make_method(scheme.method, scheme.options)
     try:
         selection = select_layers(
             source.empty_model(), scheme, _owner(source), need_blocks=METHODS[scheme.method].needs_hessian
         )
         kept_notes = selection.notes
-        check_inputs(scheme, make_method(scheme.method, scheme.options), selection.formats, selection.shapes)
-        check_mode(make_method(scheme.method, scheme.options), sequential)
+        method = in_mode(method, sequential)
+        check_inputs(scheme, method, selection.formats, selection.shapes)
     except LowbitError as e:
         problems = problems or [e.render()]
     needed = sizes.output_bytes + sizes.quantized_bytes  # the journal holds finished layers until the export is done
     free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())).free
     if needed > free:
         problems.append(f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free")
-    method = make_method(scheme.method, scheme.options)
     tokens = samples * length if method.needs_hessian else 0
     seen = samples * length if calibrates(scheme, method, [x.path for x in chosen]) else 0
     return Plan(
@@ -176,10 +175,10 @@ def make_plan(
         scheme.to_dict(),
         layers,
         sizes,
-        _peak_memory(layers, source, tokens or seen, asymmetric(method)) + _finetune_memory(chosen, scheme, tokens),
+        _peak_memory(layers, source, tokens or seen, asymmetric(method) > 0) + _finetune_memory(chosen, scheme, tokens),
         needed,
         free,
-        _seconds(chosen, tokens, sequential, scheme, seen),
+        _seconds(chosen, tokens, sequential, scheme, method, seen),
         _runs(chosen),
         _consumers(chosen, scheme, bool(expert_layers(source.empty_model()))),
         (*kept_notes, *_notes(layers, chosen)),
@@ -315,7 +314,7 @@ def _training(scheme: Scheme, tokens: int, weights: int) -> float:
 
 
 def _seconds(
-    chosen: list[LayerPlan], tokens: int, sequential: bool, scheme: Scheme, seen: int
+    chosen: list[LayerPlan], tokens: int, sequential: bool, scheme: Scheme, method: Method, seen: int
 ) -> tuple[float, float, float]:
     """(low, likely, high): forward passes, Hessians, factorisations and training at this machine's matmul rate.
 
@@ -327,7 +326,7 @@ def _seconds(
     if tokens:
         widths = [k for members in _blocks(chosen).values() for k in _inputs(members)]
         calibration = 2 * tokens * weights * (2 if sequential else 1) + 2 * tokens * sum(k * k for k in widths)
-        compared = asymmetric(make_method(scheme.method, scheme.options))  # with the float block: everything twice
+        compared = asymmetric(method)  # with the float block: everything twice
         work += calibration * (2 if compared else 1) + (3 * sum(k**3 for k in widths) if compared else 0)
         efforts = [METHODS[scheme.method].effort(parse_format(str(x.format))) for x in chosen]
         own = [_PER_WEIGHT * x.n * x.k + _PER_PAIR * x.k**2 for x in chosen]

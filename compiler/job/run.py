@@ -42,9 +42,8 @@ from lowbit.compiler.job.prepare import (
     stored_inputs,
 )
 from lowbit.compiler.job.stream import BlockStream
-from lowbit.compiler.job.twin import check_mode
 from lowbit.quantizers.calibration import calibration_tokens
-from lowbit.quantizers.methods import Fmpq, make_method
+from lowbit.quantizers.methods import Fmpq, asymmetric, in_mode, make_method
 from lowbit.quantizers.rewrites import rewrite_text
 from lowbit.quantizers.scheme import Scheme
 
@@ -85,7 +84,7 @@ def run(
     """
     sink = progress or Quiet()
     started = time.monotonic()
-    method = make_method(scheme.method, scheme.options)
+    method = in_mode(make_method(scheme.method, scheme.options), sequential)
     source = open_model(model)
     network = source.empty_model()
     stored = set(source.names())
@@ -97,7 +96,6 @@ def run(
     if not folder.exists():
         _refuse_occupied(out)
     check_inputs(scheme, method, selection.formats, selection.shapes)
-    check_mode(method, sequential)
     tokens = None
     if method.needs_hessian or calibrates(scheme, method, list(selection.formats)):
         text = "pydoc" if calibration is None else calibration
@@ -111,6 +109,7 @@ def run(
         "seed": seed,
         "sequential": sequential,
         "skip_first": skip_first,
+        "asymmetric": asymmetric(method),
         "calibration": _token_digest(tokens),
         **versions(),
     }
@@ -198,7 +197,7 @@ def _report(
         "scheme": scheme.to_dict(),
         "calibration": {
             "source": calibration,
-            **{k: settings[k] for k in ("samples", "length", "seed", "skip_first")},
+            **{k: settings[k] for k in ("samples", "length", "seed", "skip_first", "asymmetric")},
             "mode": "sequential" if stream.sequential else "parallel",
             "sha256": settings["calibration"],
         },

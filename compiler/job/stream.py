@@ -176,7 +176,7 @@ class BlockStream:
 
     @property
     def _two_streams(self) -> bool:
-        return self.tune is not None or asymmetric(self.method)
+        return self.tune is not None or asymmetric(self.method) > 0
 
     def _embed(self, trunk: Trunk) -> States:
         assert self.tokens is not None

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowbit.compiler.errors import RunError
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import BlockCall, linears_in
 from lowbit.quantizers.calibration import hook_inputs
 from lowbit.quantizers.inputs import LayerInput, input_hooks
-from lowbit.quantizers.methods import Method, asymmetric
 
-__all__ = ["FloatTwin", "check_mode", "float_twin"]
+__all__ = ["FloatTwin", "float_twin"]
 
 
 class _Caught(Exception):
@@ -73,14 +71,3 @@ def float_twin(
     layers = linears_in(twin, name)
     with input_hooks(layers, layer_inputs, rounding=False):
         yield FloatTwin(twin, call, layers, inputs)
-
-
-def check_mode(method: Method, sequential: bool) -> None:
-    """Raise RunError (LB0518) for asymmetric calibration in parallel mode, in which the two inputs are the same."""
-    if asymmetric(method) and not sequential:
-        raise RunError(
-            "LB0518",
-            "asymmetric calibration compares the float model with the quantized one, which parallel mode never runs",
-            where=method.name,
-            hint="calibrate sequentially, or leave `asymmetric` out",
-        )

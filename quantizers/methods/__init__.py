@@ -13,7 +13,7 @@ from lowbit.quantizers.methods.decoupleq import DecoupleQ
 from lowbit.quantizers.methods.fmpq import Fmpq
 from lowbit.quantizers.methods.gptq import Gptq
 from lowbit.quantizers.methods.rtn import Rtn
-from lowbit.quantizers.methods.target import asymmetric
+from lowbit.quantizers.methods.target import asymmetric, in_mode
 from lowbit.quantizers.methods.vptq import Vptq
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Vptq",
     "asymmetric",
     "check_finite",
+    "in_mode",
     "make_method",
     "proxy_error",
     "quantize_weight",
@@ -50,7 +51,8 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     if unknown:
         raise RunError("LB0502", f"{name} has no option {unknown[0]!r}", hint="use " + ", ".join(fields))
     for key, value in options.items():
-        wanted = type(fields[key].default)
+        default = fields[key].default
+        wanted = float if default is None else type(default)  # what a run may choose is a number
         fits = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
         if not fits and not (wanted is float and isinstance(value, int) and not isinstance(value, bool)):
             raise RunError("LB0503", f"option {key!r} must be {wanted.__name__}, not {value!r}", where=name)

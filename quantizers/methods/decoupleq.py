@@ -93,7 +93,7 @@ class DecoupleQ(SecondOrder):
     sweeps: int = 2
     temperature: float = 0.3
     integer_zero: bool = False
-    asymmetric: float = 0.0
+    asymmetric: float | None = None
 
     name: ClassVar[str] = "decoupleq"
 

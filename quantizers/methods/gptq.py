@@ -55,9 +55,10 @@ class Gptq(SecondOrder):
     refits: int = 2
     sweeps: int = 1
     signed_scale: bool = True
-    asymmetric: float = 0.0
+    asymmetric: float | None = None
 
     name: ClassVar[str] = "gptq"
+    usual: ClassVar[float] = 0.25
 
     def __post_init__(self) -> None:
         self.check_calibration()

@@ -50,7 +50,7 @@ class Vptq(SecondOrder):
     restarts: int = 3
     refit: int = 6
     beam: int = 16
-    asymmetric: float = 0.0
+    asymmetric: float | None = None
 
     name: ClassVar[str] = "vptq"
 

@@ -19,6 +19,8 @@ from lowbit.compiler.job.journal import Journal
 from lowbit.compiler.job.workers import Workers
 from lowbit.compiler.runtime.experts import unstacked
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.methods import Gptq
+from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.scheme import Scheme
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -166,6 +168,22 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert held[2, 0.0] + block <= held[2, 0.5] < held[2, 0.0] + block + 100 * 96**2
 
 
+def test_runs_choose_the_usual_share_where_layers_follow_each_other() -> None:
+    net, ids = small(), token_ids(4, 24)
+
+    def codes(sequential: bool = True, **options: Any) -> Any:
+        chosen = scheme("int3.g16.asym", **{"refits": 0, "clip_search": False, **options})
+        found = choose_codes(net, chosen, ids, sequential=sequential)
+        return [q.codes for q, _ in found.values() if isinstance(q, QTensor)]
+
+    def same(a: Any, b: Any) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    assert same(codes(), codes(asymmetric=Gptq.usual))
+    assert not same(codes(), codes(asymmetric=0.0))
+    assert same(codes(sequential=False), codes(sequential=False, asymmetric=0.0))
+
+
 def test_where_nothing_can_be_compared_it_is_refused_or_said(model: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"LB0518.*sequential"):
         quantize(model, tmp_path / "out", SCHEMES["gptq"], sequential=False)
@@ -175,8 +193,9 @@ def test_where_nothing_can_be_compared_it_is_refused_or_said(model: Path, tmp_pa
     file.write_text('weight = "int3.g16.asym"\n[options]\nasymmetric = 0.5\n')
     refused = invoke_json("plan", model, "--scheme", file, "--parallel", exit_code=3)
     assert "LB0518" in refused["problems"][0]
-    plans = [invoke_json("plan", model, "--scheme", *s) for s in ((file,), ("w3a16", "-f", "int3.g16.asym"))]
-    assert plans[0]["peak_memory_bytes"] > plans[1]["peak_memory_bytes"]
+    usual = ("w3a16", "-f", "int3.g16.asym")
+    plans = [invoke_json("plan", model, "--scheme", *s) for s in ((file,), usual, (*usual, "--parallel"))]
+    assert plans[0]["peak_memory_bytes"] == plans[1]["peak_memory_bytes"] > plans[2]["peak_memory_bytes"]
     whole = {"weight": "int3.g16.asym", "options": QUICK, "ignore": []}
     mixed: Any = mixture("Mixtral")
     with unstacked(mixed):
