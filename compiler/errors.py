@@ -31,10 +31,11 @@ class LowbitError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        """The error as one line: `LB0101 where: message. hint`."""
+        """The error as one line: `LB0101 where: message (hint)`, however many the libraries quoted in it wrote."""
         place = f"{self.where}: " if self.where else ""
         advice = f" ({self.hint})" if self.hint else ""
-        return f"{self.code} {place}{self.message}{advice}"
+        lines = f"{self.code} {place}{self.message}{advice}".splitlines()
+        return " ".join(line.strip() for line in lines if line.strip())
 
 
 class CheckpointError(LowbitError):

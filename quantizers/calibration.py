@@ -290,7 +290,7 @@ def calibration_tokens(
             "LB0522",
             f"the calibration text has {ids.numel()} tokens, {samples} x {length} need {samples * length}",
             where=source if isinstance(source, str) else None,
-            hint=f"use at most {windows} samples, or a longer text",
+            hint=f"use {f'at most {windows} samples, or ' if windows else ''}a longer text",
         )
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     return ids[: windows * length].reshape(windows, length)[order].contiguous()

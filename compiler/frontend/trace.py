@@ -223,7 +223,9 @@ class _Recorder(TorchFunctionMode):
 
     def _type(self, t: torch.Tensor) -> Attribute:
         shape = [None if d == self.tokens else d for d in t.shape]
-        return tensor(shape, DTYPE_NAMES[str(t.dtype).removeprefix("torch.")])
+        if (name := DTYPE_NAMES.get(str(t.dtype).removeprefix("torch."))) is None:
+            raise IRError("LB0320", f"no kernel takes {t.dtype} activations", hint="use model.float()")
+        return tensor(shape, name)
 
 
 Emitter = Callable[[_Recorder, str, nn.Module, SSAValue, Attribute], lb.GraphOp]

@@ -14,7 +14,7 @@ from lowbit.compiler.io import compressed_tensors as ct
 from lowbit.compiler.io import ct_floats, native, vptq, vptq_tensors
 from lowbit.compiler.io.checkpoint import Checkpoint, checkpoint_layout, read_checkpoint
 from lowbit.compiler.io.expert_tensors import StackedSlice, stacked_slices
-from lowbit.compiler.io.source import skeleton
+from lowbit.compiler.io.source import check_depth, skeleton
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
 from lowbit.compiler.runtime.experts import expert_layers, prepare_experts
 from lowbit.compiler.runtime.fused import QuantGatedMLP, SiblingLinear
@@ -91,10 +91,12 @@ def _base_config(checkpoint: Checkpoint) -> Any:
 
     values = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
     try:
-        return CONFIG_MAPPING[values.get("model_type")].from_dict(values)
+        config = CONFIG_MAPPING[values.get("model_type")].from_dict(values)
     except Exception as e:  # config classes validate themselves with errors of many kinds
         why = f"transformers cannot read config.json: {str(e)[:200]}"
         raise CheckpointError("LB0108", why, where=str(checkpoint.folder)) from e
+    check_depth(config, len(checkpoint.plain_names()) + len(checkpoint.modules), str(checkpoint.folder))
+    return config
 
 
 def _swap_layers(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -242,6 +244,9 @@ def save_quantized(model: nn.Module, folder: str | Path, *, tokenizer: Any = Non
     """
     if not module_formats(model):
         raise CheckpointError("LB0114", "the model has no quantized layers", hint="call lowbit.quantize first")
+    if getattr(model, "config", None) is None:
+        hint = "keep its state_dict() with torch.save or safetensors, and load it into the same quantized modules"
+        raise CheckpointError("LB0105", f"a {type(model).__name__} has no config of transformers to save", hint=hint)
     describe(model)
     state, layout = _state(model), _layout(model)
     by_vptq, by_floats = layout == "vptq", layout == "compressed-tensors" and _floats(model)

@@ -19,7 +19,16 @@ from torch import nn
 
 from lowbit.compiler.errors import CheckpointError
 
-__all__ = ["Licence", "ModelSource", "check_causal_lm", "expected_tensors", "file_digest", "open_model", "skeleton"]
+__all__ = [
+    "Licence",
+    "ModelSource",
+    "check_causal_lm",
+    "check_depth",
+    "expected_tensors",
+    "file_digest",
+    "open_model",
+    "skeleton",
+]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -153,7 +162,7 @@ def check_causal_lm(config: Any, where: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     classes = [c for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for c in _as_tuple(value)]
-    declared = list(getattr(config, "architectures", None) or [])
+    declared = _as_tuple(getattr(config, "architectures", None) or ())
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (declared and not set(declared) & set(classes)):
         shown = ", ".join(map(str, declared)) or f"model type {getattr(config, 'model_type', None)!r}"
         raise CheckpointError(
@@ -165,6 +174,14 @@ def check_causal_lm(config: Any, where: str) -> None:
         raise CheckpointError(
             "LB0116", f"the model is already quantized ({method})", where=where, hint="start from the original model"
         )
+
+
+def check_depth(config: Any, tensors: int, where: str) -> None:
+    """Raise CheckpointError (LB0112) for more layers than the files have tensors, before every layer is built."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > tensors:
+        why = f"config.json asks for {layers:,} layers, and the files have {tensors} tensors"
+        raise CheckpointError("LB0112", why, where=where, hint="check that config.json belongs to these weights")
 
 
 def _as_tuple(value: Any) -> tuple[str, ...]:
@@ -184,8 +201,13 @@ def skeleton(config: Any, dtype: torch.dtype | None = None, *, unstack: bool = T
     from lowbit.compiler.runtime.experts import unstack_experts
 
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    with _parameters_on_meta(), no_init_weights():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with _parameters_on_meta(), no_init_weights():
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as e:  # models look values up, divide and multiply sizes: whatever goes wrong, config.json says it
+        why = f"transformers cannot build the model of config.json: {type(e).__name__}: {_first_line(e)}"
+        where = str(getattr(config, "_name_or_path", "")) or type(config).__name__
+        raise CheckpointError("LB0108", why, where=where) from e
     model.tie_weights()  # type: ignore[operator]
     if unstack:
         unstack_experts(model)

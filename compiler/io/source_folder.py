@@ -13,7 +13,14 @@ import torch
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.expert_tensors import StackedSlice, fits, names_in_files, stacked_slices
 from lowbit.compiler.io.safetensors_file import SafetensorsFile
-from lowbit.compiler.io.source import Licence, ModelSource, check_causal_lm, expected_tensors, file_digest
+from lowbit.compiler.io.source import (
+    Licence,
+    ModelSource,
+    check_causal_lm,
+    check_depth,
+    expected_tensors,
+    file_digest,
+)
 
 __all__ = ["FolderSource", "contained", "find_licence", "load_json", "open_shards"]
 
@@ -143,6 +150,7 @@ class FolderSource(ModelSource):
         self.base_model = origin or card.get("base_model")
         self.licence = find_licence(folder, card.get("license"))
         self._files = open_shards(folder)
+        check_depth(self.config, len(self._files), str(folder))
         model = self.empty_model()
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._shapes = expected_tensors(model)

@@ -22,7 +22,7 @@ import torch
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.safetensors_file import DTYPE_NAMES
 
-__all__ = ["Blob", "Part", "staged_folder", "write_json", "write_shards"]
+__all__ = ["Blob", "Part", "explain_os_errors", "staged_folder", "write_json", "write_shards"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def staged_folder(out: Path, needed: int) -> Iterator[Path]:
         raise CheckpointError(
             "LB0110", "already exists and is not an empty folder", where=str(out), hint="choose another output folder"
         )
-    with _explain_os_errors(out, needed):
+    with explain_os_errors(out, needed):
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < needed:
@@ -82,21 +82,24 @@ def staged_folder(out: Path, needed: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _explain_os_errors(out: Path, needed: int) -> Iterator[None]:
+def explain_os_errors(out: Path, needed: int | None = None, kept: str = "nothing was left behind") -> Iterator[None]:
+    """Inside, what the system says about writing `out` becomes CheckpointError LB0111 or LB0115.
+
+    needed: bytes, where they are known. kept: what is on the disk afterwards.
+    """
     try:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):
-                raise _disk_full(out, needed, shutil.disk_usage(out.parent).free) from e
+                raise _disk_full(out, needed, shutil.disk_usage(out.parent).free, kept) from e
         why = f"cannot be written: {e.strerror or e}"
-        raise CheckpointError("LB0115", why, where=str(out), hint="nothing was left behind; check the disk") from e
+        raise CheckpointError("LB0115", why, where=str(out), hint=f"{kept}; check the disk and its permissions") from e
 
 
-def _disk_full(out: Path, needed: int, free: int) -> CheckpointError:
-    return CheckpointError(
-        "LB0111", f"needs {needed:,} bytes on disk, {free:,} are free", where=str(out), hint="free some space"
-    )
+def _disk_full(out: Path, needed: int | None, free: int, kept: str = "nothing was left behind") -> CheckpointError:
+    why = "the disk is full" if needed is None else f"needs {needed:,} bytes on disk"
+    return CheckpointError("LB0111", f"{why}, {free:,} are free", where=str(out), hint=f"free some space; {kept}")
 
 
 def _sync(folder: Path) -> None:

@@ -100,8 +100,13 @@ class _Elementwise(GraphOp):
 
     def verify_(self) -> None:
         self.expect(self.COUNT)
-        shapes = [dims(a.type) for a in self.args_]
-        self.expect_shape(max(shapes, key=len))
+        shapes, got = [dims(a.type) for a in self.args_], dims(self.outs[0].type)
+        want: list[int | None] = [*max(shapes, key=len)]
+        for at in range(-min(len(want), len(got)), 0):
+            # A dimension that is dynamic in one operand is what the other says: torch saw them to be equal.
+            if want[at] is None and got[at] != 1 and any(got[at] == s[at] for s in shapes if len(s) >= -at):
+                want[at] = got[at]
+        self.expect_shape(want)
 
 
 @irdl_op_definition

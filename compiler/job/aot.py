@@ -29,7 +29,7 @@ from lowbit.compiler.pipeline import run_pipeline
 from lowbit.compiler.runtime.dispatch import DTYPE_NAMES, classes_up_to, parse_spec
 from lowbit.compiler.runtime.experts import prepare_experts
 from lowbit.compiler.runtime.modules import QuantLinear
-from lowbit.compiler.runtime.package import PACKAGE
+from lowbit.compiler.runtime.package import CALL, PACKAGE, describe_call
 from lowbit.passes.session import PassContext
 
 __all__ = ["PackageReport", "export_package", "kernels_of", "lower"]
@@ -82,6 +82,7 @@ def export_package(
         dtype = next((s.x_dtype for s in specs if isinstance(s, KernelSpec)), "f32")
         folder = KernelFolder(out, False, max_tokens, dtype, tuple(kernels))
         write_json(stage / MANIFEST, folder.manifest())
+        write_json(stage / CALL, describe_call(example, _token_dim(example), max_tokens))
         torch._inductor.aoti_compile_and_package(final, package_path=str(stage / PACKAGE))
     return PackageReport(out, len(kernels), fused, kept)
 
@@ -130,10 +131,14 @@ def _callable(model: nn.Module, example: Tensor | None) -> tuple[nn.Module, Tens
     return (_Logits(model).eval() if language else model.eval()), ids
 
 
+def _token_dim(example: Tensor) -> int:
+    """The dimension that counts tokens."""
+    return example.dim() - (2 if example.is_floating_point() else 1)
+
+
 def _exported(module: nn.Module, example: Tensor, max_tokens: int) -> torch.export.ExportedProgram:
-    at = example.dim() - (2 if example.is_floating_point() else 1)
     tokens = torch.export.Dim("tokens", min=1, max=max_tokens)
-    shapes: Any = ({at: tokens},)
+    shapes: Any = ({_token_dim(example): tokens},)
     try:
         with torch.no_grad():
             return torch.export.export(module, (example,), dynamic_shapes=shapes)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.compiler.errors import RunError
+from lowbit.compiler.errors import FormatError, RunError
 from lowbit.compiler.io.rewritten import rewrite_module
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import Trunk, linears_in
@@ -38,6 +38,10 @@ from lowbit.quantizers.weights import QWeight
 __all__ = ["Choice", "choose", "choose_codes", "quantize_model"]
 
 _log = logging.getLogger("lowbit")
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 
 
 def quantize_model(
@@ -92,8 +96,18 @@ def _tokens(
                 f"{scheme.method if method.needs_hessian else scheme.name} needs calibration data",
                 hint="pass calibration=token ids or text with a tokenizer, or method='rtn' without rewrites",
             )
-        return calibration_tokens(tokenizer, calibration, samples, length, seed)
+        tokens = calibration_tokens(tokenizer, calibration, samples, length, seed)
+        _check_vocabulary(model, tokens)
+        return tokens
     return None
+
+
+def _check_vocabulary(model: nn.Module, tokens: Tensor) -> None:
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    size, top = getattr(table, "num_embeddings", None), int(tokens.max())
+    if size is not None and top >= size:
+        why = f"token id {top} is outside the model's vocabulary of {size}"
+        raise RunError("LB0523", why, hint="use the tokenizer that belongs to the model")
 
 
 def _put_in(model: nn.Module, choice: Choice) -> None:
@@ -103,11 +117,18 @@ def _put_in(model: nn.Module, choice: Choice) -> None:
     state = dict(model.named_parameters())
     for name, value in choice.plain.items():
         state[name].data.copy_(value)
+    new: dict[int, QuantLinear] = {}
     for path, (qtensor, _) in choice.layers.items():
         old = model.get_submodule(path)
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, _layer(qtensor, bias, choice.inputs.get(path)))
+        layer = new[id(old)] = _layer(qtensor, bias, choice.inputs.get(path)).train(old.training)
+        for hooks in _HOOKS:  # of accelerate, adapters and users; they belong to the place, not to the weights
+            setattr(layer, hooks, getattr(old, hooks))
+    # A layer that the model uses in several places has several paths.
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in new:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new[id(module)])
 
 
 def _layer(q: QWeight, bias: Tensor | None, what: LayerInput | None) -> QuantLinear:
@@ -163,6 +184,10 @@ def choose(
     selection = select_layers(model, scheme, lambda path: path not in tied, need_blocks=method.needs_hessian)
     linears = linears_in(model, "")
     for path in selection.formats:
+        if linears[path].weight.is_meta:
+            raise FormatError(
+                "LB0224", "the layer has no weights yet", where=path, hint="load the model's weights first"
+            )
         check_finite(linears[path].weight.detach(), f"{path}.weight")
     check_inputs(scheme, method, selection.formats, selection.shapes)
     names = list(selection.formats)

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lowbit.compiler.errors import IRError, RunError
+from lowbit.compiler.errors import CheckpointError, IRError, RunError
 from lowbit.compiler.frontend.formats import assign
 from lowbit.compiler.job.blocks import Blocks, find_blocks, linears_in
 from lowbit.compiler.job.kept import kept_matrices
+from lowbit.compiler.runtime.modules import PackedLinear
 from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.scheme import Scheme
 
@@ -93,7 +94,10 @@ def select_layers(
     FormatError (LB0213) when a format does not fit a layer.
     """
     linears, kept = linears_in(model, ""), kept_matrices(model)
+    if "" in linears:  # there is no module to put another layer into
+        raise RunError("LB0504", "is itself a linear layer", where="the model", hint="wrap it: nn.Sequential(layer)")
     if not linears:
+        _refuse_quantized(model)
         what = "; ".join(kept[:1])
         raise RunError("LB0504", "the model has no linear layers", where=type(model).__name__, hint=what)
     chosen: dict[str, WeightFormat] = {}
@@ -106,6 +110,7 @@ def select_layers(
             fmt.check(linears[path].out_features, linears[path].in_features, path)
             chosen[path] = fmt
     if not chosen:
+        _refuse_quantized(model)
         hint = "; ".join(["change `ignore`", *kept[:1]])
         raise RunError("LB0504", f"the scheme {scheme.name!r} leaves every linear layer as it is", hint=hint)
     shapes = {path: (linears[path].out_features, linears[path].in_features) for path in chosen}
@@ -116,6 +121,12 @@ def select_layers(
     inside = tuple({p: f for p, f in chosen.items() if p.startswith(prefix)} for prefix in prefixes)
     outside = {p: f for p, f in chosen.items() if not any(p in group for group in inside)}
     return Selection(blocks, inside, outside, shapes, tuple(notes))
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        hint = "start from the original model"
+        raise CheckpointError("LB0116", "the model is already quantized", where=type(model).__name__, hint=hint)
 
 
 def _wanted(

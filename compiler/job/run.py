@@ -22,6 +22,7 @@ from torch import Tensor
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.checkpoint import stored_dtype, write_checkpoint
 from lowbit.compiler.io.source import open_model
+from lowbit.compiler.io.write import explain_os_errors
 from lowbit.compiler.job.inmemory import quantize_model
 from lowbit.compiler.job.journal import Journal
 from lowbit.compiler.job.layers import (
@@ -113,7 +114,8 @@ def run(
         "calibration": _token_digest(tokens),
         **versions(),
     }
-    with Journal(folder, settings, restart=restart) as journal:
+    kept = "finished layers are kept for the same command"
+    with explain_os_errors(out, kept=kept), Journal(folder, settings, restart=restart) as journal:
         report = _finished_report(out, journal)
         if report is None:
             _refuse_occupied(out)

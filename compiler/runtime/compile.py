@@ -100,11 +100,13 @@ def compile_model(
     changed in place. With `frozen`, a call that would need another kernel afterwards is an error (LB0409) instead of
     a compile. batch_invariant: the result of a layer for a token does not depend, to the bit, on how many other tokens
     are in the call (see `codegen.invariant`). `model.lowbit_report` says what was done. Raises RunError LB0503 for a
-    model without quantized layers, LB0568 for another mode or options that the mode does not have.
+    model without quantized layers, LB0568 for another mode, options that the mode does not have, or values below 1.
     """
     if mode not in MODES or (options and mode == "modules"):
         what = f"mode {mode!r}" if mode not in MODES else f"option {min(options)!r} for mode {mode!r}"
         raise RunError("LB0568", f"lowbit.compile has no {what}", hint=f"use mode={' or '.join(MODES)}")
+    if max_tokens < 1:
+        raise RunError("LB0568", f"max_tokens={max_tokens} is not positive", hint="use at least 1")
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     if not layers and not any(isinstance(m, PackedLinear) for m in model.modules()):
         raise RunError(

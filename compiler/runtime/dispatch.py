@@ -19,6 +19,7 @@ import torch
 
 from lowbit.codegen.schedule import LARGE_CLASSES, M_CLASSES, token_class
 from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime import prebuilt
 from lowbit.compiler.runtime.build import BuiltKernel, build_kernel
@@ -81,10 +82,8 @@ def kernel_for(key: str, dtype: torch.dtype, device: torch.device, m: int) -> Bu
 
 def _build(slot: tuple[str, torch.dtype, str, int], device: torch.device) -> BuiltKernel:
     key, dtype, _, m = slot
-    spec, target = (
-        replace(parse_spec(key), x_dtype=DTYPE_NAMES[dtype], out_dtype=DTYPE_NAMES[dtype]),
-        device_target(device),
-    )
+    name, target = _dtype_name(dtype), device_target(device)
+    spec = replace(parse_spec(key), x_dtype=name, out_dtype=name)
     kernel = prebuilt.prebuilt_kernel(spec, target, m)
     if kernel is None:
         kernel = (prebuilt.stored_kernel if prebuilt.frozen() else build_kernel)(spec, target, m, KernelCache())
@@ -92,6 +91,14 @@ def _build(slot: tuple[str, torch.dtype, str, int], device: torch.device) -> Bui
     same = (spec.key(), kernel.backend, json.dumps(kernel.schedule.to_dict(), sort_keys=True))
     _table[slot] = kernel = _by_artifact.setdefault(same, kernel)
     return kernel
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """`dtype` as kernel specs call it; raises KernelError (LB0401) for those that no kernel takes."""
+    if (name := DTYPE_NAMES.get(dtype)) is None:
+        hint = "use float32, bfloat16 or float16, such as model.float()"
+        raise KernelError("LB0401", f"quantized layers do not take {dtype} activations", hint=hint)
+    return name
 
 
 def classes_up_to(max_tokens: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lowbit.codegen.select import kernel_layout
 from lowbit.compiler.runtime.dispatch import device_target
-from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, with_input_scale
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, load_matrix, with_input_scale
 from lowbit.quantizers.weights import pack_weights, stored, unpack_weights
 
 __all__ = ["QuantGatedMLP", "SiblingLinear", "fuse_gated_mlp", "fuse_siblings"]
@@ -31,8 +31,16 @@ def _stack(layers: list[QuantLinear], epilogue: tuple[str, ...]) -> PackedLinear
     return stacked
 
 
+def _watched(layer: QuantLinear) -> bool:
+    """Whether forward hooks wait for the layer's own call, which a fused kernel would not make."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def _share_inputs(layers: list[QuantLinear]) -> bool:
-    """True when the layers do the same to their input: rotate, order and round it, by the same static scales."""
+    """True when the layers do the same to their input: rotate, order and round it, by the same static scales, and
+    nobody watches one of them."""
+    if any(map(_watched, layers)):
+        return False
     first = cast(PackedLinear, layers[0].prepare().inner)
     others = [cast(PackedLinear, layer.prepare().inner) for layer in layers[1:]]
     return all(
@@ -96,6 +104,13 @@ class SiblingLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(_stored(self._shared.packed, self._index, prefix))
 
+    def _load_from_state_dict(
+        self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        load_matrix(self._shared.packed, self._index, state, prefix, missing, unexpected)
+
 
 class QuantGatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) with gate and up as one kernel whose epilogue is silu-mul."""
@@ -118,6 +133,14 @@ class QuantGatedMLP(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for index, name in enumerate(self._names[:2]):
             destination.update(_stored(self.gate_up, index, f"{prefix}{name}."))
+
+    def _load_from_state_dict(
+        self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        for index, name in enumerate(self._names[:2]):
+            load_matrix(self.gate_up, index, state, f"{prefix}{name}.", missing, unexpected)
 
 
 def fuse_siblings(model: nn.Module, paths: tuple[str, ...]) -> bool:

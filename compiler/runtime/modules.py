@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from lowbit.codegen.select import kernel_layout
 from lowbit.codegen.spec import Compute, KernelSpec, rounded_products
-from lowbit.compiler.errors import FormatError, KernelError
+from lowbit.compiler.errors import FormatError, KernelError, RunError
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime.dispatch import device_target, parse_spec
 from lowbit.compiler.runtime.ops import run_packed, unwatched
@@ -25,6 +25,7 @@ from lowbit.quantizers.weights import (
     from_stored,
     pack_weights,
     stored,
+    stored_names,
     stored_shapes,
     unpack_weights,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "QuantLinear",
     "check_activation",
     "default_compute",
+    "load_matrix",
     "make_invariant",
     "target_compute",
     "with_input_scale",
@@ -100,6 +102,13 @@ def check_activation(fmt: WeightFormat, n: int, k: int, activation: str, compute
         )  # fmt: skip
 
 
+def _no_gradient(grad: torch.Tensor) -> None:
+    raise RunError(
+        "LB0571", "quantized layers have no gradients, and backward() reached one",
+        hint="call the model under torch.no_grad() or torch.inference_mode(), and train the model it was made from",
+    )  # fmt: skip
+
+
 class PackedLinear(nn.Module):
     """Packed weights of one or more sibling linear layers, and the kernel call that reads them.
 
@@ -158,7 +167,28 @@ class PackedLinear(nn.Module):
         if not torch.compiler.is_compiling() and unwatched(x):
             return run_packed(x, self.packed(), bias, residual, self.key)
         out: torch.Tensor = torch.ops.lowbit.linear(x, self.operands(), bias, residual, self.key)
+        if not torch.compiler.is_compiling() and out.requires_grad:
+            out.register_hook(_no_gradient)  # the operator alone would end the way back with a warning
         return out
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """The names of each matrix's tensors in a checkpoint."""
+        return (*stored_names(self._meta[0]), *(("input_scale",) if "input_scale" in self._names else ()))
+
+    def load_stored(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take a checkpoint's `tensors` (`quantizers.weights.stored`) for matrix `index`, in the memory that is there,
+        which experts read too. Raises FormatError (LB0227) when they do not fit."""
+        fmt, layout, segments, k = self._meta
+        given, held = {name: t.detach().cpu() for name, t in tensors.items()}, self.packed()
+        if given["weight_shape"].tolist() != [segments[index], k]:
+            raise FormatError("LB0227", f"{fmt} of {segments[index]}x{k}, not {given['weight_shape'].tolist()}")
+        weights = unpack_weights(replace(held, tensors={name: t.cpu() for name, t in held.tensors.items()}))
+        weights[index] = from_stored(fmt, segments[index], k, given)
+        packed = with_input_scale(pack_weights(weights, layout), self.activation, given.get("input_scale"))
+        with torch.no_grad():
+            for name, value in packed.tensors.items():
+                cast(torch.Tensor, self._buffers[name]).copy_(value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         """Move with the model, but keep every dtype: scales are data, not parameters of the model's precision."""
@@ -167,6 +197,18 @@ class PackedLinear(nn.Module):
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
+
+
+def load_matrix(
+    packed: PackedLinear, index: int, state: Mapping[str, Any], prefix: str, missing: list[str], unexpected: list[str]
+) -> None:
+    """What `load_state_dict` does for matrix `index` of packed weights, whose tensors `state` has below `prefix`."""
+    names = [prefix + name for name in packed.stored_names]
+    unexpected[:] = [key for key in unexpected if key not in names]
+    absent = [key for key in names if key not in state]
+    missing += absent
+    if not absent:
+        packed.load_stored(index, {key.removeprefix(prefix): state[key] for key in names})
 
 
 class QuantLinear(nn.Module):
@@ -272,11 +314,15 @@ class QuantLinear(nn.Module):
         if self.activation and not self._compute:
             chosen = rounded_products(self.fmt, self.in_features, packed.layout, parse_activation(self.activation))
         self.inner = PackedLinear(packed, chosen, epilogue, self.activation, self.rotate).to(device)
-        names = {"input_scale": "scales"} | ({} if isinstance(self.fmt, VectorFormat) else {"columns": "order"})
-        found = {label: packed.tensors.get(name) for name, label in names.items()}
-        self._prints = {label: _fingerprint(t) for label, t in found.items() if t is not None}
+        self._note_operands(self.inner)
         for name in self._stored:
             self._buffers.pop(name, None)
+
+    def _note_operands(self, inner: PackedLinear) -> None:
+        """Remember the fingerprints that `asks` gives."""
+        names = {"input_scale": "scales"} | ({} if isinstance(self.fmt, VectorFormat) else {"columns": "order"})
+        found = {label: inner._buffers.get(name) for name, label in names.items()}
+        self._prints = {label: _fingerprint(t) for label, t in found.items() if t is not None}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N], in x's dtype."""
@@ -299,6 +345,15 @@ class QuantLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.inner is not None:
             destination.update({prefix + name: value for name, value in self.canonical().items()})
+
+    def _load_from_state_dict(
+        self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        if self.inner is not None:
+            load_matrix(self.inner, 0, state, prefix, missing, unexpected)
+            self._note_operands(self.inner)
 
     def extra_repr(self) -> str:
         inputs = f", inputs {self.activation}" if self.activation else ""

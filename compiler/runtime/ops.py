@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch._C._dynamo import eval_frame
 
+from lowbit.compiler.errors import KernelError
 from lowbit.compiler.runtime.dispatch import kernel_for, parse_spec
 from lowbit.quantizers.qtensor import PackedWeight
 
@@ -60,12 +61,22 @@ def run_packed(
     """What the operator computes: x [..., K] -> [..., N], with the kernel of `spec`."""
     s = parse_spec(spec)
     n, k = s.n_out, s.k
-    flat = x if x.dim() == 2 and x.shape[1] == k else x.reshape(-1, k)
+    flat = x if x.dim() == 2 and x.shape[1] == k else _rows(x, k)
     out = x.new_empty((flat.shape[0], n))
     if residual is not None:
         residual = residual.reshape(-1, n).to(x.dtype).contiguous()
     _run(flat if flat.is_contiguous() else flat.contiguous(), packed, bias, residual, spec, out)
     return out if flat is x else out.view(*x.shape[:-1], n)
+
+
+def _rows(x: torch.Tensor, k: int) -> torch.Tensor:
+    """[..., K] as [M, K]; raises KernelError (LB0417) for another width, which reshaping alone could hide."""
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise KernelError(
+            "LB0417", f"a quantized layer has {k} input features, and was called with {list(x.shape)}",
+            hint=f"give it [..., {k}]",
+        )  # fmt: skip
+    return x.reshape(x.shape[:-1].numel(), k)
 
 
 def run_linear(

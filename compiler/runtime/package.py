@@ -5,6 +5,7 @@ Only lowbit's operator is registered; the model's code, transformers and compile
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from lowbit.compiler.io.kernels import FOLDER, MANIFEST, KernelFolder, read_kern
 from lowbit.compiler.ir.target import host_target
 from lowbit.compiler.runtime import prebuilt
 
-__all__ = ["PACKAGE", "load_exported"]
+__all__ = ["CALL", "PACKAGE", "describe_call", "load_exported"]
 
 PACKAGE = "model.pt2"
 """The package's name in its folder."""
+
+CALL = "call.json"
+"""What the package's function takes: compiled code does not look."""
 
 
 def load_exported(folder: str | Path, *, frozen: bool = True) -> Callable[..., Tensor]:
@@ -28,15 +32,17 @@ def load_exported(folder: str | Path, *, frozen: bool = True) -> Callable[..., T
 
     Package and kernels are code: load only what you trust. frozen: from now on nothing is compiled in this process.
     Raises RunError LB0576 where there is no package, KernelError LB0482 where its kernels are missing, LB0480 for one
-    that is damaged, LB0483 when none of them runs on this machine. Without a compiler torch cannot look up what the CPU
-    can do and logs that the package is outdated; it loads it all the same.
+    that is damaged, LB0483 when none of them runs on this machine; the function RunError LB0580 for other inputs than
+    were exported. Without a compiler torch cannot look up what the CPU can do and logs that the package is outdated; it
+    loads it all the same.
     """
     folder = Path(folder)
     package = folder / PACKAGE
-    if not package.is_file():
-        raise RunError(
-            "LB0576", f"there is no {PACKAGE}", where=str(folder), hint="give the folder lowbit.export wrote"
-        )
+    for name in (PACKAGE, CALL):
+        if not (folder / name).is_file():
+            hint = "give the folder lowbit.export wrote"
+            raise RunError("LB0576", f"there is no {name}", where=str(folder), hint=hint)
+    expected = json.loads((folder / CALL).read_text(encoding="utf-8"))
     kernels = read_kernels(folder)
     if kernels is None or not kernels.kernels:
         hint = f"copy the folder `{FOLDER}` along with {PACKAGE}, or call lowbit.export again"
@@ -46,7 +52,26 @@ def load_exported(folder: str | Path, *, frozen: bool = True) -> Callable[..., T
     if frozen:
         prebuilt.freeze(f"the package {package} was loaded")
     run: Callable[..., Tensor] = torch._inductor.aoti_load_package(str(package))
-    return run
+
+    def call(x: Tensor) -> Tensor:
+        _check_call(x, **expected)
+        return run(x)
+
+    return call
+
+
+def describe_call(example: Tensor, at: int, most: int) -> dict[str, object]:
+    """What a package takes: tensors like `example`, with 1 to `most` entries in dimension `at`."""
+    return {"dtype": str(example.dtype), "shape": list(example.shape), "at": at, "most": most}
+
+
+def _check_call(x: Tensor, dtype: str, shape: list[int], at: int, most: int) -> None:
+    """Raise RunError (LB0580) for what the package was not made for: it would read the memory as if it were."""
+    fits = x.dim() == len(shape) and 1 <= x.shape[at] <= most
+    if not fits or str(x.dtype) != dtype or any(x.shape[i] != n for i, n in enumerate(shape) if i != at):
+        wanted = [f"1 to {most}" if i == at else str(n) for i, n in enumerate(shape)]
+        why = f"the package takes {dtype} [{', '.join(wanted)}], not {x.dtype} {list(x.shape)}"
+        raise RunError("LB0580", why, hint="convert the input, or export with another example or max_tokens")
 
 
 def _check(kernels: KernelFolder) -> None:

@@ -197,6 +197,9 @@ class Format(WeightFormat):
 
     def check(self, n: int, k: int, where: str) -> None:
         g = self.granularity
+        if min(n, k) < 1:
+            why = f"there is nothing to quantize in a matrix of {n}x{k}"
+            raise FormatError("LB0213", why, where=where, hint="leave the layer out with `ignore`")
         if g.kind == "g" and g.group > k:
             raise FormatError(
                 "LB0213",

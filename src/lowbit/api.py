@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lowbit.compiler.errors import RunError
 from lowbit.compiler.job.evaluate import Divergence
 from lowbit.compiler.job.evaluate import compare as _compare
 from lowbit.compiler.job.evaluate import perplexity as _perplexity
@@ -55,6 +56,9 @@ def quantize(
     """
     from lowbit.compiler.job.run import quantize_model
 
+    if not isinstance(model, nn.Module):
+        hint = "load it first, or call `quantize run` for a model on disk"
+        raise RunError("LB0504", f"a {type(model).__name__} is not a torch module", hint=hint)
     chosen = scheme if isinstance(scheme, Scheme) else load_scheme(scheme)
     if format is not None or method is not None:
         chosen = _replaced(chosen, format, method)

@@ -69,8 +69,11 @@ class DecoderProgram:
     def run(self, tokens: torch.Tensor, cache: ProgramCache, keep: int = 1) -> torch.Tensor:
         """float32 logits [keep, vocabulary] of the last `keep` of `tokens` [T], which extend `cache`.
 
-        Raises RunError LB0562 when they do not fit the cache, LB0564 for tokens outside the vocabulary.
+        Raises RunError LB0562 when they do not fit the cache, LB0563 for the cache of another program, LB0564 for
+        tokens outside the vocabulary.
         """
+        if cache.spec != self.spec or cache.limit > self.context:
+            raise RunError("LB0563", "the cache is another program's", hint="start a new sequence")
         ids = tokens.to(torch.int64).contiguous()
         total = ids.numel()
         logits = torch.empty(keep, self.spec.vocab)

@@ -70,6 +70,9 @@ def check_program(model: nn.Module, **options: Any) -> None:
     known = ("context", "head", "embedding", "cache", "threads")
     if unknown := sorted(set(options) - set(known)):
         raise RunError("LB0568", f"mode 'program' has no option {unknown[0]!r}", hint=f"use {', '.join(known)}")
+    for name in ("context", "threads"):
+        if (value := options.get(name)) is not None and value < 1:
+            raise RunError("LB0568", f"{name}={value} is not positive", hint="use at least 1, or leave it out")
     if model.training:
         raise RunError("LB0566", "the model is in training mode", hint="call model.eval() first")
     read_decoder(model, 16, _cache_of(model, options.get("cache")))
@@ -99,20 +102,35 @@ def _quantize_head(model: nn.Module, text: str) -> None:
 def install(model: nn.Module, program: DecoderProgram) -> None:
     """Put `program` behind the model's `forward`, and its cache behind `generate`."""
     original, prepare = model.forward, getattr(model, "_prepare_cache_for_generation", None)
+    if not hasattr(model, "lowbit_program"):
+        model.register_load_state_dict_pre_hook(_refuse_weights)
     model.lowbit_program = program  # type: ignore[assignment]
     model.forward = functools.wraps(original)(functools.partial(_forward, model, program, original))
     if prepare is not None:
-        model._prepare_cache_for_generation = functools.partial(_prepare, program, prepare)  # type: ignore[assignment]
+        prepare = functools.partial(_prepare, model, program, prepare)
+        model._prepare_cache_for_generation = prepare  # type: ignore[assignment]
+
+
+def _refuse_weights(model: nn.Module, *unused: Any) -> None:
+    """The program has read norms, tables and dense matrices; new ones would reach only the model's modules."""
+    raise RunError(
+        "LB0579", "weights cannot be loaded into a model that runs as a native program", where=type(model).__name__,
+        hint="load them first, and call lowbit.compile then",
+    )  # fmt: skip
 
 
 def _prepare(
-    program: DecoderProgram, original: Callable[..., Any], config: Any, kwargs: dict[str, Any], mode: Any, batch: int,
-    length: int,
+    model: nn.Module, program: DecoderProgram, original: Callable[..., Any], config: Any, kwargs: dict[str, Any],
+    mode: Any, batch: int, length: int,
 ) -> Any:  # fmt: skip
-    """Give `generate` the program's cache where it would make a growing one for a single sequence."""
+    """Give `generate` the program's cache where it would make a growing one for a single sequence, and every step can
+    run in the program."""
     rows = batch * max(int(config.num_beams or 1), int(config.num_return_sequences or 1))
     plain = config.cache_implementation in (None, "dynamic") and config.use_cache is not False
-    if rows == 1 and plain and kwargs.get("past_key_values") is None and length <= program.context:
+    asked = {name: getattr(config, name, None) for name in ("output_attentions", "output_hidden_states")}
+    given = {name: kwargs.get(name) for name in ("attention_mask", "inputs_embeds")}
+    fits = why_modules(program, model, {"input_ids": torch.empty(1, 1, dtype=torch.int64), **given, **asked}) is None
+    if rows == 1 and plain and fits and kwargs.get("past_key_values") is None and length <= program.context:
         kwargs["past_key_values"] = program.new_cache(length + 1)
         return None
     return original(config, kwargs, mode, batch, length)
@@ -123,6 +141,8 @@ def why_modules(program: DecoderProgram, model: nn.Module, call: dict[str, Any])
     ids, past, mask = call.get("input_ids"), call.get("past_key_values"), call.get("attention_mask")
     if ids is None or call.get("inputs_embeds") is not None:
         return "it gives embeddings instead of token ids"
+    if ids.is_floating_point():
+        return f"its token ids are {ids.dtype}"
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 1:
         return f"it has {tuple(ids.shape)} tokens, not one sequence"
     if past is not None and not isinstance(past, ProgramCache):
@@ -134,11 +154,9 @@ def why_modules(program: DecoderProgram, model: nn.Module, call: dict[str, Any])
         return "its attention mask hides tokens"
     if (at := call.get("position_ids")) is not None and not _counting(at, start, ids.shape[1]):
         return "its positions do not count up"
-    routers = call.get("output_router_logits")
-    if routers or (routers is None and getattr(model.config, "output_router_logits", False)):
-        return "it asks for router logits"
-    if call.get("output_attentions") or call.get("output_hidden_states"):
-        return "it asks for inner activations"
+    for name in _INNER:
+        if getattr(model.config, name, False) if call.get(name) is None else call[name]:
+            return f"it asks for {name.removeprefix('output_').replace('_', ' ')}"
     if model.training or call.get("labels") is not None:
         return "it trains"
     if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
@@ -150,6 +168,7 @@ def why_modules(program: DecoderProgram, model: nn.Module, call: dict[str, Any])
     return f"of its argument {min(extra)}" if extra else None
 
 
+_INNER = ("output_router_logits", "output_attentions", "output_hidden_states")
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")
 _KNOWN = {*_POSITIONAL, "inputs_embeds", "labels", "logits_to_keep", "output_router_logits"}
 
@@ -177,4 +196,6 @@ def _forward(model: nn.Module, program: DecoderProgram, original: Callable[..., 
     held = past if past is not None else program.new_cache(ids.numel() + (64 if keeps_cache else 0))
     keep = min(int(call.get("logits_to_keep") or 0) or ids.numel(), ids.numel())
     logits = program.run(ids, held, keep)[None]
-    return CausalLMOutputWithPast(logits=logits, past_key_values=held if keeps_cache else None)
+    out = CausalLMOutputWithPast(logits=logits, past_key_values=held if keeps_cache else None)
+    whole = call.get("return_dict")
+    return out if (getattr(model.config, "return_dict", True) if whole is None else whole) else out.to_tuple()

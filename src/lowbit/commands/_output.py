@@ -54,10 +54,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     cells = [[str(c) for c in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(*columns, title=title or None, header_style="bold")
+        # In a narrow window cells go on in the next line; an ellipsis would hide what has to be typed.
+        table = Table(*(Column(name, overflow="fold") for name in columns), title=title or None, header_style="bold")
         for row in cells:
             table.add_row(*(Text(c) for c in row))
         Console().print(table)

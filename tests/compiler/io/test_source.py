@@ -133,6 +133,13 @@ def test_config_problems(tmp_path: Path) -> None:
     with_config(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}), "LB0116")
     assert "is [80, 64]" in with_config(json.dumps({**config, "vocab_size": 81}), "LB0112")
     assert "no tensor" in with_config(json.dumps({**config, "num_hidden_layers": 3}), "LB0112")
+    # What only building the model shows, and what would take for ever to build.
+    assert "KeyError: 'exec'" in with_config(json.dumps({**config, "hidden_act": "exec"}), "LB0108")
+    assert "1,000,000,000 layers" in with_config(json.dumps({**config, "num_hidden_layers": 10**9}), "LB0112")
+    assert "X is not" in with_config(json.dumps({**config, "architectures": "X"}), "LB0105")
+    assert "\n" not in with_config(
+        json.dumps({**config, "hidden_size": -1}), "LB0108"
+    )  # transformers wrote three lines
     (tmp_path / "config.json").unlink()
     refused(tmp_path, "LB0108")
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from lowbit.compiler.errors import LowbitError
 from lowbit.compiler.io.kernels import MANIFEST
 from lowbit.compiler.job.aot import kernels_of, lower
 from lowbit.compiler.runtime import dispatch
-from lowbit.compiler.runtime.package import PACKAGE
+from lowbit.compiler.runtime.package import CALL, PACKAGE, describe_call
 
 
 class Block(nn.Module):
@@ -74,6 +75,8 @@ def test_what_cannot_be_exported_or_loaded_is_one_clear_error(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
     assert _code(lowbit.load_exported, tmp_path) == "LB0576"
     (tmp_path / PACKAGE).write_bytes(b"")
+    assert _code(lowbit.load_exported, tmp_path) == "LB0576"
+    (tmp_path / CALL).write_text(json.dumps(describe_call(X, 0, 4)))
     assert _code(lowbit.load_exported, tmp_path) == "LB0482"
     entry = {
         "spec": "{}", "backend": "cpp", "target": "sm_90", "schedule": {}, "tokens": [1], "file": "a" * 40 + ".so",
@@ -85,6 +88,29 @@ def test_what_cannot_be_exported_or_loaded_is_one_clear_error(tmp_path: Path) ->
     assert _code(lowbit.load_exported, tmp_path) == "LB0480"
     shutil.rmtree(tmp_path / "kernels")
     dispatch.reset()
+
+
+class _Loaded(AssertionError):
+    """The package was called."""
+
+
+def test_a_package_is_only_called_with_what_it_was_made_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        raise _Loaded
+
+    (tmp_path / PACKAGE).write_bytes(b"")
+    (tmp_path / CALL).write_text(json.dumps(describe_call(torch.arange(8)[None], 1, 16)))
+    monkeypatch.setattr("lowbit.compiler.runtime.package.read_kernels", lambda folder: SimpleNamespace(kernels=[1]))
+    monkeypatch.setattr("lowbit.compiler.runtime.package._check", lambda kernels: None)
+    monkeypatch.setattr("lowbit.compiler.runtime.package.prebuilt.use_kernels", lambda *given, **options: None)
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: run)
+    call = lowbit.load_exported(tmp_path, frozen=False)
+    for tokens in (1, 16):
+        with pytest.raises(_Loaded):
+            call(torch.zeros(1, tokens, dtype=torch.int64))
+    wrong = [torch.zeros(2, 8).long(), torch.zeros(1, 17).long(), torch.zeros(1, 0).long(), torch.zeros(8).long()]
+    for x in (*wrong, torch.zeros(1, 8).int(), torch.zeros(1, 8)):  # compiled code would read memory as if they fitted
+        assert _code(call, x) == "LB0580"
 
 
 LOAD = """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +238,28 @@ def test_refused_before_anything_is_written(
     assert not out.exists() or [p.name for p in out.iterdir()] == ["mine.txt"]
     working = tmp_path / ".out.lowbit-run"
     assert not working.exists() or {p.name for p in working.iterdir()} <= {"lock", "journal.jsonl"}
+
+
+def test_a_disk_that_cannot_be_written_is_a_refusal_and_loses_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"LB0115.*out: cannot be written: Not a directory"):
+        quantize(model, tmp_path / "file" / "out", scheme(**QUICK))
+    calls, sync = [], os.fsync
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr("lowbit.compiler.job.journal.os.fsync", full)
+    with pytest.raises(CheckpointError, match=r"LB0111.*the disk is full.*same command"):
+        quantize(model, tmp_path / "out", scheme(**QUICK))
+    assert not (tmp_path / "out").exists()
+    result = quantize(model, tmp_path / "out", scheme(**QUICK))
+    assert result.report["resumed_layers"] > 0
 
 
 def test_the_working_folder_can_be_elsewhere(model: Path, tmp_path: Path) -> None:

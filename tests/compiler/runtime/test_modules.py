@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from _models import random_qtensor
+from _models import random_qtensor, swap_linears, tiny_llama
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowbit.compiler.errors import FormatError
+import lowbit
+from lowbit.compiler.errors import FormatError, KernelError, RunError
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.runtime import dispatch
 from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
@@ -66,8 +67,22 @@ def test_bias_empty_input_and_wrong_width() -> None:
     x = torch.randn(5, 64)
     assert relative(layer(x), x @ q.dequantize().T + bias) < 1e-3
     assert layer(x[:0]).shape == (0, 24)
-    with pytest.raises(RuntimeError):
-        layer(torch.randn(5, 63))
+    for shape in [(5, 63), (2, 128), (2, 2, 32), (0, 32), (128,), ()]:
+        with pytest.raises(KernelError, match=r"LB0417.*64"):
+            layer(torch.randn(shape))
+    for dtype in (torch.float64, torch.int64, torch.bool):
+        with pytest.raises(KernelError, match=f"LB0401.*{dtype}"):
+            layer(x.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:lowbit..linear. an autograd kernel was not registered")
+def test_gradients_are_refused_where_they_would_be_lost() -> None:
+    layer = QuantLinear.from_qtensor(random_qtensor("int4.g32.sym", 24, 64))
+    x = torch.randn(5, 64, requires_grad=True)
+    y = layer(x)  # allowed: parameters of an embedding need gradients unless somebody says otherwise
+    with pytest.raises(RunError, match="LB0571"):
+        y.sum().backward()
+    assert x.grad is None
 
 
 @pytest.mark.parametrize("fmt", ["int4.g64.sym", "int3.g48.asym", "int5.t.asym", "int1.g32.sym"])
@@ -85,6 +100,42 @@ def test_state_dict_round_trips_before_and_after_preparing(fmt: str) -> None:
     assert all(torch.equal(saved[k], again[k]) for k in saved)
     x = torch.randn(3, 100)
     assert torch.equal(other(x), layer(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fmt", ["int4.g32.asym", "int8.ch.sym"])
+def test_state_dicts_load_into_prepared_and_fused_layers(fmt: str) -> None:
+    ids = torch.arange(12)[None]
+    source, other = (swap_linears(tiny_llama(seed), fmt) for seed in (0, 1))
+    fused = lowbit.compile(swap_linears(tiny_llama(2), fmt), max_tokens=16)
+    want = source(ids).logits
+    for model in (other, fused):
+        held = [b.data_ptr() for b in model.buffers()]
+        assert not torch.allclose(model(ids).logits, want)
+        model.load_state_dict(source.state_dict())
+        assert torch.equal(model(ids).logits, want)
+        assert held == [b.data_ptr() for b in model.buffers()]  # experts read the same memory
+    part = fused.state_dict()
+    part.pop("model.layers.1.mlp.up_proj.weight_scale")
+    missing, unexpected = other.load_state_dict({**part, "x": want}, strict=False)
+    assert (missing, unexpected) == (["model.layers.1.mlp.up_proj.weight_scale"], ["x"])
+    wider = swap_linears(tiny_llama(hidden_size=128), fmt)
+    with pytest.raises((FormatError, RuntimeError), match=r"LB0227|size mismatch"):
+        wider.load_state_dict(source.state_dict())
+
+
+@torch.no_grad()
+def test_watched_layers_are_not_fused_away() -> None:
+    model, calls = swap_linears(tiny_llama(), "int4.g32.sym"), []
+    for name in ("self_attn.k_proj", "mlp.up_proj"):
+        model.model.layers[0].get_submodule(name).register_forward_hook(lambda *call: calls.append(call))
+    lowbit.compile(model, max_tokens=4)
+    calls.clear()  # of the copy that was traced
+    model(torch.arange(4)[None])
+    assert len(calls) == 2
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    assert isinstance(first, QuantLinear)
+    assert not isinstance(second, QuantLinear)
 
 
 def test_weights_are_held_once() -> None:

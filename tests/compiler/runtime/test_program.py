@@ -105,6 +105,33 @@ def test_calls_it_does_not_do_run_module_by_module(
     assert "not one sequence" in caplog.text
     with pytest.raises(RunError, match=r"LB0563.*embeddings"):
         model(inputs_embeds=torch.zeros(1, 2, 64), past_key_values=model.lowbit_program.new_cache())
+    ids, mask = 1 + _ids(6)[None] % 79, torch.tensor([[0, 0, 1, 1, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), oracle.generate(ids, **options))  # no cache modules cannot use
+    options = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 1}
+    assert len(model.generate(ids, **options).hidden_states[0]) == 3
+    monkeypatch.setattr(model.config, "output_hidden_states", True)
+    assert len(model(ids).hidden_states) == 3
+
+
+@torch.no_grad()
+def test_outputs_come_as_they_are_asked_for(pair: tuple[Any, Any]) -> None:
+    model, _ = pair
+    logits, cache = model(_ids(5)[None], return_dict=False)
+    assert torch.equal(logits, model(_ids(5)[None]).logits)
+    assert isinstance(cache, ProgramCache)
+
+
+@torch.no_grad()
+def test_what_a_program_read_cannot_change_behind_it(pair: tuple[Any, Any]) -> None:
+    model, _ = pair
+    with pytest.raises(RunError, match="LB0579"):
+        model.load_state_dict(model.state_dict())
+    larger = ProgramCache(model.lowbit_program.spec, 16, 65)
+    others = ProgramCache(replace(model.lowbit_program.spec, layers=1), 16, 64)
+    for cache in (larger, others):  # rows or positions that this program's memory does not have
+        with pytest.raises(RunError, match="LB0563"):
+            model(_ids(3)[None], past_key_values=cache)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +240,9 @@ def test_refusals_name_the_part() -> None:
         lowbit.compile(quantized.eval(), mode="speed")
     with pytest.raises(RunError, match=r"LB0568.*'speed'"):
         lowbit.compile(quantized, mode="program", speed=1)
+    for wrong in ({"context": 0}, {"threads": -1}, {"max_tokens": 0}):
+        with pytest.raises(RunError, match=r"LB0568.*not positive"):
+            lowbit.compile(quantized, mode="program", **wrong)
     with pytest.raises(RunError, match=r"LB0568.*'context'"):
         lowbit.compile(quantized, context=3)
     assert isinstance(quantized.model.layers[0].self_attn.q_proj, QuantLinear)  # nothing was changed
