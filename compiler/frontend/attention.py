@@ -57,7 +57,8 @@ def _share(graph: fx.Graph, node: fx.Node) -> bool:
     with graph.inserting_before(node):
         rows = graph.call_method("flatten", (graph.call_method("unflatten", (query, 1, (shared, repeats))), 2, 3))
         if mask is not None:
-            wide = graph.call_method("expand", (graph.call_method("unsqueeze", (mask, 2)), -1, -1, repeats, -1, -1))
+            # One row of a mask may stand for all tokens.
+            wide = graph.call_method("expand", (graph.call_method("unsqueeze", (mask, 2)), -1, -1, repeats, tokens, -1))
             mask = graph.call_method("flatten", (wide, 2, 3))
         out = graph.call_function(_ATTENTION, (rows, key, value), {_MASK: mask, _SCALE: given.get(_SCALE)})
         back = graph.call_method("flatten", (graph.call_method("unflatten", (out, 2, (repeats, tokens))), 1, 2))
@@ -86,6 +87,7 @@ def _written_since(copy: Any, node: fx.Node) -> bool:
 
 def _before_repeats(node: Any) -> Any:
     """What `node` [B, shared x repeats, S, D] repeats: [B, shared, S, D], or None."""
+    whole = _shape(node)
     while isinstance(node, fx.Node) and node.op == "call_method" and node.target in _RESHAPES:
         node = node.args[0]
     if not (isinstance(node, fx.Node) and node.target == "expand" and len(_shape(node)) == 5):
@@ -96,7 +98,8 @@ def _before_repeats(node: Any) -> Any:
     if not isinstance(source, fx.Node) or len(_shape(source)) != 4:
         return None
     before, after = _shape(source), _shape(node)
-    return source if (before[1], before[3]) == (after[1], after[4]) else None
+    merged = len(whole) == 4 and (whole[1], whole[3]) == (after[1] * after[2], after[4])
+    return source if merged and (before[1], before[3]) == (after[1], after[4]) else None
 
 
 def _shape(node: Any) -> tuple[Any, ...]:

@@ -62,7 +62,8 @@ def run(function: Call, tokens: int, mask: str = "float") -> tuple[int, bool]:
     q, k, v = (torch.randn(B, h, n, DIM, generator=rng) for h, n in ((HEADS, tokens), (SHARED, KEYS), (SHARED, KEYS)))
     kept = torch.rand(B, 1, tokens, KEYS, generator=rng) < 0.7
     kept[..., 0] = True
-    masks = {"none": None, "bool": kept, "float": torch.zeros(kept.shape).masked_fill(~kept, -1e9)}
+    added = torch.zeros(kept.shape).masked_fill(~kept, -1e9)
+    masks = {"none": None, "bool": kept, "row": kept[:, :, :1], "float": added}
     seen: list[tuple[int, bool]] = []
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
@@ -79,7 +80,7 @@ def run(function: Call, tokens: int, mask: str = "float") -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("function", [with_copies, grouped, into_cache])
-@pytest.mark.parametrize(("tokens", "mask"), [(1, "float"), (1, "none"), (3, "bool"), (7, "float")])
+@pytest.mark.parametrize(("tokens", "mask"), [(1, "float"), (1, "none"), (3, "bool"), (3, "row"), (7, "float")])
 def test_shared_heads_are_read_where_they_are(function: Call, tokens: int, mask: str) -> None:
     assert run(function, tokens, mask) == (1, False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 import lowbit
 from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.compiler.errors import KernelError, RunError
+from lowbit.compiler.runtime import dispatch
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.compiler.runtime.program import verify
 from lowbit.compiler.runtime.program.cache import ProgramCache
@@ -94,12 +96,20 @@ def test_cache_grows_crops_and_ends(pair: tuple[Any, Any]) -> None:
         program.run(torch.tensor([80]), program.new_cache())
 
 
+@pytest.fixture
+def reference_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules beside a program build kernels of their own: not here, and not for tests that come after."""
+    monkeypatch.setenv("LOWBIT_BACKENDS", "reference")
+    yield
+    dispatch.reset()
+
+
 @torch.no_grad()
+@pytest.mark.usefixtures("reference_modules")
 def test_calls_it_does_not_do_run_module_by_module(
     pair: tuple[Any, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, oracle = pair
-    monkeypatch.setenv("LOWBIT_BACKENDS", "reference")  # modules build kernels of their own: not here
     batch = torch.stack([_ids(5), _ids(5, 1)])
     assert torch.allclose(model(batch).logits, oracle(batch).logits, atol=1e-3)
     assert "not one sequence" in caplog.text
