@@ -176,6 +176,8 @@ def _preset(name: str, fmt: str, method: str = "gptq", tune: Tuning | None = Non
     return Scheme(name, parse_format(fmt), method, options, tune=tune, **_activation_part(more, name))
 
 
+_COMET: dict[str, Any] = {"options": {"aware": True}, "activation": "int4.g64.asym", "rewrites": ["permute"]}
+
 PRESETS: dict[str, Scheme] = {
     s.name: s
     for s in (
@@ -196,23 +198,8 @@ PRESETS: dict[str, Scheme] = {
             activation="int8.token",
             rewrites=["smooth{outputs=0.3,inputs=false}", "rotate{online=false,heads=false}", "permute"],
         ),
-        _preset(
-            "w4a4",
-            "int4.g64.sym",
-            "fmpq",
-            options={"aware": True},
-            activation="int4.g64.asym",
-            rewrites=["permute"],
-        ),
-        _preset(
-            "w4a4kv4",
-            "int4.g64.sym",
-            "fmpq",
-            options={"aware": True},
-            activation="int4.g64.asym",
-            rewrites=["permute"],
-            kv="kv4.kc64.vt.w64",
-        ),
+        _preset("w4a4", "int4.g64.sym", "fmpq", **_COMET),
+        _preset("w4a4kv4", "int4.g64.sym", "fmpq", kv="kv4.kc64.vt.w64", **_COMET),
         _preset("w4a4-quarot", "int4.ch.sym", activation="int4.token.c90", rewrites=["rotate"]),
         _preset("w4a4-atom", "int4.g64.sym", activation="int4.g64.w2.c90", rewrites=["permute{rank=moment}"]),
         _preset("w3a16", "int3.g64.asym"),
