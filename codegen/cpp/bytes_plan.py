@@ -11,7 +11,7 @@ from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan, lanes_o
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import CHUNK_BLOCKS, KernelSpec
 
-__all__ = ["BLOCK", "PERMUTED", "BytesPlan", "pair_bytes", "table_bytes", "vector_plan"]
+__all__ = ["BLOCK", "PERMUTED", "BytesPlan", "byte_entries", "pair_bytes", "table_bytes", "vector_plan"]
 
 BLOCK = 64
 """Bytes of a vector register: one column of 4 to 16 vectors, whose rows are padded to 4, 8 or 16 bytes."""
@@ -28,6 +28,11 @@ def pair_bytes(book: Book) -> int:
 def table_bytes(book: Book) -> int:
     """Bytes of the tables of one codebook: pairs of coordinates, the last of which may be half empty."""
     return math.ceil(book.dim / 2) * pair_bytes(book)
+
+
+def byte_entries(arch: str) -> int:
+    """The most entries of a table of bytes; those of larger tables are words, of two coordinates."""
+    return 256 if arch == "avx512vbmi" else 64
 
 
 def vector_plan(spec: KernelSpec, schedule: Schedule) -> VectorPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowbit.codegen.cpp.assemble import Pieces, assemble
 from lowbit.codegen.cpp.bytes_panels import bytes_panels_text
-from lowbit.codegen.cpp.bytes_plan import BytesPlan, table_bytes
+from lowbit.codegen.cpp.bytes_plan import BytesPlan, byte_entries, table_bytes
 from lowbit.codegen.cpp.bytes_steps import bytes_direct_text
 from lowbit.codegen.cpp.rounding import rounding_macros, rounding_types
 from lowbit.codegen.cpp.sides import indent
@@ -47,6 +47,7 @@ def emit_vector_text(plan: VectorPlan, arch: str) -> str:
         headers += ("bytes_permute.h",) if plan.permutes else ()
         rows = ("scalar_rows.h", "vector_rows.h")
         macros |= {"LB_ZERO": 0, "LB_WORDS": 0, **rounding_macros(plan.spec)}
+        macros["LB_BYTE_ENTRIES"] = byte_entries(arch)
         kernel = bytes_panels_text(plan) if plan.buffered else bytes_direct_text(plan)
         text = "\n".join([_prepare(plan), _place(plan), kernel])
     else:

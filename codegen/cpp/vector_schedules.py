@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lowbit.codegen.cpp.bytes_plan import BLOCK, PERMUTED, BytesPlan
+from lowbit.codegen.cpp.bytes_plan import BLOCK, PERMUTED, BytesPlan, byte_entries
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.schedules import MACHINES, TILES, Machine
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan
@@ -89,7 +89,7 @@ def _permute_cycles(plan: BytesPlan, part: Part, book: Book, arch: str, m: int) 
 
     Fitted to 4096x4096 with 1 to 32 tokens (words: 1 to 16) on Cascade Lake, except for VBMI, which was not measured.
     """
-    cpu, words = MACHINES[arch], _words(book, arch)
+    cpu, words = MACHINES[arch], book.size > byte_entries(arch)
     sort, each = _found_cycles(book, arch)
     tiles = math.ceil(m / (plan.tokens if plan.buffered else plan.tile_m))
     coordinates = math.ceil(part.dim / 2) * 2 if words else part.dim
@@ -105,12 +105,7 @@ def _permute_cycles(plan: BytesPlan, part: Part, book: Book, arch: str, m: int) 
 
 def _table_cycles(book: Book, arch: str) -> float:
     """Cycles of making codebooks into tables."""
-    return (1.5 if _words(book, arch) else 0.6) * book.count * book.size * book.dim
-
-
-def _words(book: Book, arch: str) -> bool:
-    """Whether a codebook's tables are of words (`kByteEntries` in `text/bytes_avx512.h`)."""
-    return arch in ("avx512vnni", "avx512") and book.size > 64
+    return (1.5 if book.size > byte_entries(arch) else 0.6) * book.count * book.size * book.dim
 
 
 def _found_cycles(book: Book, arch: str) -> tuple[float, float]:
@@ -119,7 +114,7 @@ def _found_cycles(book: Book, arch: str) -> tuple[float, float]:
     A shuffle of bytes takes 16 entries, on VBMI 64; on AVX2 it is two halves, for which indices are prepared. A permute
     of words takes 64 and is three instructions; four of them find half the bytes of two coordinates among 256.
     """
-    if _words(book, arch):
+    if book.size > byte_entries(arch):
         return 6.3, 2.33 * math.ceil(book.size / 64)
     pieces = math.ceil(book.size / (64 if arch == "avx512vbmi" else 16))
     if MACHINES[arch].sums > 8:

@@ -39,7 +39,7 @@ template <int FIRST> LB_INLINE __m256i among(__m256i index) {
 }
 // The most entries of a table; and what is looked up for two neighbouring coordinates at once, whose tables are at
 // book + AT: nothing.
-constexpr int kByteEntries = 64;
+constexpr int kByteEntries = LB_BYTE_ENTRIES;
 template <int SIZE, int AT> LB_INLINE V pair_of(V index, const uint8_t*) { return index; }
 // The entry that each byte of `index` chooses from the SIZE at book + AT, 16 at a time, from FIRST on; there are none
 // behind.

@@ -65,7 +65,7 @@ template <int AT> LB_INLINE V in_lanes(const uint8_t* book) {
   return x;
 }
 // The most entries of a table of bytes; those of larger tables are words, of two coordinates.
-constexpr int kByteEntries = LB_VBMI ? 256 : 64;
+constexpr int kByteEntries = LB_BYTE_ENTRIES;
 // The entry that each byte of `index` chooses from the SIZE at book + AT; there are none behind. Shuffles ignore bits 4
 // to 6 of an index.
 template <int SIZE, int AT> LB_INLINE V entry_of(V index, const uint8_t* book) {
