@@ -51,7 +51,7 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime.build import sample_weight
-from lowbit.quantizers.formats import VectorFormat, exact_integers, parse_format
+from lowbit.quantizers.formats import VectorFormat, exact_integers, parse_format, sixteen_bit_products
 from lowbit.quantizers.qtensor import PackedWeight
 
 BACKEND = CppBackend()
@@ -120,6 +120,7 @@ def main() -> None:
     shapes = [(n, k) for n, k in options.shape] if options.shape else shapes
     formats = ["int4.g128.asym", "int4.g128.sym", "int8.ch.sym", "int2.g64.asym", "int3.g128.asym", "int2.g64.fz"]
     formats += ["e3m2.ch", "e2m3.ch", "mxfp4", "nvfp4", "e4m3.ch", "vq.d4.k256", "vq.d8.k256.r256", "vq.d8.k4096"]
+    formats += ["vq.d8.k256.r256.in", "vq.d4.k256.in"]
     formats = options.formats or (formats[:2] if options.quick else formats)
     tokens = options.tokens or ([1, 512] if options.quick else [1, 8, 16, 512])
     rows: list[dict[str, Any]] = []
@@ -302,8 +303,10 @@ def typical_us(us: list[float], threads: int) -> float:
 def computes(fmt: str, rounded: bool = False) -> tuple[str, ...]:
     """Kinds of products to measure: integers where the format has them; without the short cut of int8 digits where
     kernels with activations that are meant to be int8 are measured."""
-    integers = ("int16",) if rounded else ("int16", "int8")
-    return ("float",) if exact_integers(parse_format(fmt)) is None else integers
+    found = parse_format(fmt)
+    if exact_integers(found) is None:
+        return ("int16",) if sixteen_bit_products(found) else ("float",)
+    return ("int16",) if rounded else ("int16", "int8")
 
 
 def spec_of(fmt: str, compute: str, n: int, k: int, activation: str = "") -> KernelSpec:

@@ -54,7 +54,7 @@ class Problem:
         stored = 2 if spec.scale_dtype == "f16" else 4
         if (fmt := spec.vector) is not None:
             width = sum(1 if size <= 256 else 2 for size in (fmt.centroids, fmt.residual) if size)
-            return spec.rows * self.k * width + fmt.dim * (fmt.centroids + fmt.residual) * stored
+            return spec.rows * fmt.positions(self.k) * width + fmt.dim * (fmt.centroids + fmt.residual) * stored
         side = spec.groups * self.n * (stored * (1 + spec.fmt.offset) + spec.fmt.zero)
         return self.n * self.k * spec.fmt.bits // 8 + side
 

@@ -48,7 +48,8 @@ class Backend(ABC):
     """A way to run a KernelSpec.
 
     `name` is the folder's. `kinds` are the device kinds it serves (`cpu`, `cuda`). `layout` and `vector_layout` name
-    the packed layouts (in `compiler.ir.layout.LAYOUTS`) its kernels read for scalar and for vector formats. `traits`,
+    the packed layouts (in `compiler.ir.layout.LAYOUTS`) its kernels read for scalar and for vector formats, and
+    `input_layout`, where it differs, the one for vectors along the input. `traits`,
     from coarse to fine, are the schedule fields by which kernels differ in kind: tuning measures one of every kind
     before it measures two alike. `compiles_when_loaded`: `load` does the work of a compiler.
     `any_layout`: weights are read in whatever layout they are packed. `invariant`: what one schedule computes for a
@@ -59,6 +60,7 @@ class Backend(ABC):
     kinds: tuple[str, ...]
     layout: str
     vector_layout: str
+    input_layout: str = ""
     traits: tuple[tuple[str, ...], ...] = (("tile_m", "tile_n"),)
     compiles_when_loaded: bool = False
     any_layout: bool = False
@@ -66,7 +68,9 @@ class Backend(ABC):
 
     def layout_of(self, fmt: WeightFormat) -> str:
         """Name of the packed layout its kernels read for `fmt`."""
-        return self.vector_layout if isinstance(fmt, VectorFormat) else self.layout
+        if not isinstance(fmt, VectorFormat):
+            return self.layout
+        return (self.input_layout if fmt.axis == "in" else "") or self.vector_layout
 
     def serves(self, fmt: WeightFormat, activation: str = "") -> str | None:
         """None when there are kernels at all for `fmt` and activations in `activation` (text of an ActivationFormat, or

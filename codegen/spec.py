@@ -71,7 +71,8 @@ class KernelSpec:
     segments: output rows of each sibling matrix. compute: how products are formed. `float`: weights are decoded to
     float32 and multiplied as such. `int8`: activations are rounded to int8, one scale per token and chunk, products
     are exact int32 sums. `int16`: the same with two int8 digits per activation (16 bits, error about 2**-16 of the
-    chunk's largest value), which stands for "A16" on machines whose fast path is an int8 dot product.
+    chunk's largest value), which stands for "A16" on machines whose fast path is an int8 dot product; of vectors along
+    the input, tables of sums of products, rounded to 16 bits.
     epilogue: in order, from `bias`, `silu_mul` (two equal segments in, one out), `residual`.
     norm_eps: x goes through a root-mean-square norm first, with this epsilon (0: through none) and with the operand
     `norm_weight`.
@@ -99,7 +100,8 @@ class KernelSpec:
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE or self.x_dtype not in DTYPES or self.out_dtype not in DTYPES:
             raise KernelError("LB0401", f"no such kernel: {self.compute} {self.x_dtype} -> {self.out_dtype}")
-        if self.compute != "float" and self.integer_levels is None:
+        words = self.table_sums and self.compute == "int16"
+        if self.compute != "float" and self.integer_levels is None and not words:
             raise KernelError("LB0402", f"{self.format} cannot be multiplied as integers")
         if any(e not in EPILOGUES for e in self.epilogue):
             raise KernelError("LB0403", f"unknown epilogue in {self.epilogue}")
@@ -165,9 +167,14 @@ class KernelSpec:
         return Layout.parse(self.layout)
 
     @property
+    def table_sums(self) -> bool:
+        """Whether sums of products can be looked up by whole indices (`VectorFormat.table_sums`)."""
+        return self.vector is not None and self.vector.table_sums
+
+    @property
     def limbs(self) -> int:
-        """int8 digits per activation; 0 for float products."""
-        return {"float": 0, "int8": 1, "int16": 2}[self.compute]
+        """int8 digits per activation; 0 for products of floats, and where sums of products are looked up."""
+        return 0 if self.table_sums else {"float": 0, "int8": 1, "int16": 2}[self.compute]
 
     @property
     def n_out(self) -> int:
@@ -177,8 +184,8 @@ class KernelSpec:
     @property
     def rows(self) -> int:
         """Packed rows (of codes, or of vectors' indices): every segment padded to the layout's row tile."""
-        tile, dim = self.layout_.row_tile, self.vector.dim if self.vector else 1
-        return sum(math.ceil(n / dim / tile) * tile for n in self.segments)
+        tile, vector = self.layout_.row_tile, self.vector
+        return sum(math.ceil((vector.vectors(n) if vector else n) / tile) * tile for n in self.segments)
 
     @property
     def joins_by_rows(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ class VQTensor:
     """One vector-quantized [n, k] matrix in canonical form.
 
     Columns are in *stored order*: outliers first, then group after group; `perm` int64 [k] says which column of the
-    matrix stands at each place (None: in their own order). indices, residual: int32 [vectors, main columns]; centroids
+    matrix stands at each place (None: in their own order). indices, residual: int32 [vectors, main columns], or with
+    vectors along the input [n, vectors]; centroids
     [groups, centroids, dim] and residual_centroids [groups, residual, dim]; outlier_indices int32 [outlier vectors,
     outlier columns], outlier_centroids [centroids, dim]. norm_scale, norm_bias: [k] in the matrix's own order, or [n].
     Codebooks have the format's table type, norms a float one; codebooks of bytes have float32 scales `<book>_scale`
@@ -86,7 +88,7 @@ class VQTensor:
 def expected_shapes(fmt: VectorFormat, n: int, k: int) -> dict[str, tuple[int, ...] | None]:
     """Shape of every tensor of an [n, k] matrix, None for those the format does not have."""
     outliers, size = fmt.partition(k)
-    main = (fmt.vectors(n), size * fmt.groups)
+    main = (fmt.vectors(n), fmt.positions(size) * fmt.groups)
     o = fmt.outliers
     norm = {"none": None, "col": (k,), "row": (n,)}[fmt.norm]
     scale = (fmt.groups,) if fmt.scaled else None
@@ -127,8 +129,9 @@ def book_tensors(fmt: VectorFormat, books: dict[str, Tensor]) -> dict[str, Tenso
     return found
 
 
-def decode_vectors(indices: Tensor, book: Tensor, n: int) -> Tensor:
+def decode_vectors(indices: Tensor, book: Tensor, n: int, axis: Literal["out", "in"] = "out") -> Tensor:
     """[vectors, columns] indices into `book` [groups, size, dim] -> float32 [n, columns]; groups split the columns.
+    Along the input: [n, vectors] indices -> [n, vectors * dim].
 
     Differentiable with respect to `book`: the gradient of a centroid is the sum over its occurrences.
     """
@@ -136,6 +139,8 @@ def decode_vectors(indices: Tensor, book: Tensor, n: int) -> Tensor:
     groups, size, dim = book.shape
     base = torch.arange(groups, device=indices.device).repeat_interleave(columns // groups) * size
     values = torch.nn.functional.embedding(indices.long() + base, book.reshape(groups * size, dim).float())
+    if axis == "in":
+        return values.reshape(vectors, columns * dim)
     return values.transpose(1, 2).reshape(vectors * dim, columns)[:n]
 
 
@@ -146,9 +151,9 @@ def dequantize_with(q: VQTensor, tensors: dict[str, Tensor]) -> Tensor:
         value = tensors[name] if name in tensors else q.book(name) if name in BOOKS else getattr(q, name)
         return _need(value).float()
 
-    stored = decode_vectors(q.indices, of("centroids"), q.n)
+    stored = decode_vectors(q.indices, of("centroids"), q.n, q.fmt.axis)
     if q.residual is not None:
-        stored = stored + decode_vectors(q.residual, of("residual_centroids"), q.n)
+        stored = stored + decode_vectors(q.residual, of("residual_centroids"), q.n, q.fmt.axis)
     if q.outlier_indices is not None:
         first = decode_vectors(q.outlier_indices, of("outlier_centroids")[None], q.n)
         stored = torch.cat([first, stored], dim=1)
@@ -165,11 +170,11 @@ def pack_vectors(tensors: list[VQTensor], layout: Layout) -> PackedWeight:
 
     Operands, with S = segments and rows of vectors padded to the layout's row tile (with index 0): `index` and
     `residual_index`, one container per index (uint8 up to 256 centroids, else 16 bits), laid out by the layout as
-    [vectors, main columns]; `book` [S, groups, centroids, dim] and `residual_book`; `outlier_index` [vectors, outlier
-    columns] and `outlier_book` [S, centroids, dim]; `columns` int32 [k], the matrix column at each stored place;
-    `norm_scale`, `norm_bias` float32, in stored order for column norms, rows of all segments for row norms. Books are
-    float16 or float32. Those of bytes have a scale `<book>_scale` [S, groups] and become what `pack_book` says.
-    Siblings must store their columns in the same order (formats that keep one pack alone).
+    [vectors, main columns] or [n, vectors]; `book` [S, groups, centroids, dim] and `residual_book`; `outlier_index`
+    [vectors, outlier columns] and `outlier_book` [S, centroids, dim]; `columns` int32 [k], the matrix column at each
+    stored place; `norm_scale`, `norm_bias` float32, in stored order for column norms, rows of all segments for row
+    norms. Books are float16 or float32. Those of bytes have a scale `<book>_scale` [S, groups] and become what `_book`
+    says. Siblings must store their columns in the same order (formats that keep one pack alone).
     """
     fmt, k = tensors[0].fmt, tensors[0].k
     if any(t.fmt != fmt or t.k != k for t in tensors) or (len(tensors) > 1 and (fmt.ordered or fmt.norm == "col")):
@@ -200,10 +205,12 @@ def unpack_vectors(packed: PackedWeight) -> list[VQTensor]:
     assert isinstance(fmt, VectorFormat)
     t, count = packed.tensors, len(packed.segments)
     outliers, size = fmt.partition(k)
-    main = _unpack_index(t["index"], fmt.dim, size * fmt.groups, packed)
-    rest = _unpack_index(t["residual_index"], fmt.dim, size * fmt.groups, packed) if fmt.residual else [None] * count
+    rows, columns = [fmt.vectors(n) for n in packed.segments], fmt.positions(size) * fmt.groups
+    main = _unpack_index(t["index"], rows, columns, packed)
+    rest = _unpack_index(t["residual_index"], rows, columns, packed) if fmt.residual else [None] * count
     o = fmt.outliers
-    first = _unpack_index(t["outlier_index"], o.dim, outliers, packed) if o else [None] * count
+    outlier_rows = [math.ceil(n / o.dim) for n in packed.segments] if o else []
+    first = _unpack_index(t["outlier_index"], outlier_rows, outliers, packed) if o else [None] * count
     perm = t["columns"].long() if fmt.ordered else None
     out, row = [], 0
     for i, n in enumerate(packed.segments):
@@ -296,8 +303,7 @@ def _pack_index(indices: list[Tensor], bits: int, layout: Layout) -> Tensor:
     return layout.with_container(width).pack_plane(torch.cat(padded), width)
 
 
-def _unpack_index(words: Tensor, dim: int, columns: int, packed: PackedWeight) -> list[Tensor]:
-    counts = [math.ceil(n / dim) for n in packed.segments]
+def _unpack_index(words: Tensor, counts: list[int], columns: int, packed: PackedWeight) -> list[Tensor]:
     tile = packed.layout.row_tile
     rows = [math.ceil(c / tile) * tile for c in counts]
     width = 8 * words.element_size()

@@ -99,7 +99,7 @@ def stored_shapes(fmt: WeightFormat, n: int, k: int) -> dict[str, tuple[torch.dt
         width = fmt.index_bits + fmt.residual_bits
         for name, shape in expected_shapes(fmt, n, k).items():
             if name == "indices":
-                shapes[name] = (torch.int32, (fmt.groups * fmt.vectors(n), _words(size * width)))
+                shapes[name] = (torch.int32, (fmt.groups * fmt.vectors(n), _words(fmt.positions(size) * width)))
             elif shape is not None and name != "residual":
                 shapes[name] = (float_type(fmt, name) or torch.int16, shape)
     else:
@@ -161,7 +161,9 @@ def from_stored(fmt: WeightFormat, n: int, k: int, tensors: Mapping[str, Tensor]
 
 def _vectors_from(fmt: VectorFormat, n: int, k: int, tensors: Mapping[str, Tensor]) -> VQTensor:
     _, size = fmt.partition(k)
-    codes = unpack_bits(tensors["indices"], fmt.index_bits + fmt.residual_bits, size)
+    if fmt.axis == "in" and k % fmt.dim:
+        raise FormatError("LB0227", f"{k} columns are no vectors of {fmt.dim}")
+    codes = unpack_bits(tensors["indices"], fmt.index_bits + fmt.residual_bits, fmt.positions(size))
     codes = torch.cat(list(codes.chunk(fmt.groups)), dim=1).to(torch.int64)
     found: dict[str, Tensor] = {"indices": (codes & (fmt.centroids - 1)).to(torch.int32)}
     if fmt.residual:

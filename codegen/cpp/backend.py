@@ -34,11 +34,12 @@ class CppBackend(Backend):
     kinds = ("cpu",)
     layout = "panel16"
     vector_layout = "vectors8"
+    input_layout = "rows64"
     invariant = True
     traits = (
-        ("buffered", "words", "lut", "permute"),
-        ("buffered", "words", "lut", "permute", "tile_m", "tile_n"),
-        ("buffered", "words", "lut", "permute", "tile_m", "tile_n", "prefetch", "tokens", "vectors"),
+        ("buffered", "words", "lut", "permute", "sums"),
+        ("buffered", "words", "lut", "permute", "sums", "tile_m", "tile_n"),
+        ("buffered", "words", "lut", "permute", "sums", "tile_m", "tile_n", "prefetch", "tokens", "vectors"),
     )
 
     def available(self, target: Target) -> str | None:

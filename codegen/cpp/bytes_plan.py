@@ -6,6 +6,7 @@ import math
 from functools import cached_property
 from itertools import pairwise
 
+from lowbit.codegen.cpp.input_plan import input_plan
 from lowbit.codegen.cpp.plan import PANEL, align
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan, lanes_of
 from lowbit.codegen.schedule import Schedule
@@ -37,6 +38,8 @@ def byte_entries(arch: str) -> int:
 
 def vector_plan(spec: KernelSpec, schedule: Schedule) -> VectorPlan:
     """The plan of a kernel of a vector format."""
+    if spec.vector and spec.vector.axis == "in":
+        return input_plan(spec, schedule)
     return BytesPlan(spec, schedule) if spec.limbs else VectorPlan(spec, schedule)
 
 

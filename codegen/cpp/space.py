@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from lowbit.codegen.cpp.bytes_plan import PERMUTED, BytesPlan, vector_plan
+from lowbit.codegen.cpp.input_plan import ROWS, InputPlan, SumsPlan, looks_sums_up
 from lowbit.codegen.cpp.lut_plan import lut_problem
 from lowbit.codegen.cpp.plan import PANEL, Plan, short_steps, word_table
 from lowbit.codegen.cpp.schedules import LUT_ARCHES, MACHINES, SHORT_ARCHES, schedules
@@ -24,12 +25,17 @@ __all__ = ["illegal", "space"]
 _REGISTERS = {"avx512vbmi": 32, "avx512vnni": 32, "avx512": 32, "avx2vnni": 16, "avx2": 16, "neondot": 16, "neon": 16}
 _REGISTERS["generic"] = 8
 _MOST_DIRECT, _LEAST_BUFFERED = 16, 3  # tokens for which the one and the other shape are worth a look
+_TILE_SUMS = 8  # vectors of sums of 64 rows, as words and as wider numbers
 _MOST_PREFETCH = 4096  # bytes: what lies further ahead is evicted before it is read
 
 
 def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
     """Schedules worth considering for `m` tokens, legal or not; the trusted ones first."""
     tokens = m_class(m)
+    if spec.vector and spec.vector.axis == "in":
+        yield from vector_schedules(spec, arch, m)
+        yield from _input_space(spec, tokens)
+        return
     if spec.vector:
         yield from vector_schedules(spec, arch, m)
         found = list(_vector_space(tokens, (8,) if spec.limbs else (1, 2, 4, 8)))
@@ -84,6 +90,13 @@ def _vector_space(tokens: int, passes: tuple[int, ...]) -> Iterator[Schedule]:
                 yield Schedule(height, panels * PANEL).with_extra(buffered=1, tokens=block)
 
 
+def _input_space(spec: KernelSpec, tokens: int) -> Iterator[Schedule]:
+    if tokens <= _MOST_DIRECT and looks_sums_up(spec):
+        for height, tiles in product([h for h in (1, 2, 4, 8) if h <= tokens], (1, 2)):
+            yield Schedule(height, tiles * ROWS).with_extra(sums=1)
+    yield from _vector_space(tokens, (2, 4, 8))
+
+
 def _permuted(loaded: list[Schedule], permute: int, dim: int) -> Iterator[Schedule]:
     """The same with permutes; direct kernels with some of at most `dim` coordinates at a time, or all."""
     for schedule in loaded:
@@ -102,9 +115,11 @@ def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:
         plan: Plan | VectorPlan = vector_plan(spec, schedule) if spec.vector else Plan(spec, schedule)
     except KernelError as e:
         return e.message
+    if isinstance(plan, InputPlan) and (why := _no_input(plan)):
+        return why
     if schedule.tile_n % PANEL:
         return f"{schedule.tile_n} rows are not whole panels of {PANEL}"
-    if not plan.buffered and arch == "generic":
+    if not plan.buffered and arch == "generic" and not isinstance(plan, SumsPlan):
         return "kernels that decode into registers need vector units: unrolled without, they take minutes to compile"
     sums, room = _sums(plan), _REGISTERS[arch] - 4
     if sums > max(room, _least_sums(plan)):
@@ -116,6 +131,8 @@ def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:
 
 def _sums(plan: Plan | VectorPlan) -> int:
     """Running sums of one register tile."""
+    if isinstance(plan, SumsPlan):
+        return _TILE_SUMS * plan.pass_tiles
     if isinstance(plan, BytesPlan):
         most = max((len(sweep) for part in plan.parts for sweep in plan.sweeps(part)), default=1)
         return plan.tile_m * (plan.np if plan.buffered else most * plan.digits)
@@ -132,8 +149,16 @@ def _sums(plan: Plan | VectorPlan) -> int:
 def _least_sums(plan: Plan | VectorPlan) -> int:
     """Sums of the smallest tile there is, which runs anyway: what does not fit lies in memory."""
     if isinstance(plan, VectorPlan):
-        return 0
+        return _TILE_SUMS if isinstance(plan, SumsPlan) else 0
     return (2 if plan.silu else 1) * max(2, plan.digits)
+
+
+def _no_input(plan: InputPlan) -> str | None:
+    if isinstance(plan, SumsPlan):
+        if not looks_sums_up(plan.spec):
+            return f"no tables of sums of {plan.spec.compute} products with {plan.spec.format} weights"
+        return None if plan.schedule.tile_n % ROWS == 0 else f"{plan.schedule.tile_n} rows are not tiles of {ROWS}"
+    return None
 
 
 def _no_permutes(plan: BytesPlan, arch: str) -> str | None:

@@ -3,6 +3,7 @@ the first-level cache, and the register tiles of float kernels run over it."""
 
 from __future__ import annotations
 
+from lowbit.codegen.cpp.input_plan import ROWS, InputPlan
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.products import CentroidProducts
 from lowbit.codegen.cpp.sides import dispatch, indent
@@ -26,7 +27,7 @@ def vector_buffered_text(plan: VectorPlan) -> str:
     widths = tuple(dict.fromkeys(plan.widths))
     texts = [float_tile(plan, form, width, height, plan.panels) for width in widths for height in plan.heights]
     texts += [first_tiles(part) for part in plan.parts]
-    texts += [_decode(plan, part) for part in plan.parts]
+    texts += [_decode_rows(plan) if isinstance(plan, InputPlan) else _decode(plan, part) for part in plan.parts]
     body = ["unit(a, place(n / pieces), t0, t1, room);"]
     return "\n".join([*texts, _unit(plan), indent(pieces_of_work(plan, body))])
 
@@ -56,6 +57,31 @@ def _decode(plan: VectorPlan, part: Part) -> str:
         at = f"to + {i * dim}"
         lines += [f"store({at}, w);" if whole else f"memcpy({at}, &w, {dim * 4});", "}"]
     lines += [f"to += {stride};", *(f"i_{b.index} += {TILE};" for b in part.books)]
+    return indent([*lines, "}", "}", "}"])
+
+
+def _decode_rows(plan: InputPlan) -> str:
+    """The same of vectors along the input, whose elements are of one row each: as [column][row] too."""
+    part, stride, tiles = plan.part, plan.panels * PANEL, plan.unit_rows // ROWS
+    lines = [
+        f"static void decode_{part.name}(const Args& a, int64_t segment, int64_t unit, int64_t c, float* buffer) {{",
+        f"const int64_t n = chunk_columns(c) / {part.dim}, column = chunk_start(c) / {part.dim};",
+        *book_pointers(part, "0"),
+        f"for (int64_t tile = unit * {tiles}; tile < (unit + 1) * {tiles}; ++tile, buffer += {ROWS}) {{",
+        f"if (tile >= tiles_{part.name}[segment]) {{",
+        f"for (int64_t k = 0; k < n * {part.dim}; ++k) memset(buffer + k * {stride}, 0, {ROWS * 4});",
+        "continue;",
+        "}",
+        f"const int64_t at = ((first_{part.name}[segment] + tile) * {part.columns} + column) * {ROWS};",
+        f"for (int64_t v = 0; v < n * {ROWS}; v += {part.batch}) {{",
+        *(f"const {b.index_type}* i_{b.index} = a.{b.index} + at + v;" for b in part.books),
+        *index_words(part, part.batch),
+        f"float* to = buffer + v / {ROWS} * {part.dim * stride} + v % {ROWS};",
+        f"alignas(64) float room[{part.batch * part.lanes}];",
+        *(f"store(room + {i * part.lanes}, {sum_of(centroid_terms(part, i))});" for i in range(part.batch)),
+        f"for (int e = 0; e < {part.dim}; ++e)",
+        f"for (int i = 0; i < {part.batch}; ++i) to[e * {stride} + i] = room[i * {part.lanes} + e];",
+    ]
     return indent([*lines, "}", "}", "}"])
 
 

@@ -77,13 +77,13 @@ def _unit(plan: VectorPlan, height: int) -> str:
     for i in range(plan.pair):
         segment = "1" if i else "p.segment"
         for part in plan.parts:
-            many = plan.many(part)
+            many = plan.per_call(part)
             lines += [
                 "{",
                 f"const int64_t segment = {segment}, first = p.unit * {part.per_unit};",
                 f"for (int64_t v = 0; v < {part.per_unit}; v += {many}) {{",
-                f"if (first + v >= tiles_{part.name}[segment] * {TILE}) break;",
-                f"{part.name}_{height}(a, segment, first + v, t, y + {i * rows} + v * {part.dim});",
+                f"if (first + v >= tiles_{part.name}[segment] * {plan.tile}) break;",
+                f"{part.name}_{height}(a, segment, first + v, t, y + {i * rows} + v * {part.dim // part.span});",
                 "}",
                 "}",
             ]

@@ -6,6 +6,9 @@ from lowbit.codegen.cpp.assemble import Pieces, assemble
 from lowbit.codegen.cpp.bytes_panels import bytes_panels_text
 from lowbit.codegen.cpp.bytes_plan import BytesPlan, byte_entries, table_bytes
 from lowbit.codegen.cpp.bytes_steps import bytes_direct_text
+from lowbit.codegen.cpp.input_plan import InputPlan, SumsPlan
+from lowbit.codegen.cpp.input_rows import input_rows_text
+from lowbit.codegen.cpp.input_sums import input_sums_text, prepare_books, sums_types
 from lowbit.codegen.cpp.rounding import rounding_macros, rounding_types
 from lowbit.codegen.cpp.sides import indent
 from lowbit.codegen.cpp.vector_buffered import vector_buffered_text
@@ -42,7 +45,12 @@ def emit_vector_text(plan: VectorPlan, arch: str) -> str:
     headers: tuple[str, ...]
     rows: tuple[str, ...]
     macros["LB_NORM"] = ("none", "col", "row").index(norm)
-    if isinstance(plan, BytesPlan):
+    if isinstance(plan, SumsPlan):
+        lanes = _by_arch(arch, "lanes_x86.h", "lanes_x86.h", "lanes_generic.h")
+        headers = (lanes, "sums.h", _by_arch(arch, "sums_avx512.h", "sums_avx2.h", "sums_generic.h"))
+        rows = ("vector_rows.h",)
+        text = "\n".join([book_functions(plan), _prepare(plan), _place(plan), input_sums_text(plan)])
+    elif isinstance(plan, BytesPlan):
         headers = (_by_arch(arch, "bytes_avx512.h", "bytes_avx2.h", "bytes_generic.h"), "vector_bytes.h")
         headers += ("bytes_permute.h",) if plan.permutes else ()
         rows = ("scalar_rows.h", "vector_rows.h")
@@ -52,10 +60,14 @@ def emit_vector_text(plan: VectorPlan, arch: str) -> str:
         text = "\n".join([_prepare(plan), _place(plan), kernel])
     else:
         headers, rows = (_by_arch(arch, "lanes_x86.h", "lanes_x86.h", "lanes_generic.h"),), ("vector_rows.h",)
-        kernel = vector_buffered_text(plan) if plan.buffered else vector_direct_text(plan)
+        kernel = vector_buffered_text(plan) if plan.buffered else _direct(plan)
         text = "\n".join([book_functions(plan), _prepare(plan), _place(plan), kernel])
     pieces = Pieces(macros, headers, _constants(plan), _types(plan), rows, _VALUE[norm], text)
     return assemble(plan, arch, pieces)
+
+
+def _direct(plan: VectorPlan) -> str:
+    return input_rows_text(plan) if isinstance(plan, InputPlan) else vector_direct_text(plan)
 
 
 def _by_arch(arch: str, avx512: str, avx2: str, other: str) -> str:
@@ -85,6 +97,7 @@ def _types(plan: VectorPlan) -> str:
         lines.append(f"const {_operand_type(plan, name)}* {name};")
     copies = [(*_copy(plan, b), plan.copy_bytes(b)) for b in plan.books if plan.copy_bytes(b)]
     lines += [f"{type_}* {name};" for type_, name, _ in copies]
+    lines += ["uint8_t* tables;", "float* table_scale;"] if isinstance(plan, SumsPlan) else []
     lines += _ACTIVATIONS if integer else ["float* xq;  // activations, [chunk][token][column]"]
     lines += [
         "float* shift;  // what norms add, [token]",
@@ -94,6 +107,7 @@ def _types(plan: VectorPlan) -> str:
     for i, (type_, name, _) in enumerate(copies):
         lines.append(f"{name} = ({type_}*)(shared + {sum(nbytes for *_, nbytes in copies[:i])});")
     lines += _ACTIVATIONS_AT if integer else ["xq = (float*)tokens;", "shift = xq + kChunks * m * kTokenStride;"]
+    lines += sums_types(plan) if isinstance(plan, SumsPlan) else []
     lines += ["}", "};"]
     if integer:
         return indent([*lines, *rounding_types(plan.spec), *_chunk_functions(plan)])
@@ -122,13 +136,15 @@ def _chunk_functions(plan: VectorPlan) -> list[str]:
         at.append(f"{where}{start} + (c - {first}) / {per} * {part.group_size} + {inner};")
         left = f"{part.group_size} - {inner}"
         size.append(f"{where}{left} < kChunkCols ? {left} : kChunkCols;")
-        start += part.columns
+        start += part.columns * part.span
     return [*at, "return 0;", "}", *size, "return 0;", "}"]
 
 
 def _prepare(plan: VectorPlan) -> str:
     """Widen the codebooks that are kept as float32, and make the tables that permutes read, shared out over threads."""
     lines = ["static void prepare(const Args& a, int part, int parts) {", "(void)a, (void)part, (void)parts;"]
+    if isinstance(plan, SumsPlan):
+        return indent([*lines, *prepare_books(plan), "}"])
     for book in plan.books:
         if plan.copy_bytes(book):
             n = book.count * (book.size if book.wide else book.dim)
@@ -139,7 +155,9 @@ def _prepare(plan: VectorPlan) -> str:
 
 def _copy(plan: VectorPlan, book: Book) -> tuple[str, str]:
     """Type and name of what `prepare` makes of a codebook."""
-    return ("uint8_t", f"table_{book.name}") if isinstance(plan, BytesPlan) else ("float", f"wide_{book.name}")
+    if isinstance(plan, BytesPlan):
+        return "uint8_t", f"table_{book.name}"
+    return "float", f"{'flat' if isinstance(plan, SumsPlan) else 'wide'}_{book.name}"
 
 
 def _widen(book: Book) -> list[str]:

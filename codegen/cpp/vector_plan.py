@@ -13,7 +13,7 @@ from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.program import Program
 from lowbit.quantizers.formats import VectorFormat
 
-__all__ = ["TILE", "Book", "Part", "VectorPlan", "lanes_of"]
+__all__ = ["TILE", "Book", "Part", "VectorPlan", "lanes_of", "vector_book"]
 
 TILE = 8
 """Vectors of one column that lie together."""
@@ -68,9 +68,10 @@ class Book:
 class Part:
     """The main columns or the outlier columns: vectors of `dim` rows, looked up in `books` by `program`.
 
-    columns: of the part. groups: column groups, each with books of its own. batch: vectors that are decoded together
-    and lie in one tile; per_unit: vectors of one unit of work; tiles: tiles of each segment. chunk: index of the part's
-    first chunk of activations; group_chunks: chunks of one group.
+    columns: of the part's indices; span: columns of activations that an index stands for. groups: column groups, each
+    with books of its own. batch: vectors that are decoded together and lie in one tile; per_unit: vectors of one unit
+    of work; tiles: tiles of each segment. chunk: index of the part's first chunk of activations; group_chunks: chunks
+    of one group.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Part:
     tiles: tuple[int, ...]
     chunk: int
     group_chunks: int
+    span: int = 1
 
     @property
     def lanes(self) -> int:
@@ -92,8 +94,8 @@ class Part:
 
     @property
     def group_size(self) -> int:
-        """Columns of one group."""
-        return self.columns // self.groups
+        """Columns of activations of one group."""
+        return self.columns * self.span // self.groups
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,18 @@ class VectorPlan(KernelPlan):
         """Segments that a unit of work reads: gate and up, or one."""
         return 2 if self.silu else 1
 
+    @property
+    def tile(self) -> int:
+        """Vectors whose indices lie together."""
+        return TILE
+
     def many(self, part: Part) -> int:
         """Vectors of `part` that one pass of a direct kernel takes."""
         return min(self.vectors, part.batch)
+
+    def per_call(self, part: Part) -> int:
+        """Vectors of `part` that one call of a direct kernel's function takes: of one pass, or of several."""
+        return self.many(part)
 
     @cached_property
     def unit_rows(self) -> int:
@@ -171,12 +182,12 @@ class VectorPlan(KernelPlan):
         fmt, spec, found, chunk = self.fmt, self.spec, [], 0
         outliers, size = fmt.partition(spec.k)
         if o := fmt.outliers:
-            book = _book(spec, "outlier_book", "outlier_index", o.centroids, o.dim, 1)
+            book = vector_book(spec, "outlier_book", "outlier_index", o.centroids, o.dim, 1)
             chunk = math.ceil(outliers / self.chunk_cols)
             found.append(self._part("outlier", o.dim, outliers, 1, (book,), outlier_program(), 0, chunk))
-        books = [_book(spec, "book", "index", fmt.centroids, fmt.dim, fmt.groups)]
+        books = [vector_book(spec, "book", "index", fmt.centroids, fmt.dim, fmt.groups)]
         if fmt.residual:
-            books.append(_book(spec, "residual_book", "residual_index", fmt.residual, fmt.dim, fmt.groups))
+            books.append(vector_book(spec, "residual_book", "residual_index", fmt.residual, fmt.dim, fmt.groups))
         chunks = math.ceil(size / self.chunk_cols)
         columns = size * fmt.groups
         found.append(self._part("main", fmt.dim, columns, fmt.groups, tuple(books), vector_program(fmt), chunk, chunks))
@@ -250,7 +261,8 @@ def lanes_of(dim: int) -> int:
     return 4 if dim <= 4 else 8 if dim <= 8 else 16
 
 
-def _book(spec: KernelSpec, name: str, index: str, size: int, dim: int, groups: int) -> Book:
+def vector_book(spec: KernelSpec, name: str, index: str, size: int, dim: int, groups: int) -> Book:
+    """The codebook operand `name` of a spec, read by `index`, with `groups` codebooks of `size` centroids a segment."""
     lanes, count = lanes_of(dim), len(spec.segments) * groups
     if spec.scale_dtype == "u8":
         # Bytes are multiplied as such, or widened for products of floats.

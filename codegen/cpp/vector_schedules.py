@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from lowbit.codegen.cpp.bytes_plan import BLOCK, PERMUTED, BytesPlan, byte_entries
+from lowbit.codegen.cpp.input_plan import ROWS, InputPlan, SumsPlan, entries, looks_sums_up
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.schedules import MACHINES, TILES, Machine
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan
@@ -14,6 +15,7 @@ from lowbit.codegen.spec import KernelSpec
 
 __all__ = ["permute_of", "vector_predict", "vector_schedules"]
 
+_MOST_SUMS = 16  # tokens
 _FULL = {"avx512": 1.5, "avx2": 2.8}
 """What byte dot products take longer by where codebooks' bytes, which may be above 127, need two of 16-bit numbers."""
 
@@ -22,6 +24,9 @@ def vector_schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
     """Legal schedules for `m` tokens: direct kernels for up to 8, buffered ones from 4 on (`generic`: always)."""
     tokens, cpu = m_class(m), MACHINES[arch]
     assert spec.vector is not None
+    if spec.vector.axis == "in":
+        yield from _input_schedules(spec, arch, tokens)
+        return
     if spec.limbs:
         yield from _bytes_schedules(spec, arch, tokens)
         return
@@ -51,6 +56,22 @@ def _bytes_schedules(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Sched
         for rows, panels in dict.fromkeys(TILES[cpu.sums]):
             found = Schedule(min(rows, tokens), panels * PANEL).with_extra(buffered=1, tokens=192)
             yield from (found, found.with_extra(permute=permute)) if permute else (found,)
+
+
+def _input_schedules(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Schedule]:
+    """Of vectors along the input: sums of products looked up, which costs every token as much; or decoded panels."""
+    cpu = MACHINES[arch]
+    if looks_sums_up(spec) and tokens <= _MOST_SUMS:
+        tiles = 2 if cpu.sums > 8 and sum(spec.segments) > ROWS else 1
+        yield Schedule(min(tokens, 4), tiles * ROWS).with_extra(sums=1)
+    if tokens <= 8 and arch != "generic":
+        registers = 24 if cpu.sums > 8 else 10
+        height = min(tokens, 2)
+        vectors = next((v for v in (8, 4) if v * height <= registers), 2)
+        yield Schedule(height, PANEL).with_extra(vectors=vectors)
+    for height, panels in TILES[cpu.sums]:
+        if (tokens > 2 or arch == "generic") and panels * PANEL <= ROWS:
+            yield Schedule(min(height, tokens), panels * PANEL).with_extra(buffered=1, tokens=192)
 
 
 def permute_of(spec: KernelSpec, arch: str) -> int:
@@ -127,6 +148,8 @@ def vector_predict(plan: VectorPlan, arch: str, m: int) -> float:
     cpu = MACHINES[arch]
     if isinstance(plan, BytesPlan):
         return _bytes_predict(plan, arch, m) / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
+    if isinstance(plan, InputPlan):
+        return _input_predict(plan, arch, m)
     cycles = 0.0
     for part in plan.parts:
         vectors = sum(part.tiles) * TILE * part.columns
@@ -139,6 +162,34 @@ def vector_predict(plan: VectorPlan, arch: str, m: int) -> float:
         cycles += products + vectors * reuse * sum(looked * _lookup(b) for b in part.books)
     widened = sum(b.wide_bytes for b in plan.books) / 32
     return (cycles + widened) / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
+
+
+def _input_predict(plan: InputPlan, arch: str, m: int) -> float:
+    """Seconds of a kernel of vectors along the input: tables and lookups of every token; or decoding a row's vector,
+    element by element, for as many tokens as share it, and products."""
+    cpu, part = MACHINES[arch], plan.part
+    vectors = sum(part.tiles) * ROWS * part.columns
+    if isinstance(plan, SumsPlan):
+        made = len(plan.spec.segments) * part.columns * plan.step_entries * (part.dim / 16 / cpu.ops + 0.35)
+        looked = vectors * sum(_sum_cycles(book, arch) for book in part.books)
+        read = vectors * len(part.books) / cpu.bandwidth * cpu.ghz
+        cycles = max(m * (made + looked), read) + 0.25 * min(m * (made + looked), read)
+        return cycles / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 3e-6
+    if not plan.buffered:
+        reuse = math.ceil(m / plan.tile_m)
+        cycles = vectors * (reuse * sum(_lookup(b) for b in part.books) + m * max(0.5, part.lanes / 16 / cpu.ops))
+        return cycles / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
+    tiles = math.ceil(m / plan.tokens)
+    cycles = tiles * vectors * (1.2 * part.dim + sum(_lookup(b) for b in part.books))
+    cycles += vectors * part.dim / 16 * m * _tile_cycles(plan, cpu)
+    return cycles / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
+
+
+def _sum_cycles(book: Book, arch: str) -> float:
+    """Cycles of an entry that is looked up and added: permutes of words find 32 among 64; others are loads."""
+    if not arch.startswith("avx512"):
+        return 1.0
+    return {32: 8.0, 64: 10.0, 128: 22.0, 256: 43.0}[entries(book)] / 2 / ROWS
 
 
 def _lookup(book: Book) -> float:

@@ -28,6 +28,8 @@ def unserved_vectors(fmt: VectorFormat) -> str | None:
     """Why there is no kernel for a vector format at all, or None."""
     if fmt.dim < 2:
         return "vectors of one element are no vectors here"
+    if fmt.axis == "in":
+        return "vectors run along the outputs, not along the inputs"
     if fmt.table != "f16":
         return "codebooks are float16, not " + ("bytes with a scale" if fmt.scaled else fmt.table)
     return None

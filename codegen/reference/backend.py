@@ -70,8 +70,12 @@ def _decode_vectors(q: VQTensor) -> torch.Tensor:
     def run(
         program: Program, dim: int, books: dict[str, torch.Tensor], indices: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        at = group if "book" in books else torch.tensor(0)
+        at = group if "book" in books and q.fmt.axis == "out" else torch.tensor(0)
         table = {**TORCH, "gather": lambda index, lane, book: books[book][at, index.long(), lane]}
+        if q.fmt.axis == "in":
+            lanes = torch.arange(q.k) % dim
+            wide = {name: i.repeat_interleave(dim, dim=1) for name, i in indices.items()}
+            return program.run(table, {"lane": lanes, **wide})
         return program.run(table, {"lane": rows % dim, **{name: i[rows[:, 0] // dim] for name, i in indices.items()}})
 
     main, rest, outlier = (q.book(name) for name in BOOKS)

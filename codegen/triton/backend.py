@@ -124,7 +124,7 @@ def _vector_limits(spec: KernelSpec) -> str | None:
     if spec.compute != "float" or spec.activation:
         return "activations of vector formats are not rounded"
     outliers, size = fmt.partition(spec.k)
-    indices = max(spec.rows * size * fmt.groups, sum(spec.segments) * outliers)
+    indices = max(spec.rows * fmt.positions(size) * fmt.groups, sum(spec.segments) * outliers)
     if indices >= 2**31:
         return "one plane has more than 2**31 indices"
     books = len(spec.segments) * fmt.groups * fmt.dim * max(fmt.centroids, fmt.residual)

@@ -33,7 +33,7 @@ def illegal(spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
         return f"tiles and warps must be powers of two, not {sizes}"
     if schedule.tile_k < 32:
         return f"a step covers whole blocks of 32 columns, not {schedule.tile_k}"
-    if isinstance(tiles, VectorTiles) and schedule.tile_n < tiles.lanes:
+    if isinstance(tiles, VectorTiles) and schedule.tile_n < tiles.lanes and not tiles.rowwise:
         return f"a tile of {schedule.tile_n} rows is shorter than a vector of {tiles.lanes}"
     if schedule.split_k < 1 or schedule.split_k > tiles.steps:
         return f"{tiles.steps} steps cannot be split {schedule.split_k} ways"

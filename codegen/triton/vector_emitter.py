@@ -3,7 +3,8 @@
 A step loads a tile of indices [vectors, columns] once and gathers from the codebook, which the caches hold, a
 [vectors, columns, lanes] tile: the elements of a centroid lie side by side, so a vector is one wide load. `dot` turns
 it into a [columns, tile_n] operand of matrix instructions; `gemv` multiplies and adds it as it is. Outlier columns, few
-by design, follow element by element in a loop of their own.
+by design, follow element by element in a loop of their own. Vectors along the input are gathered as [tile_n, positions,
+lanes], which is [tile_n, columns] as it stands.
 
 The order of columns and norms concern activations and sums only. `gemv` applies them as it reads activations; `dot`
 reads activations that a small kernel has put in order, scaled and summed.
@@ -78,14 +79,14 @@ def _pick(values: tuple[int, ...]) -> str:
 
 def _rows(t: VectorTiles) -> list[str]:
     """Output columns `n_<a>` of the accumulator's rows, rows of vectors `j` in the segment, codebooks `<book>_<a>`."""
-    lanes, dim, starts = t.lanes, t.fmt.dim, t.first_tiles[:-1]
+    lanes, dim, starts = (1, 1, t.first_tiles[:-1]) if t.rowwise else (t.lanes, t.fmt.dim, t.first_tiles[:-1])
     later = " + ".join(f"(n_tile >= {s}).to(tl.int32)" for s in starts[1:])
     lines = [f"segment = {later}"] if later else []
     lines += [
         f"tile = n_tile - {_pick(starts)}",
         f"j = tile * {t.vectors} + tl.arange(0, {t.vectors})",
         f"j_ok = j < {_pick(tuple(-(-n // dim) for n in t.tiled))}",
-        f"lane = tl.arange(0, {lanes})",
+        f"lane = tl.arange(0, {t.lanes})",
         f"row = tl.arange(0, {t.schedule.tile_n})",
     ]
     local = "row" if lanes == dim else f"row // {lanes} * {dim} + row % {lanes}"
@@ -133,10 +134,11 @@ def _decode(program: Program, books: Mapping[str, str], dim: int, args: dict[str
 
 
 def _main_weights(t: VectorTiles, a: int) -> list[str]:
-    """`w` float32 [vectors, columns, lanes] of the current step's columns `col`."""
-    starts = t.first_vectors(t.fmt.dim)
-    lines = [f"at = col[None, :] * {starts[-1]} + (j + {_segment(t, a, starts[:-1])})[:, None]"]
-    mask = "j_ok[:, None]" + (" & col_ok[None, :]" if t.column_mask else "")
+    """`w` float32 [vectors, columns, lanes] of the current step's columns `col`, or [vectors, columns] of vectors along
+    the input at its columns of indices `place`."""
+    starts, place = t.first_vectors(t.height), "place" if t.rowwise else "col"
+    lines = [f"at = {place}[None, :] * {starts[-1]} + (j + {_segment(t, a, starts[:-1])})[:, None]"]
+    mask = "j_ok[:, None]" + (f" & {place}_ok[None, :]" if t.column_mask else "")
     names = ["index"] + ["residual_index"] * bool(t.fmt.residual)
     for name in names:
         lines.append(f"{name} = {_load_index(name, _operand_type(t.spec, name), 'at', mask)}")
@@ -146,7 +148,8 @@ def _main_weights(t: VectorTiles, a: int) -> list[str]:
         books[name] = f"{name}_{a}{base}"
     args = {name: f"{name}[:, :, None]" for name in names} | {"lane": "lane[None, None, :]"}
     live = "" if t.lanes == t.fmt.dim else f", mask=lane[None, None, :] < {t.fmt.dim}, other=0.0"
-    return [*lines, *_decode(vector_program(t.fmt), books, t.fmt.dim, args, live)]
+    lines += _decode(vector_program(t.fmt), books, t.fmt.dim, args, live)
+    return [*lines, f"w = tl.reshape(w, ({t.vectors}, {t.schedule.tile_k}))"] if t.rowwise else lines
 
 
 def _outlier_weights(t: VectorTiles, a: int) -> list[str]:
@@ -163,12 +166,25 @@ def _outlier_weights(t: VectorTiles, a: int) -> list[str]:
 
 def _columns(t: VectorTiles) -> list[str]:
     """The step's main columns, and which exist and in which column group they are where that is a question."""
+    if t.rowwise:
+        return _row_columns(t)
     lines = [f"col = step * {t.schedule.tile_k} + tl.arange(0, {t.schedule.tile_k})"]
     if t.column_mask:
         lines.append(f"col_ok = col < {t.columns}")
     if t.fmt.groups > 1:
         group = f"col // {t.group_columns}"
         lines.append(f"group = {f'tl.minimum({group}, {t.fmt.groups - 1})' if t.column_mask else group}")
+    return lines
+
+
+def _row_columns(t: VectorTiles) -> list[str]:
+    """The same for vectors along the input: columns of indices `place`, and the columns `col` of their elements, padded
+    lanes included."""
+    count = t.columns // t.fmt.dim
+    lines = [f"place = step * {t.positions} + tl.arange(0, {t.positions})", f"at_k = tl.arange(0, {t.schedule.tile_k})"]
+    lines.append(f"col = (step * {t.positions} + at_k // {t.lanes}) * {t.fmt.dim} + at_k % {t.lanes}")
+    if t.column_mask:
+        lines += [f"place_ok = place < {count}", f"col_ok = (col < {t.columns}) & (at_k % {t.lanes} < {t.fmt.dim})"]
     return lines
 
 
@@ -190,6 +206,8 @@ def _dot(t: VectorTiles) -> list[str]:
     lines += [f"{BODY}acc_{a} = tl.zeros({shape}, tl.float32)" for a in t.accumulators]
     lines += [loop(t), *[LOOP + line for line in [*_columns(t), *_load_tile(t, t.outliers, t.column_mask)]]]
     flat = f"w = tl.reshape(tl.permute(w.to(tl.{_DOT_TYPES[t.spec.x_dtype]}), (1, 0, 2)), ({s.tile_k}, {s.tile_n}))"
+    if t.rowwise:
+        flat = f"w = tl.trans(w.to(tl.{_DOT_TYPES[t.spec.x_dtype]}))"
     for a in t.accumulators:
         lines += [LOOP + line for line in [*_main_weights(t, a), flat, _product(t, a, swap)]]
     if t.outliers:
@@ -231,13 +249,16 @@ def _gemv(t: VectorTiles) -> list[str]:
     pairs = [(a, i) for a in t.accumulators for i in tokens]
     lines = [f"m_{i} = m_tile * {s.tile_m} + {i}" for i in tokens]
     lines += [f"x_{i} = x_ptr + m_{i}.to(tl.int64) * {t.spec.k}" for i in tokens]
-    lines += [f"sum_{a}_{i} = tl.zeros(({t.vectors}, {s.tile_k}, {t.lanes}), tl.float32)" for a, i in pairs]
+    sums, wide = f"({t.vectors}, {s.tile_k}, {t.lanes})", "None, :, None"
+    if t.rowwise:
+        sums, wide = f"({t.vectors}, {s.tile_k})", "None, :"
+    lines += [f"sum_{a}_{i} = tl.zeros({sums}, tl.float32)" for a, i in pairs]
     lines += _zero_totals(t, "total", s.tile_k)
     lines = [BODY + line for line in lines]
     lines += [loop(t), *[LOOP + line for line in [*_columns(t), *_load_tokens(t, t.outliers, t.column_mask, "total")]]]
     for a in t.accumulators:
         lines += [LOOP + line for line in _main_weights(t, a)]
-        lines += [f"{LOOP}sum_{a}_{i} += w * v_{i}[None, :, None]" for i in tokens]
+        lines += [f"{LOOP}sum_{a}_{i} += w * v_{i}[{wide}]" for i in tokens]
     lines += [f"{BODY}acc_{a}_{i} = tl.reshape(tl.sum(sum_{a}_{i}, axis=1), ({s.tile_n},))[None, :]" for a, i in pairs]
     if t.fmt.norm != "none":
         lines += [f"{BODY}total_{i} = tl.sum(total_{i}, axis=0)" for i in tokens]

@@ -59,7 +59,7 @@ def shared_bytes(spec: KernelSpec, schedule: Schedule, target: Target) -> int:
     width, count = X_BYTES[spec.x_dtype], len(t.accumulators)
     weights = schedule.tile_n * schedule.tile_k * count
     x_tile = schedule.tile_m * schedule.tile_k * width
-    indices = t.vectors * schedule.tile_k * _index_bytes(t) * count
+    indices = t.vectors * t.positions * _index_bytes(t) * count
     books = 2 if t.fmt.residual else 1
     from_shared = uses_wgmma(schedule, target) and (schedule.tile_m >= 64 or not schedule.get("swap", 0))
     gathers = weights * _stored(t) * books * max(ahead, 2) if from_shared else 0
@@ -107,20 +107,22 @@ def predict(spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> flo
 def _memory_seconds(t: VectorTiles, gpu: Gpu, m: int, running: int) -> float:
     spec, schedule = t.spec, t.schedule
     books = sum(t.book_size(name) for name in spec.operands if name.endswith("book"))
-    traffic: float = spec.rows * t.columns * _index_bytes(t) + books * t.fmt.groups * len(spec.segments) * _stored(t)
+    traffic: float = spec.rows * t.fmt.positions(t.columns) * _index_bytes(t) + books * t.fmt.groups * len(
+        spec.segments
+    ) * _stored(t)
     if t.fmt.outliers:
         traffic += t.first_vectors(t.fmt.outliers.dim)[-1] * t.outliers * 2
     traffic += m * (spec.k * X_BYTES[spec.x_dtype] + spec.n_out * X_BYTES[spec.out_dtype])
     ahead, latency = max(schedule.stages - 1, 1), LATENCY
     if t.gemv:  # nothing is prefetched: an index waits for its centroid before the next is asked for
         ahead, latency = 1, LATENCY + _GATHER_LATENCY
-    in_flight = running * ahead * t.vectors * schedule.tile_k * _index_bytes(t)
+    in_flight = running * ahead * t.vectors * t.positions * _index_bytes(t)
     return traffic / min(gpu.bandwidth, in_flight / latency)
 
 
 def _gather_seconds(t: VectorTiles, gpu: Gpu, m_tiles: int) -> float:
     """Tiles of vectors, and outlier columns element by element, each with its index."""
-    vectors = t.n_tiles * len(t.accumulators) * t.vectors * t.columns
+    vectors = t.n_tiles * len(t.accumulators) * t.vectors * t.fmt.positions(t.columns)
     books = sum(t.book_size(name) for name in ("book", "residual_book")) * _stored(t)
     loads = vectors * gather_loads(t) * (2 if t.fmt.residual else 1)
     elements = 2 * t.n_tiles * len(t.accumulators) * t.schedule.tile_n * t.outliers

@@ -3,6 +3,9 @@
 An output tile covers `tile_n` accumulator rows: `vectors` rows of vectors with `lanes` elements each, where `lanes` is
 the vector length rounded up to a power of two. Tiles never cross segments, because segments have codebooks of their
 own. A step covers `tile_k` main columns; outlier columns, whose vectors have another length, follow in a second loop.
+
+Vectors along the input lie the other way: accumulator rows are output columns, and a step's `tile_k` columns are
+`positions` vectors with `lanes` elements each.
 """
 
 from __future__ import annotations
@@ -52,14 +55,29 @@ class VectorTiles:
         return power_of_two(self.fmt.dim)
 
     @cached_property
+    def rowwise(self) -> bool:
+        """Whether vectors run along the input."""
+        return self.fmt.axis == "in"
+
+    @cached_property
+    def height(self) -> int:
+        """Output columns of a vector."""
+        return 1 if self.rowwise else self.fmt.dim
+
+    @cached_property
     def vectors(self) -> int:
         """Rows of vectors in a tile."""
-        return max(self.schedule.tile_n // self.lanes, 1)
+        return self.schedule.tile_n if self.rowwise else max(self.schedule.tile_n // self.lanes, 1)
+
+    @cached_property
+    def positions(self) -> int:
+        """Columns of indices in a step."""
+        return max(self.schedule.tile_k // self.lanes, 1) if self.rowwise else self.schedule.tile_k
 
     @cached_property
     def outputs(self) -> int:
         """Output columns a tile computes: its accumulator rows without padded lanes."""
-        return self.vectors * self.fmt.dim
+        return self.vectors * self.height
 
     @cached_property
     def outliers(self) -> int:
@@ -77,9 +95,14 @@ class VectorTiles:
         return self.fmt.partition(self.spec.k)[1]
 
     @cached_property
+    def step_columns(self) -> int:
+        """Main columns a step covers: without padded lanes."""
+        return self.positions * self.fmt.dim if self.rowwise else self.schedule.tile_k
+
+    @cached_property
     def steps(self) -> int:
         """Steps that cover the main columns."""
-        return -(-self.columns // self.schedule.tile_k)
+        return -(-self.columns // self.step_columns)
 
     @cached_property
     def outlier_step(self) -> int:
@@ -117,8 +140,8 @@ class VectorTiles:
 
     @cached_property
     def column_mask(self) -> bool:
-        """Whether the last step has columns beyond the matrix."""
-        return self.columns % self.schedule.tile_k != 0
+        """Whether the last step has columns beyond the matrix, or every step padded lanes."""
+        return self.columns % self.step_columns != 0 or self.step_columns != self.schedule.tile_k
 
     @cached_property
     def prepared(self) -> bool:

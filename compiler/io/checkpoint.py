@@ -21,6 +21,7 @@ import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
 from lowbit.compiler.io import (
+    aqlm,
     awq,
     bitsandbytes,
     block_fp8,
@@ -309,7 +310,7 @@ class Checkpoint:
 
     @property
     def method(self) -> str:
-        """`compressed-tensors`, `lowbit`, `vptq`, `gptq`, `awq`, `bitsandbytes` or `fp8`."""
+        """`compressed-tensors`, `lowbit`, `vptq`, `gptq`, `awq`, `aqlm`, `bitsandbytes` or `fp8`."""
         return str(self.quantization_config["quant_method"])
 
     @property
@@ -387,6 +388,7 @@ class Checkpoint:
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, SafetensorsFile], str], _Found]] = {
+    "aqlm": aqlm.read_layers,
     "awq": awq.read_layers,
     "bitsandbytes": bitsandbytes.read_layers,
     "fp8": block_fp8.read_layers,
@@ -396,12 +398,12 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, SafetensorsFile], 
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized), GPTQ, AWQ, VPTQ, bitsandbytes or FP8
-    in blocks.
+    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized), GPTQ, AWQ, AQLM, VPTQ, bitsandbytes
+    or FP8 in blocks.
 
     Raises CheckpointError: LB0101 no such folder, LB0102 broken file, LB0103 bad index, LB0108 bad config.json, LB0113
     GPTQ of a kind that is not supported, LB0114 not a quantized checkpoint, or one that contradicts itself, LB0118 VPTQ
-    of a kind that is not supported, LB0122 AWQ, bitsandbytes or FP8 of such a kind.
+    of a kind that is not supported, LB0122 AWQ, AQLM, bitsandbytes or FP8 of such a kind.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():

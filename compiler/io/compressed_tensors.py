@@ -137,15 +137,15 @@ def _matrix_shape(fmt: WeightFormat, tensors: Mapping[str, torch.Tensor], where:
     if shape is None or shape.numel() != 2 or shape.is_floating_point():
         raise CheckpointError("LB0114", "weight_shape must be two integers", where=where)
     n, k = (int(v) for v in shape.reshape(-1))
-    name, rows, groups = "weight_packed", n, 1
+    name, rows, widest = "weight_packed", n, 32  # columns that one word may stand for
     if isinstance(fmt, VectorFormat):
-        name, groups = "indices", fmt.groups
-        rows = fmt.vectors(n) * groups
+        name, widest = "indices", 32 * (fmt.dim if fmt.axis == "in" else fmt.groups)
+        rows = fmt.vectors(n) * fmt.groups
     packed = tensors.get(name)
     # Bounded by the tensor that is there, so that a lie cannot ask for memory.
     fits = packed is not None and packed.ndim == 2 and n > 0 and rows == packed.shape[0]
     rest = tensors["perm"].numel() if "perm" in tensors else 0
-    if packed is None or not fits or not 0 < k <= max(packed.shape[1] * 32 * groups, rest):
+    if packed is None or not fits or not 0 < k <= max(packed.shape[1] * widest, rest):
         raise CheckpointError("LB0114", f"weight_shape {n}x{k} does not fit {name}", where=where)
     return n, k
 

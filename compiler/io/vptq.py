@@ -47,6 +47,8 @@ def can_express(fmt: WeightFormat, n: int | None = None, k: int | None = None) -
     """None when the vptq package reads `fmt` (for an [n, k] matrix, when given) from this layout, else the reason."""
     if not isinstance(fmt, VectorFormat):
         return "VPTQ's layout holds vector formats only"
+    if fmt.axis == "in":
+        return "vptq's vectors run along the outputs, not along the inputs"
     if fmt.scaled:
         return "vptq's codebooks are floats, not bytes with a scale"
     if fmt.norm == "row":

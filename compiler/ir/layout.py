@@ -232,10 +232,12 @@ def _digits_text(digits: tuple[tuple[str, int], ...]) -> str:
 #   words:   other GPU kernels. 32-bit words run along K, neighbouring rows N lie side by side (coalesced across N).
 #   vectors8, vectors: codebook indices, one container each (rows are rows of vectors): 8 rows of a column together for
 #            CPUs, all rows of a column side by side for GPUs.
+#   rows64: indices of vectors along the input, for CPUs: those of 64 rows together, which share a table of sums.
 LAYOUTS = {
     "panel16": Layout.parse("n=p.r16 k=b.v.s.j4 mem=p.b.v.r.j pack=s/8 block=32"),
     "fragments": Layout.parse("n=p.w4.h2.g8 k=b.s2.q2.c2.t4.e2 mem=p.b.w.g.t.s.q.h pack=e.c/32 block=64 side=g.w.h"),
     "words": Layout.parse("n=n k=b.v.s mem=b.v.n pack=s/32 block=32"),
     "vectors8": Layout.parse("n=p.r8 k=b.s mem=p.b.r pack=s/16 block=1"),
     "vectors": Layout.parse("n=n k=b.s mem=b.n pack=s/16 block=1"),
+    "rows64": Layout.parse("n=p.r64 k=b.s mem=p.b.r pack=s/16 block=1"),
 }

@@ -30,9 +30,9 @@ from lowbit.quantizers.formats import (
     Format,
     IntElement,
     WeightFormat,
-    exact_integers,
     parse_activation,
     parse_format,
+    sixteen_bit_products,
 )
 from lowbit.quantizers.methods import METHODS, Fmpq, Method, asymmetric, in_mode, make_method
 from lowbit.quantizers.rewrites import Rotate, Smooth, rewrite_text
@@ -367,8 +367,8 @@ def runs_on(
             found[name] = f"cannot be imported: {e}"
             continue
         device = host if host.kind in backend.kinds else Target("cuda", "sm_90")
-        exact = exact_integers(fmt) is not None
-        compute = "int16" if device.kind == "cpu" and exact and device.arch != "generic" else "float"
+        words = sixteen_bit_products(fmt)
+        compute = "int16" if device.kind == "cpu" and words and device.arch != "generic" else "float"
         layout = LAYOUTS[backend.layout_of(fmt)]
         if activation:
             compute = rounded_products(fmt, k, layout, parse_activation(activation))

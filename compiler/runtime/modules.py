@@ -17,7 +17,7 @@ from lowbit.compiler.errors import FormatError, KernelError, RunError
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.runtime.dispatch import device_target, parse_spec
 from lowbit.compiler.runtime.ops import run_packed, unwatched
-from lowbit.quantizers.formats import VectorFormat, WeightFormat, exact_integers, parse_activation
+from lowbit.quantizers.formats import VectorFormat, WeightFormat, parse_activation, sixteen_bit_products
 from lowbit.quantizers.hadamard import rotate, split_order
 from lowbit.quantizers.qtensor import PackedWeight
 from lowbit.quantizers.weights import (
@@ -73,7 +73,7 @@ def make_invariant(model: nn.Module) -> nn.Module:
 def target_compute(fmt: WeightFormat, target: Target) -> Compute:
     """`default_compute` for a target that need not be here."""
     vector = target.kind == "cpu" and target.arch != "generic"
-    return "int16" if vector and exact_integers(fmt) is not None else "float"
+    return "int16" if vector and sixteen_bit_products(fmt) else "float"
 
 
 def check_activation(fmt: WeightFormat, n: int, k: int, activation: str, compute: Compute | None = None) -> None:

@@ -55,6 +55,7 @@ __all__ = [
     "parse_format",
     "register_element",
     "scalar_format",
+    "sixteen_bit_products",
     "vector_catalog",
 ]
 
@@ -179,6 +180,12 @@ def exact_integers(fmt: WeightFormat) -> IntegerLevels | None:
     return fmt.element.integer_levels
 
 
+def sixteen_bit_products(fmt: WeightFormat) -> bool:
+    """Whether CPU kernels form products in 16 bits (KernelSpec's `int16`): exact integers times two digits, or sums of
+    products with centroids, rounded once."""
+    return exact_integers(fmt) is not None or (isinstance(fmt, VectorFormat) and fmt.table_sums)
+
+
 def catalog() -> Iterator[Format]:
     """One scalar format of every element and symmetry, per channel: what tests and tables iterate over."""
     _load_installed()
@@ -200,6 +207,8 @@ def vector_catalog() -> Iterator[VectorFormat]:
         "d4.k4096",
         "d2.k256",
         "d8.k4096.s8",
+        "d8.k256.r256.in.rn",
+        "d8.k65536.in.rn",
     ):
         fmt = parse_format(f"vq.{text}")
         assert isinstance(fmt, VectorFormat)

@@ -5,10 +5,15 @@ centroid; with a residual codebook the value is the sum of two centroids. The mo
 of their own (outliers), the others may be split into column groups with a codebook each. After "VPTQ: Extreme Low-bit
 Vector Post-Training Quantization for Large Language Models" (Liu et al.).
 
-Text form: `vq.d8.k4096`, then any of `r256` (residual centroids), `c4` (column groups), `o16v4k4096` or `o2pv4k4096`
-(16 columns, or 2 percent of them, as outliers with vectors of 4 and 4096 centroids), `cn` or `rn` (scale and bias per
-input column, or per output row), and the codebooks' type: a float, or `s8`, signed bytes that one float32 scale for
-each codebook (of each column group) turns into values. Products of those are sums of integers.
+With axis `in` vectors are of consecutive *input* columns of a row, as in "Extreme Compression of Large Language Models
+via Additive Quantization" (AQLM, Egiazarian et al.): a centroid's product with activations is the same in every row, so
+kernels for few tokens look sums of products up. All columns share the codebooks then.
+
+Text form: `vq.d8.k4096`, then any of `r256` (residual centroids), `in` (vectors along the input), `c4` (column groups),
+`o16v4k4096` or `o2pv4k4096` (16 columns, or 2 percent of them, as outliers with vectors of 4 and 4096 centroids), `cn`
+or `rn` (scale and bias per input column, or per output row), and the codebooks' type: a float, or `s8`, signed bytes
+that one float32 scale for each codebook (of each column group) turns into values. Products of those are sums of
+integers.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from lowbit.quantizers.formats.scaled import IntegerLevels
 __all__ = ["Outliers", "VectorFormat"]
 
 _MAX_DIM, _MAX_CENTROIDS = 16, 2**16
+_MOST_SUMS = 256  # centroids whose products are worth a table
 _BOOKS = {**WIDE_DTYPES, "s8": torch.int8}
 """Types of codebooks."""
 _BYTE_LEVELS = IntegerLevels(tuple(range(-128, 128)), 0)
@@ -48,10 +54,11 @@ class Outliers:
 
 @dataclass(frozen=True)
 class VectorFormat(WeightFormat):
-    """`dim`-dimensional vectors along the output features, one of `centroids` each; see the module's docstring.
+    """`dim`-dimensional vectors along the features of `axis`, one of `centroids` each; see the module's docstring.
 
     groups: column groups with own codebooks. norm: `col` (value * scale[column] + bias[column]), `row`, or `none`.
-    table: type of codebooks and norms; norms beside codebooks of bytes (`s8`) are float16.
+    table: type of codebooks and norms; norms beside codebooks of bytes (`s8`) are float16. axis: `out` or `in`; `in`
+    has one group and no outliers.
     """
 
     dim: int
@@ -61,6 +68,7 @@ class VectorFormat(WeightFormat):
     outliers: Outliers | None = None
     norm: Literal["none", "col", "row"] = "none"
     table: str = "f16"
+    axis: Literal["out", "in"] = "out"
 
     def __post_init__(self) -> None:
         books = [("k", self.dim, self.centroids), *([("r", self.dim, self.residual)] if self.residual else [])]
@@ -75,12 +83,19 @@ class VectorFormat(WeightFormat):
                 raise FormatError("LB0215", f"{name}{size}: a codebook has a power of two of centroids, 2 to 65536")
         if self.groups < 1:
             raise FormatError("LB0215", f"column groups must be positive, not {self.groups}")
+        if self.axis == "in" and self.ordered:
+            raise FormatError(
+                "LB0215",
+                "vectors along the input have one codebook for all columns: no column groups, no outliers",
+                hint="leave `in` out, or c and o",
+            )
         if self.table not in _BOOKS:
             raise FormatError("LB0211", f"unknown codebook type {self.table!r}", hint="use " + ", ".join(_BOOKS))
 
     def __str__(self) -> str:
         parts = [f"vq.d{self.dim}.k{self.centroids}"]
         parts += [f"r{self.residual}"] if self.residual else []
+        parts += ["in"] if self.axis == "in" else []
         parts += [f"c{self.groups}"] if self.groups > 1 else []
         parts += [str(self.outliers)] if self.outliers else []
         parts += [{"col": "cn", "row": "rn"}[self.norm]] if self.norm != "none" else []
@@ -104,8 +119,14 @@ class VectorFormat(WeightFormat):
 
     @property
     def integer_levels(self) -> IntegerLevels | None:
-        """What elements of codebooks are, scales aside, where they are integers."""
-        return _BYTE_LEVELS if self.scaled else None
+        """What elements of codebooks are, scales aside, where kernels multiply them as integers."""
+        return _BYTE_LEVELS if self.scaled and self.axis == "out" else None
+
+    @property
+    def table_sums(self) -> bool:
+        """True when a centroid's product with activations is the same in every row, and there are few centroids:
+        kernels for few tokens then make tables of all products first, and look sums up."""
+        return self.axis == "in" and max(self.centroids, self.residual) <= _MOST_SUMS
 
     @property
     def index_bits(self) -> int:
@@ -134,8 +155,13 @@ class VectorFormat(WeightFormat):
         return outliers, (k - outliers) // self.groups
 
     def vectors(self, n: int) -> int:
-        """Vectors a column of `n` rows is cut into; the last is padded."""
-        return math.ceil(n / self.dim)
+        """Rows of the matrix of indices of `n` rows: vectors a column is cut into, the last of which is padded, or
+        (axis `in`) the rows themselves."""
+        return n if self.axis == "in" else math.ceil(n / self.dim)
+
+    def positions(self, columns: int) -> int:
+        """Columns of the matrix of indices of so many columns: vectors a row is cut into, or the columns themselves."""
+        return columns // self.dim if self.axis == "in" else columns
 
     def check(self, n: int, k: int, where: str) -> None:
         outliers, size = self.partition(k)
@@ -153,14 +179,18 @@ class VectorFormat(WeightFormat):
                 where=where,
                 hint="use one column group and no outliers",
             )
-        if self.dim > n:
+        if self.axis == "in" and k % self.dim:
+            text = f"{k} input columns do not divide into vectors of {self.dim}"
+            raise FormatError("LB0213", text, where=where, hint="choose a shorter vector")
+        if self.axis == "out" and self.dim > n:
             raise FormatError("LB0213", f"vectors of {self.dim} are longer than the {n} output rows", where=where)
 
     def bits_per_weight(self, n: int, k: int) -> float:
         """Bits on disk: index rows padded to 32-bit words, 16-bit outlier indices, codebooks, norms, permutation."""
         outliers, size = self.partition(k)
         width, scale = 8 * self.book_dtype.itemsize, 32 * self.scaled
-        bits = self.groups * self.vectors(n) * math.ceil(size * (self.index_bits + self.residual_bits) / 32) * 32
+        words = math.ceil(self.positions(size) * (self.index_bits + self.residual_bits) / 32)
+        bits = self.groups * self.vectors(n) * words * 32
         bits += self.groups * (self.dim * (self.centroids + self.residual) * width + scale * (1 + bool(self.residual)))
         if self.outliers:
             bits += math.ceil(n / self.outliers.dim) * outliers * 16
@@ -191,6 +221,8 @@ def _field(text: str, part: str) -> dict[str, object]:
         return {"outliers": Outliers(int(m[3]), int(m[4]), **amount)}
     if part in ("cn", "rn"):
         return {"norm": "col" if part == "cn" else "row"}
+    if part == "in":
+        return {"axis": part}
     if part in _BOOKS:
         return {"table": part}
     raise _unknown(text, f"{part!r} is no part of a vector format")

@@ -30,22 +30,22 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(stats: LayerStats, damping: float, act_order: bool) -> Prepared | None:
+def prepare(stats: LayerStats, damping: float, act_order: bool, run: int = 1) -> Prepared | None:
     """A damped copy of the Hessian and the factor of its inverse; None when it holds no usable information.
 
     Kept with the statistics, so that sibling layers (q, k, v) and all methods factor a Hessian once. The copy is made
     symmetric and scaled to a mean diagonal of one; the caller's matrix is never written to. Dead columns (inputs that
     were always zero) are cut loose from the others, so that their weights are simply rounded. `order` sorts columns by
-    importance when `act_order` is set.
+    importance when `act_order` is set; every `run` neighbouring columns stay together, sorted by the sum of theirs.
     """
-    key = ("prepared", damping, act_order)
+    key = ("prepared", damping, act_order, run)
     if key not in stats.derived:
-        stats.derived[key] = _prepare(stats, damping, act_order)
+        stats.derived[key] = _prepare(stats, damping, act_order, run)
     found: Prepared | None = stats.derived[key]
     return found
 
 
-def _prepare(stats: LayerStats, damping: float, act_order: bool) -> Prepared | None:
+def _prepare(stats: LayerStats, damping: float, act_order: bool, run: int) -> Prepared | None:
     hessian = stats.hessian.double()
     hessian = (hessian + hessian.T).div_(2)  # a new matrix, worked on in place from here on: these are large
     mean = hessian.diagonal().clamp(min=0).mean()
@@ -60,11 +60,16 @@ def _prepare(stats: LayerStats, damping: float, act_order: bool) -> Prepared | N
         notes = (f"{int(dead.sum())} input channels were always zero",)
         hessian[dead] = 0
         hessian[:, dead] = 0
-    importance = hessian.diagonal().masked_fill(dead, -1.0)
-    order = torch.argsort(importance, descending=True, stable=True) if act_order else torch.arange(len(dead))
+    order = _by_importance(hessian.diagonal().masked_fill(dead, -1.0), run) if act_order else torch.arange(len(dead))
     hessian.diagonal()[dead] = 1.0
     damped, upper, note = _damped_factor(hessian, damping, order)
     return Prepared(raw, damped, upper, order, dead, (*notes, *note))
+
+
+def _by_importance(importance: Tensor, run: int) -> Tensor:
+    """int64 [K]: columns by falling importance, runs of neighbours by that of all of them."""
+    runs = torch.argsort(importance.view(-1, run).sum(1), descending=True, stable=True)
+    return (runs[:, None] * run + torch.arange(run)).flatten()
 
 
 def _damped_factor(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:

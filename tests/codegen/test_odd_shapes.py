@@ -26,7 +26,7 @@ SHAPES = [(2112, 96), (96, 704), (64, 1408), (49152, 32), (2112, 704), (1, 1), (
 FAMILIES = {
     "integers": ["int4.g128.sym", "int3.g64.asym", "int2.g32.fz", "int5.g48.sym", "int8.ch.sym", "int1.g64.sym"],
     "floats": ["e3m2.ch", "e2m1.g16.e4m3.t32", "e2m1.g32.e8m0", "e4m3.ch", "e2m3.g64", "e2m2.g48.f32"],
-    "vectors": ["vq.d4.k16", "vq.d8.k32.r8", "vq.d2.k64"],
+    "vectors": ["vq.d4.k16", "vq.d8.k32.r8", "vq.d2.k64", "vq.d3.k16.r8.in.rn"],
 }
 TARGETS = [Target("cuda", "sm_80"), Target("cuda", "sm_90")]
 

@@ -126,6 +126,7 @@ VECTOR_FORMATS = [
     "vq.d16.k65536",
     "vq.d2.k16.cn.f32",
     "vq.d6.k4096.r16.c4.o2pv4k4096.cn",
+    "vq.d7.k256.r16.in.rn",
 ]
 
 
@@ -144,6 +145,8 @@ def test_vector_segments_and_epilogues(shape: str, load: Load) -> None:
     gated.run(load(gated.spec, VECTOR_SHAPES[shape]), 5)
     chain = problem_of("vq.d4.k256.rn", (133, 70, 31), 576, "f16", epilogue=("bias", "residual"))
     chain.run(load(chain.spec, VECTOR_SHAPES[shape]), 5)
+    rows = problem_of("vq.d8.k65536.in.rn", (133, 133), 576, epilogue=("bias", "silu_mul", "residual"))
+    rows.run(load(rows.spec, VECTOR_SHAPES[shape]), 5)
 
 
 def test_prepared_activations_in_a_cuda_graph(load: Load) -> None:

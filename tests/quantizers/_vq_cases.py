@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def with_books(problem: Problem, text: str, n: int, iterations: int = 4) -> tupl
     """The parts of a format, with books by unweighted k-means of the target (and of what it leaves)."""
     fmt, out = vector_format(text), []
     for part in make_parts(fmt, n, len(problem.target)):
-        x = problem.target[part.start : part.stop, : part.length].reshape(-1, part.dim)
+        x = part.cells(problem.target)
         own = fmt.outliers is not None and part.start == 0
         sizes = (
             [fmt.outliers.centroids]
@@ -65,5 +67,5 @@ def with_books(problem: Problem, text: str, n: int, iterations: int = 4) -> tupl
             found = kmeans(x, torch.ones(len(x), 1), size, iterations, 0.0, 0)
             books.append(found.book)
             x = x - found.book[found.index]
-        out.append(Part(part.start, part.stop, part.dim, part.vectors, tuple(books)))
+        out.append(replace(part, books=tuple(books)))
     return tuple(out)

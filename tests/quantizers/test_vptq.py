@@ -30,6 +30,9 @@ FORMATS = [
     "vq.d5.k16.r8.c2.o2v4k16.rn",
     "vq.d3.k16.c2.o2v4k16.cn",
     "vq.d4.k16.r8.c2.o2v4k16.s8",
+    "vq.d4.k16.in",
+    "vq.d8.k16.r16.in.rn",
+    "vq.d3.k16.in.cn.s8",
 ]
 QUICK = {"iterations": 5, "restarts": 1, "refit": 2}
 
@@ -123,7 +126,7 @@ def test_more_bits_are_better() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("text", ["vq.d4.k64", "vq.d4.k16.r16.c2.o2pv4k16.cn"])
+@pytest.mark.parametrize("text", ["vq.d4.k64", "vq.d4.k16.r16.c2.o2pv4k16.cn", "vq.d4.k16.r16.in.rn"])
 def test_same_bits_for_any_number_of_threads(text: str) -> None:
     found = []
     for count in (1, 2):
@@ -140,16 +143,17 @@ def test_same_bits_for_any_number_of_threads(text: str) -> None:
     assert torch.equal(found[0].dequantize(), found[1].dequantize())
 
 
-def test_dead_columns_are_noted_and_cost_nothing() -> None:
+@pytest.mark.parametrize("text", ["vq.d4.k32", "vq.d4.k32.in"])
+def test_dead_columns_are_noted_and_cost_nothing(text: str) -> None:
     weight, stats = random_weight(16, 32), correlated_stats(32)
     dead = torch.tensor([3, 17])
     hessian = stats.hessian.clone()
     hessian[dead] = 0
     hessian[:, dead] = 0
     weight[:, dead] = 40.0  # books that cared about these would be useless for the others
-    found = Vptq(**QUICK).quantize(weight, parse_format("vq.d4.k32"), LayerStats(hessian, stats.tokens))
+    found = Vptq(**QUICK).quantize(weight, parse_format(text), LayerStats(hessian, stats.tokens))
     assert found.notes == ("2 input channels were always zero",)
-    alive = Vptq(**QUICK).quantize(random_weight(16, 32), parse_format("vq.d4.k32"), stats)
+    alive = Vptq(**QUICK).quantize(random_weight(16, 32), parse_format(text), stats)
     assert found.proxy_error < 3 * alive.proxy_error
 
 

@@ -65,6 +65,12 @@ def test_the_additions_pay(errors: Errors) -> None:
     assert mean(errors(weighted, "vq.d4.k256")) < mean(errors(PAPER, "vq.d4.k256"))
 
 
+def test_vectors_along_the_input_are_as_good(errors: Errors) -> None:
+    for text in ("vq.d4.k256", "vq.d8.k256.r256"):
+        along, across = (mean(errors(FAST, f"{text}{axis}.rn")) for axis in (".in", ""))
+        assert 0.9 * across < along < 1.15 * across
+
+
 def test_feedback_beats_weighted_beats_unweighted_kmeans(real_matrices: Cases) -> None:
     found = {"feedback": 0.0, "weighted": 0.0, "unweighted": 0.0}
     for name in ("3.q", "14.o"):

@@ -52,7 +52,7 @@ def make_parts(fmt: VectorFormat, n: int, k: int) -> tuple[Part, ...]:
     if fmt.outliers is not None:
         parts.append(Part(0, outliers, fmt.outliers.dim, math.ceil(n / fmt.outliers.dim), ()))
     for start in range(outliers, k, size):
-        parts.append(Part(start, start + size, fmt.dim, fmt.vectors(n), ()))
+        parts.append(Part(start, start + size, fmt.dim, fmt.vectors(n), (), fmt.axis))
     return tuple(parts)
 
 
@@ -63,7 +63,8 @@ def make_problem(weight: Tensor, fmt: VectorFormat, norm: Norm | None, prepared:
     with scales per row each row counts with the square of its scale.
     """
     n, k = weight.shape
-    length = max(math.ceil(n / d) * d for d in (fmt.dim, fmt.outliers.dim if fmt.outliers else 1))
+    dims = () if fmt.axis == "in" else (fmt.dim, fmt.outliers.dim if fmt.outliers else 1)
+    length = max((math.ceil(n / d) * d for d in dims), default=n)
     order = torch.arange(k) if prepared is None else prepared.order
     hessian = torch.eye(k) if prepared is None else prepared.damped[order][:, order]
     upper = torch.eye(k) if prepared is None else prepared.upper.clone()
@@ -90,12 +91,13 @@ def to_vqtensor(solution: Solution, fmt: VectorFormat, order: Tensor, n: int, no
     first = 1 if fmt.outliers else 0
     main, books = solution.indices[first:], [p.books for p in solution.parts[first:]]
     perm = order if fmt.ordered else None
+    places = order[:: fmt.dim] // fmt.dim if fmt.axis == "in" else order
 
     def index(stage: int) -> Tensor:
         stacked = torch.cat([i[stage] for i in main])
         if perm is None:
             natural = torch.empty_like(stacked)
-            natural[order] = stacked
+            natural[places] = stacked
             stacked = natural
         return stacked.T.contiguous().to(torch.int32)
 

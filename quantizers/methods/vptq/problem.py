@@ -7,6 +7,7 @@ after the other. Each row of the weight matrix counts with a weight of its own (
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ class Problem:
 class Part:
     """Columns start..stop of the processing order, with codebooks of their own: one, or two that are added up.
 
-    dim: vector length; vectors: number of vectors a column is cut into.
+    dim: vector length; vectors: number of vectors a column is cut into. Vectors along the input (axis `in`) are `dim`
+    neighbouring columns of one row of the weight; `vectors` is then the number of those rows.
     """
 
     start: int
@@ -50,23 +52,37 @@ class Part:
     dim: int
     vectors: int
     books: tuple[Tensor, ...]
+    axis: Literal["out", "in"] = "out"
 
     @property
     def length(self) -> int:
         """Elements of a column that belong to vectors."""
-        return self.dim * self.vectors
+        return self.vectors if self.axis == "in" else self.dim * self.vectors
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """Shape of the indices: columns, or runs of `dim` of them, by vectors."""
+        columns = self.stop - self.start
+        return (columns // self.dim if self.axis == "in" else columns, self.vectors)
+
+    def cells(self, values: Tensor) -> Tensor:
+        """This part's vectors [count, dim] of a matrix [K, P], in the order of the indices."""
+        own = values[self.start : self.stop, : self.length]
+        if self.axis == "in":
+            own = own.reshape(-1, self.dim, self.vectors).transpose(1, 2)
+        return own.reshape(-1, self.dim)
 
     def element_weights(self, rows: Tensor | None) -> Tensor | None:
         """`rows` cut into vectors [vectors, dim]."""
         return None if rows is None else rows[: self.length].view(self.vectors, self.dim)
 
     def decode(self, indices: tuple[Tensor, ...], books: tuple[Tensor, ...] | None = None) -> Tensor:
-        """Values [..., vectors * dim] of indices [..., vectors], one tensor of them per book."""
+        """Values [columns, length] of indices `slots`, one tensor of them per book."""
         books = books if books is not None else self.books
         total = books[0][indices[0]]
         for index, book in zip(indices[1:], books[1:], strict=True):
             total = total + book[index]
-        return total.flatten(-2)
+        return total.transpose(1, 2).flatten(0, 1) if self.axis == "in" else total.flatten(1)
 
 
 class PartSearch:

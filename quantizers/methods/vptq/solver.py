@@ -12,10 +12,12 @@ from lowbit.compiler.errors import RunError
 from lowbit.quantizers.codebooks import store_book
 from lowbit.quantizers.formats import VectorFormat
 from lowbit.quantizers.methods.factor import Prepared
+from lowbit.quantizers.methods.vptq import row_stages, stages
 from lowbit.quantizers.methods.vptq.kmeans import kmeans
 from lowbit.quantizers.methods.vptq.layout import make_norm, make_parts, make_problem, to_vqtensor
+from lowbit.quantizers.methods.vptq.norms import fit_row_norm
 from lowbit.quantizers.methods.vptq.problem import Part, Solution
-from lowbit.quantizers.methods.vptq.stages import assign, descend, feedback, fit_books
+from lowbit.quantizers.methods.vptq.stages import fit_books
 from lowbit.quantizers.vqtensor import VQTensor
 
 __all__ = ["Settings", "Solver", "Weighting"]
@@ -61,6 +63,10 @@ class Solver:
         self._order = torch.arange(weight.shape[1]) if prepared is None else prepared.order
         self.problem = make_problem(weight, fmt, self._norm, prepared)
         self._cost = self._column_cost()
+        rows = fmt.axis == "in"
+        self._assign = row_stages.assign if rows else stages.assign
+        self._feedback = row_stages.feedback if rows else stages.feedback
+        self._descend = row_stages.descend if rows else stages.descend
 
     def stored(self, solution: Solution) -> VQTensor:
         """The solution as it is stored."""
@@ -69,27 +75,30 @@ class Solver:
     def plain(self) -> Solution:
         """Weighted k-means of the weights themselves, each vector at its nearest centroid: no feedback."""
         parts = tuple(self._with_books(part, self.problem.target) for part in make_parts(self._fmt, *self._shape))
-        return assign(self.problem, parts, self._settings.beam)
+        return self._assign(self.problem, parts, self._settings.beam)
 
     def loop(self, parts: tuple[Part, ...]) -> Solution:
         """The column loop, then again with books fitted to the columns as they had become; the best of these."""
         s = self._settings
-        best, seen = feedback(self.problem, parts, s.block, s.beam)
+        best, seen = self._feedback(self.problem, parts, s.block, s.beam)
         lowest = self.loss(best)
         for _ in range(s.restarts):
             parts = tuple(self._with_books(part, seen) for part in parts)
-            again, seen = feedback(self.problem, parts, s.block, s.beam)
+            again, seen = self._feedback(self.problem, parts, s.block, s.beam)
             if (loss := self.loss(again)) < lowest:
                 best, lowest = again, loss
         return best
 
     def refine(self, solution: Solution) -> Solution:
-        """Rounds of codebook fit and coordinate descent, until neither helps. Never raises the loss."""
+        """Rounds of codebook fit, coordinate descent and a fit of row norms, until books and indices stay. Never raises
+        the loss."""
         s = self._settings
         for _ in range(s.refit):
             before = solution
             solution = fit_books(self.problem, solution, _FIT_STEPS, self._store)
-            solution = descend(self.problem, solution, s.block, s.beam, 1)
+            solution = self._descend(self.problem, solution, s.block, s.beam, 1)
+            if self._norm is not None and self._norm.axis == 0:
+                self.problem, self._norm = fit_row_norm(self.problem, solution, self._norm)
             if solution is before:
                 break
         return solution
@@ -103,10 +112,15 @@ class Solver:
 
     def _column_cost(self) -> Tensor:
         """What the squared error of every column counts in k-means: [K] in processing order, mean one."""
+        upper = self.problem.upper
+        if self._fmt.axis == "in":
+            kept = row_stages.inverse_blocks(upper, self._fmt.dim).square().sum(2).flatten()
+        else:
+            kept = upper.diagonal().square().reciprocal()
         cost = {
             "none": torch.ones(self._shape[1]),
             "diagonal": self.problem.hessian.diagonal(),
-            "conditional": self.problem.upper.diagonal().square().reciprocal(),
+            "conditional": kept,
         }[self._settings.weighting]
         return cost / cost.mean()
 
@@ -119,8 +133,7 @@ class Solver:
     def _with_books(self, part: Part, columns: Tensor) -> Part:
         """The part with books fitted to its vectors in `columns` [K, P]: new ones, or on from those it has."""
         s, sizes = self._settings, self._sizes(part)
-        x = columns[part.start : part.stop, : part.length].reshape(-1, part.dim)
-        x, weight = self._sample(x, self._vector_weights(part), max(sizes))
+        x, weight = self._sample(part.cells(columns), self._vector_weights(part), max(sizes))
         books: list[Tensor] = []
         for stage, size in enumerate(sizes):
             start = part.books[stage] if part.books else None
@@ -132,7 +145,10 @@ class Solver:
         return replace(part, books=tuple(books))
 
     def _vector_weights(self, part: Part) -> Tensor:
-        """Of all vectors of a part, column by column: [vectors, 1], or [vectors, dim] when rows differ."""
+        """Of all vectors of a part, column by column: [vectors, 1], or [vectors, dim] when their elements differ."""
+        if part.axis == "in":
+            ones = torch.ones(self.problem.target.shape[1])
+            return part.cells(self._cost[:, None] * (ones if self.problem.rows is None else self.problem.rows))
         cost, elements = self._cost[part.start : part.stop], part.element_weights(self.problem.rows)
         if elements is None:
             return cost.repeat_interleave(part.vectors)[:, None]

@@ -23,7 +23,7 @@ _CONVERGED = 1e-10  # share of the squared gradient below which float32 products
 
 
 def _empty_indices(parts: tuple[Part, ...]) -> list[tuple[Tensor, ...]]:
-    return [tuple(torch.empty(p.stop - p.start, p.vectors, dtype=torch.int64) for _ in p.books) for p in parts]
+    return [tuple(torch.empty(p.slots, dtype=torch.int64) for _ in p.books) for p in parts]
 
 
 def _column_parts(parts: tuple[Part, ...], columns: int) -> list[int]:
@@ -158,7 +158,7 @@ def _gather(solution: Solution, values: Tensor) -> list[Tensor]:
     """For every book float64 [k, dim]: the sum of `values` [K, P] over the places where each centroid is used."""
     out = []
     for part, indices in zip(solution.parts, solution.indices, strict=True):
-        cells = values[part.start : part.stop, : part.length].reshape(-1, part.dim).double()
+        cells = part.cells(values).double()
         columns = [cells[:, e].contiguous() for e in range(part.dim)]
         for index, book in zip(indices, part.books, strict=True):
             flat = index.flatten()

@@ -3,7 +3,11 @@
 After "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models" (Liu et al.), with additions
 that store nothing more: codebooks weighted by what an error costs after compensation and re-fitted to the compensated
 columns, a joint search of main and residual centroids, and after the column loop rounds of a least-squares fit of the
-codebooks and coordinate descent over the indices, which never raise the loss.
+codebooks, coordinate descent over the indices and a fit of row norms, which never raise the loss.
+
+Vectors along the input (axis `in`) go through the same stages a run of columns at a time (`row_stages`); with two books
+and row norms that is the format of "Extreme Compression of Large Language Models via Additive Quantization" (Egiazarian
+et al.), whose joint choice of both centroids and joint fit of both codebooks these stages have too.
 """
 
 from __future__ import annotations
@@ -77,7 +81,8 @@ class Vptq(SecondOrder):
             raise RunError("LB0515", f"vptq cannot produce {fmt}", hint=hint)
         check_finite(weight)
         fmt.check(weight.shape[0], weight.shape[1], "weight")
-        prepared = prepare(stats, self.damping, act_order=True) if stats is not None else None
+        run = fmt.dim if fmt.axis == "in" else 1
+        prepared = prepare(stats, self.damping, act_order=True, run=run) if stats is not None else None
         solver = Solver(self._settings(), weight, fmt, prepared)
         plain = solver.plain()
         baseline = solver.stored(plain)

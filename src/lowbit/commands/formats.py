@@ -48,8 +48,9 @@ def formats(json_output: JsonFlag = False) -> None:
         "Vector quantization is vq.d<length>.k<centroids>[.r<residual centroids>][.c<column groups>], then any of"
     )
     typer.echo(
-        "  o<columns>v<length>k<centroids> (outliers; 2p is 2 percent), cn or rn (norms per column or row), a type"
+        "  o<columns>v<length>k<centroids> (outliers; 2p is 2 percent), cn or rn (norms per column or row), a type."
     )
+    typer.echo("  Vectors run along the outputs (VPTQ's), or with .in along the inputs (AQLM's): vq.d8.k256.r256.in.rn")
 
 
 def _scales() -> list[str]:

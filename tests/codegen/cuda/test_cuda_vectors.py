@@ -77,6 +77,7 @@ def test_what_is_not_served_says_why() -> None:
     assert "float16" in str(BACKEND.supports(spec_of("vq.d4.k256.f32", (64,), 64), HOPPER))
     assert "bytes with a scale" in str(BACKEND.supports(spec_of("vq.d4.k256.s8", (64,), 64), HOPPER))
     assert BACKEND.serves(parse_format("vq.d4.k256.s8")) is not None
+    assert "along the inputs" in str(BACKEND.supports(spec_of("vq.d4.k256.in", (64,), 64), HOPPER))
     assert layout_name(parse_format("vq.d4.k256.s8"), HOPPER) == TritonBackend.vector_layout  # `triton` serves it
     assert "column norms" in str(BACKEND.supports(spec_of("vq.d4.k256.cn", (64,), 64, "f32", "f32"), HOPPER))
     plan = VectorPlan(spec_of("vq.d6.k64", (96,), 64, "f16"), FAR)

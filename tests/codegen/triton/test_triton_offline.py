@@ -71,6 +71,8 @@ JOBS = [
     Job("sm_80", "vq.d8.k4096", Schedule(64, 64, 64, 4, 3)),
     Job("sm_90", "vq.d8.k4096", Schedule(16, 128, 64, 4, 3).with_extra(swap=1)),
     Job("sm_90", "vq.d6.k4096.c4.o2pv4k4096.cn", Schedule(128, 128, 64, 8, 3)),
+    Job("sm_90", "vq.d8.k256.r256.in.rn", Schedule(64, 128, 64, 8, 3), epilogue=GATED),
+    Job("sm_80", "vq.d8.k65536.in.rn", Schedule(1, 64, 64, 4, 2, 4).with_extra(gemv=1)),
 ]
 
 

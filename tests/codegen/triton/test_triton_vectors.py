@@ -83,6 +83,11 @@ CASES = [
     Case("vq.d4.k64.r16.f32", 3, SWAP, (39, 39), epilogue=GATED),
     Case("vq.d4.k64.r16.s8", 3, DOT, (37, 21)),
     Case("vq.d4.k64.rn.bf16", 2, split(PAIR), (39, 39), x="bf16", epilogue=GATED),
+    Case("vq.d8.k256.r256.in.rn", 3, split(DOT), (37, 21), 72, x="bf16", epilogue=CHAIN),
+    Case("vq.d8.k65536.in.rn", 2, split(PAIR), (37, 21), 72, x="f16"),
+    Case("vq.d6.k16.in.cn", 3, SWAP, k=78, epilogue=("residual",)),
+    Case("vq.d4.k64.r16.in.s8", 2, PAIR, (39, 39), 64, epilogue=GATED),
+    Case("vq.d5.k16.in", 17, WIDE, (39, 39), 65, epilogue=GATED),
 ]
 
 
@@ -117,7 +122,7 @@ def test_cases_cover_what_formats_can_ask_for() -> None:
     formats = [parse_format(case.fmt) for case in CASES]
     assert all(isinstance(f, VectorFormat) for f in formats)
     vectors = [f for f in formats if isinstance(f, VectorFormat)]
-    assert {f.dim for f in vectors} == {2, 4, 6, 8, 16}
+    assert {f.dim for f in vectors} == {2, 4, 5, 6, 8, 16}
     assert {f.norm for f in vectors} == {"none", "col", "row"}
     assert {case.m for case in CASES} == {1, 2, 3, 17}
     for gemv in (0, 1):
@@ -126,7 +131,7 @@ def test_cases_cover_what_formats_can_ask_for() -> None:
         assert {"col", "row"} <= {f.norm for f in kind}
 
 
-@pytest.mark.parametrize("fmt", ["vq.d4.k256", "vq.d8.k256.r256", "vq.d3.k4096.rn", f"{ALL}.cn"])
+@pytest.mark.parametrize("fmt", ["vq.d4.k256", "vq.d8.k256.r256", "vq.d3.k4096.rn", f"{ALL}.cn", "vq.d8.k65536.in.rn"])
 @pytest.mark.parametrize("m", [1, 4, 16, 512])
 def test_schedules_are_legal_and_ordered(fmt: str, m: int) -> None:
     backend, spec = TritonBackend(), KernelSpec((4096,), 4096, fmt, VECTORS, "float", "bf16", "bf16")

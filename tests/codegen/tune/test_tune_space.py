@@ -25,6 +25,7 @@ CASES = [
     ("cuda", "sm_90", "int4.g128.sym", "float"),
     ("triton", "sm_80", "int4.g128.asym", "float"),
     ("triton", "sm_90", "vq.d4.k256", "float"),
+    ("triton", "sm_90", "vq.d8.k256.r256.in.rn", "float"),
 ]
 
 

@@ -25,7 +25,7 @@ from lowbit.quantizers.weights import QWeight, random_weight, stored
 
 IDS = torch.arange(10)[None]
 VECTORS = ["vq.d4.k256", "vq.d6.k64.r16.c4.cn", "vq.d5.k16.r16.c2.o6pv4k16.cn.f32"]
-NATIVE = ["vq.d4.k64.rn", "vq.d4.k16.r64.o4v8k8.bf16", "int2.g16.fz", "int3.ch.fz.f32"]
+NATIVE = ["vq.d4.k64.rn", "vq.d8.k16.r16.in.rn", "vq.d4.k16.r64.o4v8k8.bf16", "int2.g16.fz", "int3.ch.fz.f32"]
 
 
 def loaders(paths: dict[str, tuple[int, int]], scheme: Scheme) -> dict[str, Callable[[], QWeight]]:

@@ -197,6 +197,7 @@ def test_which_formats_go_where() -> None:
     for text, reason in {
         "vq.d4.k256.rn": "output rows", "vq.d4.k16.r32": "width", "vq.d4.k16.o4v1k16": "one element",
         "vq.d4.k2.c4": "17 bits", "int4.g32.sym": "vector formats", "vq.d4.k256.s8": "bytes",
+        "vq.d4.k256.in": "along the inputs",
     }.items():  # fmt: skip
         assert reason in str(vptq.can_express(parse_format(text), *shape))
     assert export_layout(parse_format("vq.d4.k256.rn"), *shape) == "lowbit"

@@ -32,6 +32,8 @@ FORMATS = [
     "vq.d1.k4",
     "vq.d6.k1024.r16.c4.o2pv4k256.cn.s8",
     "vq.d12.k16.rn.s8",
+    "vq.d2.k1024.r16.in.rn",
+    "vq.d2.k16.in.cn.s8",
 ]
 N, K = 50, 62
 
@@ -59,9 +61,12 @@ def naive(q: VQTensor) -> torch.Tensor:
                 value = books[2][q.outlier_indices[row // o.dim, p], row % o.dim]
             else:
                 c = p - outliers
-                value = books[0][c // size, q.indices[row // fmt.dim, c], row % fmt.dim]
+                at, lane = (
+                    ((row, c // fmt.dim), c % fmt.dim) if fmt.axis == "in" else ((row // fmt.dim, c), row % fmt.dim)
+                )
+                value = books[0][c // size, q.indices[at], lane]
                 if q.residual is not None:
-                    value = value + books[1][c // size, q.residual[row // fmt.dim, c], row % fmt.dim]
+                    value = value + books[1][c // size, q.residual[at], lane]
             if fmt.norm != "none":
                 i = column if fmt.norm == "col" else row
                 value = value * q.norm_scale[i].float() + q.norm_bias[i].float()
@@ -85,6 +90,8 @@ def test_text_form_round_trips(text: str) -> None:
         "vq.d4.k256.x",
         "vq.d4.k256.o0v4k16",
         "vq.d4.k131072",
+        "vq.d4.k256.c2.in",
+        "vq.d4.k256.o2v4k16.in",
     ],
 )
 def test_bad_formats_are_refused_with_advice(text: str) -> None:
@@ -146,6 +153,12 @@ def test_tensors_that_lie_are_refused() -> None:
         from_stored(q.fmt, N, K, {**tensors, "outlier_indices": tensors["outlier_indices"] + 256})
 
 
+def test_columns_that_are_no_whole_vectors_are_refused() -> None:
+    q = weight("vq.d4.k256.in", k=64)
+    with pytest.raises(FormatError, match=r"LB0227.*63 columns"):
+        from_stored(q.fmt, N, 63, stored(q))
+
+
 def test_an_order_of_more_columns_than_16_bits_count_is_refused() -> None:
     parse_format("vq.d4.k256").check(8, 70000, "layer")
     with pytest.raises(FormatError, match=r"LB0213 layer.*16 bits"):
@@ -160,7 +173,7 @@ def test_scales_that_are_not_numbers_are_refused() -> None:
         from_stored(q.fmt, 4, 64, {**stored(q), "weight_scale": scale.view(torch.float8_e8m0fnu)})
 
 
-@pytest.mark.parametrize("text", ["vq.d4.k256.c5", "vq.d16.k256", "vq.d4.k16.o62v4k16"])
+@pytest.mark.parametrize("text", ["vq.d4.k256.c5", "vq.d16.k256", "vq.d4.k16.o62v4k16", "vq.d4.k16.in"])
 def test_shapes_that_do_not_fit_are_refused(text: str) -> None:
     with pytest.raises(FormatError, match="LB0213"):
         parse_format(text).check(8, K, "layer")
