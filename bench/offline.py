@@ -40,6 +40,7 @@ WARPGROUPS = Schedule(128, 128, 64, 8, 4).with_extra(row_warps=8, wgmma=1, resid
 WIDE = Schedule(256, 128, 64, 8, 4).with_extra(row_warps=8, wgmma=1, resident=1)
 BYTES = Schedule(128, 128, 128, 8, 4).with_extra(row_warps=8, wgmma=1, resident=1)
 MANY = Schedule(64, 256, 64, 8, 3).with_extra(row_warps=8, exact=1, resident=1)
+FEW = Schedule(8, 128, 64, 4, 3).with_extra(resident=1)
 FOUR_BITS = Schedule(64, 128, 128, 4, 3).with_extra(row_warps=4, resident=1, s4=1)
 
 
@@ -47,6 +48,10 @@ ROUNDED = (("int8.ch.sym", "int8.token"), ("int4.ch.sym", "int8.token"), ("int4.
            ("int4.g128.asym", "int8.g128"), ("int4.g64.sym.perm", "int4.g64.w2"), ("e3m2.ch", "e4m3.token"),
            ("e2m3.ch", "e4m3.token"))  # fmt: skip
 """Weights and what activations are rounded to: W8A8, W4A8, COMET's mixed blocks, W6A8."""
+
+ROWS = (("int4.g64.sym", "int8.g64"), ("int4.g64.sym", "int4.g64.asym"), ("int8.ch.sym", "int8.token.static"),
+        ("e3m2.ch", "e4m3.token.static"))  # fmt: skip
+"""Weights, and activations that one kernel rounds for the next."""
 
 NIBBLES = (("sm_80", "int4.ch.sym", "int4.token"), ("sm_80", "int4.g128.sym", "int4.g128"),
               ("sm_89", "int4.g64.sym.perm", "int4.g64.w2.asym"))  # fmt: skip
@@ -58,6 +63,14 @@ def spec(fmt: str, dtype: str, activation: str = "") -> KernelSpec:
     weights, layout = parse_format(fmt), LAYOUTS["fragments"]
     compute = rounded_products(weights, 8192, layout, parse_activation(activation)) if activation else "float"
     return KernelSpec((8192,), 8192, fmt, str(layout), compute, dtype, dtype, activation=activation)
+
+
+def rows_spec(fmt: str, activation: str, writes: bool) -> KernelSpec:
+    """8192 rounded activations between two kernels: gate and up that round them, or what reads them."""
+    found = spec(fmt, "bf16", activation)
+    if writes:
+        return replace(found, segments=(8192, 8192), epilogue=("silu_mul",), out_activation=activation)
+    return replace(found, x_dtype="rounded")
 
 
 def vector_spec(fmt: str) -> KernelSpec:
@@ -102,6 +115,14 @@ def jobs() -> dict[str, Job]:
         schedule = Schedule(8, 64, 64, 8, 2).with_extra(resident=1, **({"far": 1} if far else {}))
         for arch in ("sm_80", "sm_90") if fmt.startswith("vq.d4") else ("sm_90",):
             found[f"{arch} {fmt} bf16 m8"] = (vector_spec(fmt), schedule, Target.parse(arch))
+    for fmt, activation in ROWS:
+        for side in ("writes", "reads"):
+            made = rows_spec(fmt, activation, side == "writes")
+            for arch in ("sm_80", "sm_90"):
+                few = FEW.with_extra(**({"bulk": 1} if arch == "sm_90" else {}))
+                found[f"{arch} {fmt} {activation} m8 {side}"] = (made, few, Target.parse(arch))
+            many = BYTES.with_extra(bulk=1, **({"fp8": 1} if activation.startswith("e4m3") else {}))
+            found[f"sm_90 {fmt} {activation} m128 {side}"] = (made, many, Target.parse("sm_90"))
     backend = CudaBackend()
     for m in (1, 16, 64, 512):  # what would run
         s = next(iter(backend.schedules(spec("int4.g128.sym", "bf16"), Target.parse("sm_90"), m)))

@@ -20,14 +20,18 @@ from lowbit.quantizers.qtensor import PackedWeight
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Backend", "Launcher", "Source"]
+__all__ = ["NO_ROWS", "Backend", "Launcher", "Source"]
 
 Launcher = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, torch.Tensor | None, torch.Tensor], None]
-"""launch(x [M, K], weight, bias or None, residual [M, n_out] or None, out [M, n_out]): runs one kernel.
+"""launch(x [M, x_width], weight, bias or None, residual [M, n_out] or None, out [M, out_width]): runs one kernel.
 
 bias has one entry per weight row, sum(segments): before silu_mul halves them. x and out are contiguous, on the
-backend's device and of the spec's dtypes; bias is float32, residual has out's dtype.
+backend's device and of the spec's dtypes, uint8 where they are rows of rounded numbers; bias is float32, residual has
+the spec's out_dtype.
 """
+
+NO_ROWS = "neither reads nor writes activations that are rounded between kernels"
+"""What backends say that do not serve a spec which `uses_rows`."""
 
 
 @dataclass(frozen=True)

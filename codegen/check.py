@@ -52,10 +52,12 @@ def sample_weight(spec: KernelSpec, seed: int = 0) -> PackedWeight:
     weight = pack_weights(parts, spec.layout_)
     if spec.norm_eps:
         weight = replace(weight, tensors={**weight.tensors, "norm_weight": 0.5 + torch.rand(spec.k, generator=rng)})
-    if spec.rounding is None or not spec.rounding.static:
-        return weight
-    scales = (1 + torch.rand(spec.rounding.groups(spec.k), generator=rng)) * 2 / spec.rounding.tops(spec.k)
-    return replace(weight, tensors={**weight.tensors, "input_scale": scales})
+    sides = (("input_scale", spec.rounding, spec.k, 2.0), ("output_scale", spec.out_rounding, spec.n_out, spec.k**0.5))
+    for name, rounding, columns, size in sides:
+        if rounding is not None and rounding.static:
+            scales = (1 + torch.rand(rounding.groups(columns), generator=rng)) * size / rounding.tops(columns)
+            weight = replace(weight, tensors={**weight.tensors, name: scales})
+    return weight
 
 
 def random_words(spec: KernelSpec, device: str, seed: int = 0) -> PackedWeight | None:
@@ -147,7 +149,12 @@ class Oracle:
         """x, weight, bias and residual on the device: what a launcher takes before the output."""
         spec, device = self.sample.spec, device_of(self.sample.target)
         rng = torch.Generator().manual_seed(self.seed)
-        x = torch.randn(self.m, spec.k, generator=rng).to(_TORCH_DTYPES[spec.x_dtype]).to(device)
+        x = torch.randn(self.m, spec.k, generator=rng)
+        if spec.reads_rows:
+            held = self.sample.weight.tensors.get("input_scale")
+            x = spec.x_rows.write(x, None if held is None else held.cpu()).to(device)
+        else:
+            x = x.to(_TORCH_DTYPES[spec.x_dtype]).to(device)
         bias = torch.randn(sum(spec.segments), generator=rng).to(device) if "bias" in spec.epilogue else None
         if "residual" not in spec.epilogue:
             return x, self.sample.weight, bias, None
@@ -156,8 +163,16 @@ class Oracle:
 
     @cached_property
     def want(self) -> torch.Tensor:
-        """float32 [m, n_out]: the reference's output."""
-        return run_reference(replace(self.sample.spec, out_dtype="f32"), *self.operands, dense=self.sample.dense)
+        """float32 [m, n_out]: the reference's output, as a kernel writes it where that is rounded."""
+        spec = self.sample.spec
+        if spec.out_rows:
+            return self._numbers(run_reference(spec, *self.operands, dense=self.sample.dense))
+        return run_reference(replace(spec, out_dtype="f32"), *self.operands, dense=self.sample.dense)
+
+    def _numbers(self, out: torch.Tensor) -> torch.Tensor:
+        """float32 [m, n_out]: what an output stands for."""
+        rows = self.sample.spec.out_rows
+        return rows.numbers(out, self.sample.weight.tensors.get("output_scale")) if rows else out.float()
 
     @cached_property
     def size(self) -> float:
@@ -175,20 +190,23 @@ class Oracle:
         """The largest error that is allowed."""
         spec = self.sample.spec
         rounded = "float" if spec.activation else spec.compute  # rounding that is meant is no error
-        half = 1e-2 if _OUT_EPS[spec.x_dtype] and self.sample.target.kind == "cuda" else 0
-        return TOLERANCE[rounded] + _OUT_EPS[spec.out_dtype] + half
+        half = 1e-2 if _OUT_EPS.get(spec.x_dtype) and self.sample.target.kind == "cuda" else 0
+        # The least difference between two kernels' numbers may be that between two levels, now and then.
+        steps = 2 / spec.out_rounding.top if spec.out_rounding else 0.0
+        return TOLERANCE[rounded] + _OUT_EPS[spec.out_dtype] + half + steps
 
     def output(self) -> torch.Tensor:
         """A poisoned output: elements that are not written are found out."""
-        spec = self.sample.spec
-        shape, dtype = (self.m, spec.n_out), _TORCH_DTYPES[spec.out_dtype]
-        return torch.full(shape, float("nan"), dtype=dtype, device=device_of(self.sample.target))
+        spec, device = self.sample.spec, device_of(self.sample.target)
+        if spec.out_rows:
+            return torch.full((self.m, spec.out_width), 0xFF, dtype=torch.uint8, device=device)
+        return torch.full((self.m, spec.n_out), float("nan"), dtype=_TORCH_DTYPES[spec.out_dtype], device=device)
 
     def check(self, launch: Launcher) -> float:
         """Relative root-mean-square error of a kernel; raises KernelError (LB0408) beyond tolerance."""
         out = self.output()
         launch(*self.operands, out)
-        error = float((out.float() - self.want).square().mean().sqrt()) / self.size
+        error = float((self._numbers(out) - self.want).square().mean().sqrt()) / self.size
         if not error <= self.limit:
             text = f"kernel disagrees with the reference: relative error {error:.2g} > {self.limit:.2g}"
             raise KernelError("LB0408", text)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 
 from lowbit.codegen import BACKENDS, load_backend
 from lowbit.codegen.backend import Backend, Source
 from lowbit.codegen.invariant import one_for_all
+from lowbit.codegen.rounded import ROUNDED
 from lowbit.codegen.schedule import Schedule, m_class, token_class
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.tune.database import Entry, known
@@ -28,9 +30,11 @@ __all__ = [
     "layout_name",
     "measured",
     "quarantined",
+    "rounded_between",
     "say_once",
     "serving",
     "stale",
+    "supporting",
 ]
 
 _log = logging.getLogger("lowbit")
@@ -91,6 +95,27 @@ def able(spec: KernelSpec, target: Target, ahead: bool = False) -> Iterator[Back
                 say_once(f"backend {name} cannot run {spec.format} on {target}: {why}")
         else:
             yield backend
+
+
+def supporting(spec: KernelSpec, target: Target) -> Iterator[Backend]:
+    """Backends with kernels for `spec` in its layout, whether or not they can be compiled here. Those that read any
+    layout stand beside them and do not count."""
+    for name in _names():
+        backend = load_backend(name)
+        fits = not backend.any_layout and spec.layout_ == LAYOUTS[backend.layout_of(spec.weight_format)]
+        if target.kind in backend.kinds and fits and backend.supports(spec, target) is None:
+            yield backend
+
+
+def rounded_between(writer: KernelSpec, reader: KernelSpec, target: Target) -> tuple[KernelSpec, KernelSpec]:
+    """The two kernels in whose place `writer`, whose output only `reader` multiplies, rounds it for `reader`. Raises
+    KernelError: LB0422 or LB0423 where that is no kernel, LB0424 where no backend has it on the target."""
+    pair = replace(writer, out_activation=reader.activation), replace(reader, x_dtype=ROUNDED)
+    for spec in pair:
+        if next(supporting(spec, target), None) is None:
+            side = "reads" if spec.reads_rows and spec is pair[1] else "writes"
+            raise KernelError("LB0424", f"no kernel of {spec.format} weights {side} {reader.activation} on {target}")
+    return pair
 
 
 def candidates(

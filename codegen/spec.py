@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 
+from lowbit.codegen.rounded import ROUNDED, RoundedRows, unroundable, unstored
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import Layout, plane_bits
 from lowbit.quantizers.formats import (
@@ -82,6 +83,9 @@ class KernelSpec:
     are one int8 digit with `int8` products, and numbers with `float` ones.
     invariant: a token's result must not depend, to the bit, on how many other tokens a call has; then one schedule runs
     all of them.
+    x_dtype `rounded`: x is what another kernel has rounded to `activation`, the bytes of `codegen.rounded.RoundedRows`.
+    out_activation: the text of an ActivationFormat that the output, as numbers in out_dtype, is rounded to: then the
+    kernel writes such rows. Static scales are the operand `output_scale`.
     """
 
     segments: tuple[int, ...]
@@ -96,9 +100,11 @@ class KernelSpec:
     rotate: int = 0
     norm_eps: float = 0.0
     invariant: bool = False
+    out_activation: str = ""
 
     def __post_init__(self) -> None:
-        if self.compute not in COMPUTE or self.x_dtype not in DTYPES or self.out_dtype not in DTYPES:
+        known = self.x_dtype in (*DTYPES, ROUNDED) and self.out_dtype in DTYPES
+        if self.compute not in COMPUTE or not known:
             raise KernelError("LB0401", f"no such kernel: {self.compute} {self.x_dtype} -> {self.out_dtype}")
         words = self.table_sums and self.compute == "int16"
         if self.compute != "float" and self.integer_levels is None and not words:
@@ -118,6 +124,28 @@ class KernelSpec:
         if self.vector and (why := self.rounding_problem):
             text = f"activations of {self.format} weights are not rounded to {self.activation}: {why}"
             raise KernelError("LB0416", text)
+        if self.reads_rows and (why := self._unread()):
+            raise KernelError("LB0422", f"activations of {self.format} weights cannot arrive rounded: {why}")
+        if self.out_rounding and (why := self._unwritten()):
+            text = f"outputs are not rounded to {self.out_activation} where they are made: {why}"
+            raise KernelError("LB0423", text, hint="leave it to the layer that reads them")
+
+    def _unread(self) -> str | None:
+        """Why x cannot be rows of bytes, or None."""
+        if self.rounding is None:
+            return "their format is not known"
+        if self.rotate or self.norm_eps:
+            return f"they are {'rotated' if self.rotate else 'normalised'} before they are rounded"
+        if "columns" in self.operands:
+            return "their groups are of columns in the weight's own order"
+        return unstored(self.rounding)
+
+    def _unwritten(self) -> str | None:
+        """Why outputs cannot be rows of bytes, or None."""
+        assert self.out_rounding is not None
+        if len(self.segments) > 1 and "silu_mul" not in self.epilogue:
+            return f"{len(self.segments)} matrices have an output each"
+        return unroundable(self.out_rounding, self.n_out)
 
     @cached_property
     def weight_format(self) -> WeightFormat:
@@ -149,17 +177,60 @@ class KernelSpec:
             sides += ["channel_scale"] * self.fmt.channel + ["columns"] * self.fmt.ordered
             sides += ["input_scale"] * (self.rounding is not None and self.rounding.static)
             sides += ["norm_weight"] * bool(self.norm_eps)
+            sides += ["output_scale"] * (self.out_rounding is not None and self.out_rounding.static)
             return (*planes, "scale", *sides)
         books = ["", *(["residual_"] if v.residual else []), *(["outlier_"] if v.outliers else [])]
         kinds = ("index", "book", "book_scale") if v.scaled else ("index", "book")
         parts = [f"{book}{kind}" for book in books for kind in kinds]
         parts += ["columns"] if v.ordered else []
-        return (*parts, *(["norm_scale", "norm_bias"] if v.norm != "none" else []))
+        parts += ["norm_scale", "norm_bias"] if v.norm != "none" else []
+        return (*parts, *["output_scale"] * (self.out_rounding is not None and self.out_rounding.static))
 
     @cached_property
     def rounding(self) -> ActivationFormat | None:
         """What x is rounded to, parsed."""
         return parse_activation(self.activation) if self.activation else None
+
+    @cached_property
+    def out_rounding(self) -> ActivationFormat | None:
+        """What the output is rounded to, parsed."""
+        return parse_activation(self.out_activation) if self.out_activation else None
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether x is what another kernel has rounded."""
+        return self.x_dtype == ROUNDED
+
+    @cached_property
+    def x_rows(self) -> RoundedRows:
+        """The rows that x is, where it `reads_rows`."""
+        assert self.reads_rows
+        assert self.rounding is not None
+        return RoundedRows(self.rounding, self.k)
+
+    @cached_property
+    def out_rows(self) -> RoundedRows | None:
+        """The rows that the output is, or None where it is numbers."""
+        return RoundedRows(self.out_rounding, self.n_out) if self.out_rounding else None
+
+    @cached_property
+    def uses_rows(self) -> bool:
+        """Whether x or the output is such rows."""
+        return self.reads_rows or bool(self.out_activation)
+
+    @property
+    def x_width(self) -> int:
+        """Elements of a row of x as it arrives."""
+        return self.x_rows.row_bytes if self.reads_rows else self.k
+
+    @property
+    def out_width(self) -> int:
+        """Elements of a row of the output as it is written."""
+        return self.out_rows.row_bytes if self.out_rows else self.n_out
+
+    def typed(self, dtype: str) -> KernelSpec:
+        """This kernel for activations and outputs of `dtype`; activations that are rounded stay what they are."""
+        return replace(self, x_dtype=ROUNDED if self.reads_rows else dtype, out_dtype=dtype)
 
     @cached_property
     def layout_(self) -> Layout:
@@ -312,8 +383,8 @@ class KernelSpec:
         return next(name for name, dtype in SCALE_DTYPES.items() if dtype == packed)
 
     def key(self) -> str:
-        """Canonical JSON: equal specs, equal text. What is not rounded, rotated or normalised does not say so."""
-        silent = ("activation", "rotate", "norm_eps", "invariant")
+        """Canonical JSON: equal specs, equal text. What is not rounded, rotated, normalised ... does not say so."""
+        silent = ("activation", "rotate", "norm_eps", "invariant", "out_activation")
         values = {name: value for name, value in asdict(self).items() if value or name not in silent}
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 

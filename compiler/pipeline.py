@@ -11,6 +11,7 @@ fuse-prologue     rotation and rounding move into the kernel
 fuse-epilogue     bias, silu-mul, residual add
 fuse-norm         a norm moves into the kernels that read it, where that pays
 choose-layout     one packed layout per target family
+fuse-requantize   a kernel rounds its output for the kernel that reads it
 pack              weights permuted to that layout
 lower-kernels     lb -> lbk
 fold-scales       powers of two that end decoding move into scales
@@ -41,6 +42,7 @@ from lowbit.passes.fold_scales import FoldScales
 from lowbit.passes.fuse_epilogue import FuseEpilogue
 from lowbit.passes.fuse_norm import FuseNorm
 from lowbit.passes.fuse_prologue import FusePrologue
+from lowbit.passes.fuse_requantize import FuseRequantize
 from lowbit.passes.fuse_siblings import FuseSiblings
 from lowbit.passes.lower_kernels import LowerKernels
 from lowbit.passes.pack import Pack
@@ -61,6 +63,7 @@ RUNTIME: tuple[type[ModulePass], ...] = (
     FusePrologue,
     FuseEpilogue,
     ChooseLayout,
+    FuseRequantize,
     Pack,
     LowerKernels,
     FoldScales,

@@ -35,7 +35,7 @@ def norm_gain(columns: int, kernels: int, call: float = 1e-6) -> float:
 @dataclass(frozen=True)
 class FuseNorm(ModulePass):
     """Taken where the cost model says that it pays, and only whole: a norm that something else reads too has to be
-    computed anyway. Kernels of vector formats, and layers that rotate or round what they read, do without.
+    computed anyway. Kernels of vector formats, and layers that rotate what they read, do without.
 
     call: seconds that a norm costs as a call of its own, whatever its size.
     """
@@ -59,7 +59,7 @@ def _takes(linear: Linear, norm: RmsNorm) -> bool:
     type_ = linear.args_[1].type
     if not isinstance(type_, QType) or isinstance(parse_format(type_.fmt.data), VectorFormat) or norm.eps is None:
         return False
-    plain = linear.activation is None and linear.rotate is None and linear.norm is None and linear.input is None
+    plain = linear.rotate is None and linear.norm is None and linear.input is None
     used = [value for value in linear.args_ if value is norm.outs[0]]
     return plain and len(used) == 1 and norm.args_[0].type == norm.outs[0].type
 

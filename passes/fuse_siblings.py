@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ArrayAttr, IntAttr, ModuleOp
-from xdsl.ir import SSAValue
+from xdsl.ir import Attribute, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import InsertPoint, Rewriter
 
@@ -57,6 +57,12 @@ def _own_weight(linear: Linear) -> bool:
     return isinstance(weight.owner, Weight) and weight.has_one_use() and linear.segments is None
 
 
+def _kept(first: Linear) -> dict[str, Attribute]:
+    """What siblings have in common, and one kernel of them too."""
+    common = {"order": first.order, "activation": first.activation}
+    return {name: value for name, value in common.items() if value is not None}
+
+
 def _fuse(siblings: list[Linear]) -> None:
     first = siblings[0]
     names, widths = [], []
@@ -76,7 +82,7 @@ def _fuse(siblings: list[Linear]) -> None:
     wide = Linear(
         [x, stacked.outs[0]],
         [tensor((*lead, sum(widths)), element)],
-        {"segments": ArrayAttr(IntAttr(w) for w in widths), **({"order": first.order} if first.order else {})},
+        {"segments": ArrayAttr(IntAttr(w) for w in widths), **_kept(first)},
     )
     split = Split([wide.outs[0]], [tensor((*lead, w), element) for w in widths])
     parent = path_of(first).rpartition(".")[0]

@@ -20,6 +20,7 @@ from xdsl.dialects.builtin import (
     ModuleOp,
     StringAttr,
     SymbolRefAttr,
+    TensorType,
     f32,
     f64,
 )
@@ -28,12 +29,13 @@ from xdsl.passes import ModulePass
 from xdsl.rewriter import InsertPoint, Rewriter
 
 from lowbit.codegen.decode import decode_program
+from lowbit.codegen.rounded import ROUNDED
 from lowbit.codegen.spec import Compute, KernelSpec, rounded_products
 from lowbit.compiler.errors import IRError
 from lowbit.compiler.ir import kernel as lbk
 from lowbit.compiler.ir.graph import Call, Linear, at, path_of
 from lowbit.compiler.ir.layout import LAYOUTS
-from lowbit.compiler.ir.types import QType, tensor
+from lowbit.compiler.ir.types import DTYPES_OF, QType, tensor
 from lowbit.quantizers.formats import parse_activation
 
 __all__ = ["LowerKernels", "kernel_op", "spec_of"]
@@ -62,6 +64,16 @@ class LowerKernels(ModulePass):
 
     def kernel_spec(self, linear: Linear) -> KernelSpec:
         """What kernel a linear layer needs."""
+        spec = self._numbers_spec(linear)
+        if linear.rounds is not None:
+            spec = replace(spec, out_activation=linear.rounds.data)
+        if linear.rounded is not None:  # then nobody else says later what type the output has
+            element = cast("TensorType[Attribute]", linear.outs[0].type).element_type
+            spec = replace(spec, x_dtype=ROUNDED, out_dtype=DTYPES_OF.get(element, "f32"))
+        return spec
+
+    def _numbers_spec(self, linear: Linear) -> KernelSpec:
+        """The same without what other kernels round."""
         type_ = linear.args_[1].type
         assert isinstance(type_, QType)
         if not type_.layout.data:
@@ -100,7 +112,7 @@ def kernel_op(name: str, spec: KernelSpec) -> lbk.Kernel:
         rotate = lbk.RotateActivation(value, spec.rotate)
         block.add_op(rotate)
         value = rotate.res
-    if spec.limbs or spec.activation:
+    if (spec.limbs or spec.activation) and not spec.reads_rows:
         quantize = lbk.QuantizeActivation(value, spec.limbs, spec.activation)
         block.add_op(quantize)
         value = quantize.res
@@ -113,6 +125,10 @@ def kernel_op(name: str, spec: KernelSpec) -> lbk.Kernel:
         done = cls(*operands, result=tensor((None, spec.n_out), f32) if step == "silu_mul" else acc.type)
         block.add_op(done)
         acc = done.res
+    if spec.out_rounding:
+        rounded = lbk.QuantizeActivation(acc, int(spec.out_rounding.integer), spec.out_activation)
+        block.add_op(rounded)
+        acc = rounded.res
     block.add_op(lbk.Yield(acc))
     return lbk.Kernel(name, _spec_attributes(spec), decode_program(spec.weight_format).clone(), Region(block))
 
@@ -123,6 +139,8 @@ def _spec_attributes(spec: KernelSpec) -> dict[str, Attribute]:
         more["rotate"] = IntegerAttr(spec.rotate, 64)
     if spec.norm_eps:
         more["norm_eps"] = FloatAttr(spec.norm_eps, f64)
+    if spec.out_activation:
+        more["out_activation"] = StringAttr(spec.out_activation)
     return {
         "segments": ArrayAttr(IntegerAttr(n, 64) for n in spec.segments),
         "k": IntegerAttr(spec.k, 64),
@@ -152,4 +170,5 @@ def spec_of(kernel: lbk.Kernel) -> KernelSpec:
         cast(StringAttr, d["activation"]).data if "activation" in d else "",
         cast("IntegerAttr", d["rotate"]).value.data if "rotate" in d else 0,
         cast("FloatAttr", d["norm_eps"]).value.data if "norm_eps" in d else 0.0,
+        out_activation=cast(StringAttr, d["out_activation"]).data if "out_activation" in d else "",
     )

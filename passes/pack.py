@@ -28,10 +28,20 @@ class Pack(ModulePass):
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         session = session_of(ctx, self.name)
         for linear in [f for f in op.walk() if isinstance(f, Linear)]:
-            weight, type_ = linear.args_[1].owner, linear.args_[1].type
-            if not isinstance(type_, QType) or not isinstance(weight, Weight):
+            type_ = linear.args_[1].type
+            if not isinstance(type_, QType) or not isinstance(linear.args_[1].owner, Weight):
                 continue
             if not type_.layout.data:
                 raise IRError("LB0311", "a weight has no layout", where=path_of(linear), hint="run choose-layout first")
-            paths = tuple(n.data.removesuffix(".weight") for n in weight.names.data)
-            session.pack(paths, type_.layout.data, linear.steps())
+            session.pack(_paths(linear), type_.layout.data, linear.steps())
+        for reader in [f for f in op.walk() if isinstance(f, Linear) and f.rounded is not None]:
+            (path,), writer = _paths(reader), reader.args_[0].owner
+            assert isinstance(writer, Linear)
+            session.connect(_paths(writer), path)
+
+
+def _paths(linear: Linear) -> tuple[str, ...]:
+    """Module paths of a layer's matrices."""
+    weight = linear.args_[1].owner
+    assert isinstance(weight, Weight)
+    return tuple(n.data.removesuffix(".weight") for n in weight.names.data)

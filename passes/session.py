@@ -32,6 +32,10 @@ class Session(Protocol):
         """Bring the layers' weights, stacked by rows, into a packed layout."""
         ...
 
+    def connect(self, paths: tuple[str, ...], reader: str) -> None:
+        """Let the kernel of the layers at `paths` round what the layer `reader` multiplies, where modules can."""
+        ...
+
     def build(self, specs: Sequence[KernelSpec]) -> list[str]:
         """Build every kernel of every spec, in parallel; returns what was built, one text per spec, for the IR."""
         ...

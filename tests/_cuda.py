@@ -57,7 +57,11 @@ class Layer:
         return Layer(spec, weight, rng, bias)
 
     def inputs(self, m: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x = torch.randn(m, self.spec.k, generator=self.rng).to(DTYPES[self.spec.x_dtype])
+        x = torch.randn(m, self.spec.k, generator=self.rng)
+        if self.spec.reads_rows:
+            x = self.spec.x_rows.write(x, self.weight.tensors.get("input_scale"))
+        else:
+            x = x.to(DTYPES[self.spec.x_dtype])
         residual = torch.randn(m, self.spec.n_out, generator=self.rng).to(DTYPES[self.spec.out_dtype])
         return x, residual if "residual" in self.spec.epilogue else None
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from lowbit.codegen.backend import Backend, Launcher, Source
+from lowbit.codegen.backend import NO_ROWS, Backend, Launcher, Source
 from lowbit.codegen.cpp.assemble import ISA_FLAGS
 from lowbit.codegen.cpp.bytes_plan import vector_plan
 from lowbit.codegen.cpp.emit import emit_text
@@ -57,6 +57,8 @@ class CppBackend(Backend):
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
         if spec.layout_ != (layout := LAYOUTS[self.layout_of(spec.weight_format)]):
             return f"the C++ kernels read layout {layout}"
+        if spec.uses_rows:
+            return NO_ROWS
         if why := _vector_problem(spec) if spec.vector else rounding_problem(spec):
             return why
         steps = spec.epilogue

@@ -12,7 +12,7 @@ from lowbit.quantizers.qtensor import PackedWeight
 __all__ = ["KNOWN", "Args", "fill", "order_of"]
 
 KNOWN = frozenset({"plane0", "plane1", "plane2", "scale", "zero", "offset", "tensor_scale", "columns", "channel_scale",
-                   "input_scale"})  # fmt: skip
+                   "input_scale", "output_scale"})  # fmt: skip
 """Operands of weights that kernels understand. `channel_scale` is part of the packed scales already."""
 
 
@@ -41,6 +41,7 @@ class _Fields(ctypes.Structure):
         ("part", ctypes.c_void_p),
         ("count", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
+        ("output_scale", ctypes.c_void_p),
     ]
 
 

@@ -14,7 +14,7 @@ from lowbit.codegen.cuda.any_plan import make_plan
 from lowbit.codegen.cuda.arguments import KNOWN, VECTOR_OPERANDS
 from lowbit.codegen.cuda.emit import emit_text
 from lowbit.codegen.cuda.launch import core_spec, make_launcher, split
-from lowbit.codegen.cuda.plan import Plan
+from lowbit.codegen.cuda.plan import TILE, Plan
 from lowbit.codegen.cuda.recipe import find_recipe
 from lowbit.codegen.cuda.schedules import candidates, illegal, predict, space
 from lowbit.codegen.cuda.toolchain import FLAGS, arch_of, compile_cubin, compiler_version, no_compiler
@@ -24,7 +24,14 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
-from lowbit.quantizers.formats import FloatElement, Format, VectorFormat, WeightFormat, parse_activation
+from lowbit.quantizers.formats import (
+    ActivationFormat,
+    FloatElement,
+    Format,
+    VectorFormat,
+    WeightFormat,
+    parse_activation,
+)
 
 __all__ = ["CudaBackend"]
 
@@ -70,6 +77,10 @@ class CudaBackend(Backend):
             return f"knows nothing of {', '.join(sorted(unknown))}"
         if spec.rotate:
             return "does not rotate activations"
+        if spec.out_rounding and (why := _unwritten(spec, spec.out_rounding)):
+            return why
+        if spec.vector and spec.reads_rows:
+            return "activations of vector formats are not rounded"
         if spec.vector and spec.vector.norm == "col" and spec.x_dtype == "f32":
             return "activations times column norms are rounded to float16, which float32 ones should not be"
         if not spec.vector and (why := _unmultiplied(spec)):
@@ -113,6 +124,18 @@ class CudaBackend(Backend):
 
 def _tokens(spec: KernelSpec, m: int) -> int:
     return m * _LIMBS if split(spec) else m
+
+
+def _unwritten(spec: KernelSpec, rounding: ActivationFormat) -> str | None:
+    """Why a kernel cannot round its own output to a format, or None."""
+    if spec.vector:
+        return "kernels of vector formats do not round their outputs"
+    if split(spec):
+        return "epilogues of float32 activations are torch's, which rounds no outputs"
+    tile = TILE if "silu_mul" in spec.epilogue else 2 * TILE
+    if not rounding.static and tile % rounding.group:
+        return f"a thread block has {tile} outputs of a token side by side, no whole groups of {rounding.group}"
+    return _unrounded(spec.out_activation)
 
 
 def _unmultiplied(spec: KernelSpec) -> str | None:

@@ -50,15 +50,17 @@ def _check(status: int, what: str) -> None:
 _UINT8, _UINT16, _SWIZZLE_128, _PROMOTE_256 = 0, 1, 3, 3  # of CUtensorMap's enumerations
 
 
-def tensor_map(address: int, rows: int, columns: int, width: int, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
+def tensor_map(
+    address: int, rows: int, columns: int, width: int, box_rows: int, line: int
+) -> ctypes.Array[ctypes.c_uint64]:
     """A descriptor of a row-major matrix at a device address, for copies of 128 bytes x `box_rows` rows whose 16-byte
-    pieces are exchanged within 1024 bytes. width: bytes of an element; rows begin at multiples of 16 bytes. Zeros are
-    read where the matrix has ended."""
+    pieces are exchanged within 1024 bytes. width: bytes of an element. line: bytes from row to row, a multiple of 16.
+    Zeros are read where the matrix has ended."""
     # The driver wants the structure at a multiple of 64 bytes.
     room = (ctypes.c_uint64 * 24)()
     first = -ctypes.addressof(room) % 64 // 8
     found = ctypes.c_void_p(ctypes.addressof(room) + 8 * first)
-    sizes, stride = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * width)
+    sizes, stride = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(line)
     box, steps = (ctypes.c_uint32 * 2)(128 // width, box_rows), (ctypes.c_uint32 * 2)(1, 1)
     kind = _UINT8 if width == 1 else _UINT16
     status = driver().cuTensorMapEncodeTiled(

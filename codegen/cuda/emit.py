@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Literal
 
 from lowbit.codegen.cuda.any_plan import AnyPlan
 from lowbit.codegen.cuda.bits import half_of, text
+from lowbit.codegen.cuda.header import header
 from lowbit.codegen.cuda.plan import PREPARE_THREADS, TILE, Plan
 from lowbit.codegen.cuda.vector_emit import VECTOR_HEADERS, vector_traits
 from lowbit.codegen.cuda.vector_plan import VectorPlan
-from lowbit.quantizers.formats import FloatElement
+from lowbit.codegen.rounded import ORDER, PIECE, ROUNDED
+from lowbit.quantizers.formats import ActivationFormat, FloatElement
 from lowbit.quantizers.formats.activation import WIDE_TOPS
 
 __all__ = ["Machine", "emit_text"]
@@ -21,7 +21,7 @@ __all__ = ["Machine", "emit_text"]
 Machine = Literal["ptx", "host"]
 """What the text is for: a GPU's compiler, or a C++ compiler that runs it lane by lane."""
 
-_HEADERS = ("args", "memory", "sides", "multiply", "rows", "epilogue")
+_HEADERS = ("memory", "sides", "multiply", "rows", "epilogue")
 _TYPES = """#ifdef __CUDACC_RTC__
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
@@ -34,18 +34,13 @@ _SIDES = {"f16": 0, "f32": 1, "e8m0": 2, "e4m3": 3}
 _OUT = {"f16": 0, "bf16": 1, "f32": 2}
 
 
-@cache
-def _header(name: str) -> str:
-    return (Path(__file__).parent / "text" / f"{name}.cuh").read_text()
-
-
 def emit_text(plan: AnyPlan, machine: Machine = "ptx") -> str:
     """The kernel `lb_kernel`, and `lb_prepare` where one has to run before it, as one text."""
     return _vectors(plan, machine) if isinstance(plan, VectorPlan) else _scalars(plan, machine)
 
 
 def _machine(machine: Machine) -> list[str]:
-    return [_header("ptx")] if machine == "ptx" else [_header("host"), _header("host_matrix")]
+    return [header(name, {}) for name in (("ptx",) if machine == "ptx" else ("host", "host_matrix"))]
 
 
 def _begin(machine: Machine) -> list[str]:
@@ -62,7 +57,7 @@ def _vectors(plan: VectorPlan, machine: Machine) -> str:
         *[_choice("int", name, [str(v) for v in values]) for name, values in tables.items()],
         "};",
         *_machine(machine),
-        *[_header(name) for name in VECTOR_HEADERS],
+        *[header(name, {}) for name in VECTOR_HEADERS],
         *_entry(plan),
     ]
     return "\n".join(parts) + "\n"
@@ -75,11 +70,22 @@ def _constants(numbers: dict[str, int], flags: dict[str, bool]) -> list[str]:
 
 def _scalars(plan: Plan, machine: Machine) -> str:
     spec = plan.spec
+    chosen = {
+        "LB_ROWS_IN": plan.reads_rows,
+        "LB_ROWS_COPIED": spec.reads_rows and not plan.reads_rows,
+        "LB_ROWS_OUT": spec.out_rows is not None,
+    }
     headers = [
+        "args",
+        *(["rows_order"] if spec.uses_rows else []),
+        *(["rows_in"] if spec.reads_rows else []),
         *_HEADERS,
+        *(["rows_out"] if spec.out_rows else []),
         *(["pipeline"] if plan.warpgroup else ["reduce", "stream"]),
         *(["halve", "prepare"] if plan.prepared else []),
     ]
+    given = {"rows_order_check": _order_check()}
+    given |= {"traits_out": "\n".join(_rows_out_traits(plan))} if spec.out_rows else {}
     parts = [
         f"// Kernel {spec.digest()}: {spec.format}, {spec.activation or plan.dtype} activations.",
         *_begin(machine),
@@ -87,7 +93,7 @@ def _scalars(plan: Plan, machine: Machine) -> str:
         *_machine(machine),
         *_decode(plan),
         *(_wgmma(plan) if machine == "ptx" else []),
-        *[_header(name) for name in headers],
+        *[header(name, chosen, given) for name in headers],
         *_entry(plan),
     ]
     return "\n".join(parts) + "\n"
@@ -110,6 +116,7 @@ def _traits(plan: Plan) -> list[str]:
         "GROUPS_OF_WARPS": plan.warp_groups, "TABLE_SIZE": len(recipe.table), "BITS": plan.operand_bits,
         "TILE_ROWS": TILE, "RING_BYTES": plan.ring_bytes, "FEW": plan.registers[0], "MANY": plan.registers[1],
         "X_COLUMNS": plan.x_columns, "SCALE_TOKENS": plan.scale_tokens, "X_SIDES": plan.x_sides, **_preparation(plan),
+        **({"X_ROW": spec.x_rows.row_bytes, "X_SCALES": spec.x_rows.level_bytes} if spec.reads_rows else {}),
     }  # fmt: skip
     flags = {
         "BF16": plan.dtype == "bf16", "BULK": bool(s.get("bulk", 0)), "IN_LOOP": plan.in_loop, "ZERO": spec.fmt.zero,
@@ -118,7 +125,8 @@ def _traits(plan: Plan) -> list[str]:
         "TOKEN_X": plan.halved or (bool(spec.rounding) and not plan.x_group), "GROUP_X": bool(plan.x_group),
         "ROUND": bool(spec.rounding), "HALVED": plan.halved, "STATIC_X": bool(spec.rounding and spec.rounding.static),
         "DENSE": spec.groups == 1 or plan.padded_group == spec.group, "ORDERED": spec.fmt.ordered and plan.prepared,
-        "PLAIN_COLUMNS": plan.plain_columns or plan.prepared, "BIAS": "bias" in spec.epilogue,
+        "PLAIN_COLUMNS": plan.plain_columns or plan.prepared or plan.reads_rows,
+        "BIAS": "bias" in spec.epilogue,
         "RESIDUAL_ADD": "residual" in spec.epilogue,
         "TENSOR_SCALE": spec.fmt.tensor and plan.side_bytes == 1,
     }  # fmt: skip
@@ -131,7 +139,7 @@ def _traits(plan: Plan) -> list[str]:
         f"  static constexpr float FACTOR = {_float(recipe.factor)}, UNFACTOR = {_float(1 / recipe.factor)};",
         f"  static constexpr float X_TOP = {_float(rounding.top if rounding else 1)};",
         f"  static constexpr float X_CLIP = {_float(rounding.clip if rounding else 1)};",
-        f"  static constexpr uint32_t X_LEAST = {_least(plan)}u;",
+        f"  static constexpr uint32_t X_LEAST = {_least(rounding)}u;",
         _choice("float", "addend", [_float(v / recipe.factor) for v in recipe.addend]),
         _choice("int", "plane_bits", [*map(str, plan.planes), *["1"] * (3 - len(plan.planes))]),
         _choice("int", "segment_rows", [str(n) for n in spec.segments]),
@@ -144,26 +152,65 @@ def _traits(plan: Plan) -> list[str]:
 def _preparation(plan: Plan) -> dict[str, int]:
     """What `prepare` has to know: x's type, groups and their packed columns, threads of a group, mantissa bits."""
     rounding, group = plan.spec.rounding, plan.x_group or plan.x_columns
-    element = rounding.element if rounding else None
     piece = 32 if plan.nibbles else 16  # columns that a thread stores: 16 bytes
     return {
-        "X": ("f16", "bf16", "f32").index(plan.spec.x_dtype),
+        "X": ("f16", "bf16", "f32", ROUNDED).index(plan.spec.x_dtype),
         "X_GROUPS": rounding.groups(plan.spec.k) if rounding and plan.x_group else 1,
         "X_GROUP": group,
-        "X_WIDE": (min(rounding.wide, 1) if rounding.lead else rounding.wide) if rounding else 0,
+        "X_WIDE": _wide(rounding),
         "X_WIDE_TOP": int(WIDE_TOPS[rounding.wide_bits if rounding else 8]),
         "X_LEAD": int(rounding is not None and bool(rounding.lead)),
         "ASYM_X": int(rounding is not None and rounding.asym),
-        "X_MANTISSA": element.mantissa if isinstance(element, FloatElement) else -1,
+        "X_MANTISSA": _mantissa(rounding),
         "PREPARE_THREADS": PREPARE_THREADS,
         "PIECE": piece,
         "TEAM": min(32, 1 << (max(group // piece, 1) - 1).bit_length()),
     }
 
 
-def _least(plan: Plan) -> int:
+def _wide(rounding: ActivationFormat | None) -> int:
+    """Groups whose largest level is another one."""
+    if rounding is None:
+        return 0
+    return min(rounding.wide, 1) if rounding.lead else rounding.wide
+
+
+def _mantissa(rounding: ActivationFormat | None) -> int:
+    """Mantissa bits of a format of small floats; -1 where levels are integers."""
+    element = rounding.element if rounding else None
+    return element.mantissa if isinstance(element, FloatElement) else -1
+
+
+def _order_check() -> str:
+    """That the text has the columns of a row where `codegen.rounded` has them."""
+    terms = " && ".join(f"byte_of({PIECE + column}) == {PIECE + byte}" for byte, column in enumerate(ORDER))
+    return f'static_assert({terms}, "rows have another order");'
+
+
+def _rows_out_traits(plan: Plan) -> list[str]:
+    """`struct T` of the output's rounding, under the names that `prepare` has for that of activations."""
+    rows = plan.spec.out_rows
+    assert rows is not None
+    rounding = rows.rounding
+    numbers = {
+        "BITS": 8, "ROW_BYTES": rows.row_bytes, "SCALES": rows.level_bytes,
+        "X_GROUPS": rounding.groups(rows.columns), "X_GROUP": rounding.lead or rounding.group or rows.columns,
+        "SPAN": 32 if rounding.static else rounding.group,
+        "X_WIDE": _wide(rounding), "X_WIDE_TOP": int(WIDE_TOPS[rounding.wide_bits]), "X_MANTISSA": _mantissa(rounding),
+    }  # fmt: skip
+    flags = {"INTEGER": rounding.integer, "BF16": False, "STATIC_X": rounding.static, "ASYM_X": rounding.asym}
+    return [
+        "struct T {",
+        *_constants(numbers, flags),
+        f"  static constexpr float X_TOP = {_float(rounding.top)}, X_CLIP = {_float(rounding.clip)};",
+        f"  static constexpr uint32_t X_LEAST = {_least(rounding)}u;",
+        "};",
+    ]
+
+
+def _least(rounding: ActivationFormat | None) -> int:
     """Bits of the exponent of an activation format's smallest normal number, as float32."""
-    element = plan.spec.rounding.element if plan.spec.rounding else None
+    element = rounding.element if rounding else None
     return (1 - element.exponent_bias + 127) << 23 if isinstance(element, FloatElement) else 1 << 23
 
 

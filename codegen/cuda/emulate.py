@@ -89,7 +89,7 @@ class Emulation:
             held += [ready, scales]
         ranges = (_Range * len(held))(*[_Range(t.data_ptr(), t.numel() * t.element_size()) for t in held])
         width = plan.operand_bits // 8
-        line = plan.x_columns * width
+        line = plan.spec.x_width if plan.reads_rows else plan.x_columns * width
         args.map = (args.ready, plan.x_columns, x.shape[0], line, width, plan.schedule.tile_m)
         if plan.prepared:
             self._launch(args, 1, (x.shape[0], 1), PREPARE_THREADS, _PREPARE_SHARED, range(x.shape[0]), ranges)

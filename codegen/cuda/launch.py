@@ -79,7 +79,7 @@ def make_launcher(artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launc
         residual: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        if weight.k != spec.k or weight.segments != spec.segments or x.shape[1] != spec.k:
+        if weight.k != spec.k or weight.segments != spec.segments or x.shape[1] != spec.x_width:
             raise KernelError("LB0462", f"a kernel for {spec.segments} x {spec.k} got {weight.segments} x {weight.k}")
         x = order_of(plan, x, weight)
         if x.data_ptr() % 16:  # kernels read 16 bytes at a time
@@ -94,7 +94,9 @@ def make_launcher(artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launc
         args.part = part.data_ptr()
         args.count = counters.take(plan.counts(grid, tokens), x.device).data_ptr()
         if plan.warpgroup:
-            args.map = tensor_map(args.ready, tokens, plan.x_columns, plan.operand_bits // 8, plan.schedule.tile_m)
+            width = plan.operand_bits // 8
+            line = spec.x_width if plan.reads_rows else plan.x_columns * width
+            args.map = tensor_map(args.ready, tokens, plan.x_columns, width, plan.schedule.tile_m, line)
         kernel.launch(grid, args, x.device)
 
     def run_float(

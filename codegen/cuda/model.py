@@ -41,6 +41,7 @@ def instructions(plan: Plan) -> float:
         + steps * tokens * (1 if plan.sums_x else 0)
         + (0 if plan.warpgroup else steps / 2 * tokens)
         + plan.nibbles * steps * plan.parts
+        + (6 * steps * tokens if plan.reads_rows and plan.operand_bits == 16 else 0)  # bytes become halves
     )
     if not plan.direct:
         each = 1 + (plan.sums_x and not plan.exact) + plan.spec.fmt.offset + (plan.spec.compute == "int8")

@@ -15,6 +15,7 @@ from functools import cached_property
 from lowbit.codegen.cuda.bits import NarrowType, Type16
 from lowbit.codegen.cuda.recipe import Recipe, find_recipe
 from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
+from lowbit.codegen.rounded import ROUNDED
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.streamk import FixedLine, Line
@@ -54,7 +55,7 @@ class Plan:
         """Type of activations of 16 bits: their own, or bfloat16 where float32 ones are rounded to something narrow."""
         if self.spec.x_dtype == "f32" and not self.spec.rounding:
             raise KernelError("LB0460", "activations are f16 or bf16, not f32", where=self.spec.format)
-        return "f16" if self.spec.x_dtype == "f16" or self.halved else "bf16"
+        return "f16" if self.spec.x_dtype in ("f16", ROUNDED) or self.halved else "bf16"
 
     @property
     def halved(self) -> bool:
@@ -100,11 +101,27 @@ class Plan:
     @property
     def prepared(self) -> bool:
         """Whether a kernel of its own brings activations into packed columns, rounds them and finds their scales."""
+        if self.reads_rows:
+            return False
         return self.spec.rounding is not None or self.halved or (self.warpgroup and not self.plain_columns)
+
+    @cached_property
+    def reads_rows(self) -> bool:
+        """Whether the main kernel itself reads the rows that another kernel has rounded: where no columns are missing
+        between groups, and wgmma, which takes operands from memory as they are, multiplies bytes. Else a kernel before
+        makes of them what it makes of numbers."""
+        return self.spec.reads_rows and self.dense and (self.operand_bits == 8 or not self.warpgroup)
+
+    @property
+    def dense(self) -> bool:
+        """Whether packed columns stand where the matrix's do."""
+        return self.spec.groups == 1 or self.padded_group == self.spec.group
 
     @property
     def x_columns(self) -> int:
         """Columns of the activations that the main kernel reads: high digits of the leading ones first."""
+        if self.reads_rows:
+            return self.spec.x_rows.level_bytes
         packed = self.k_blocks * BLOCK
         return self.lead_units * self.schedule.tile_k + packed if self.prepared else self.spec.k
 
@@ -153,6 +170,11 @@ class Plan:
     def k_blocks(self) -> int:
         """Blocks of a row tile."""
         return self.spec.blocks * K_ALIGN // BLOCK
+
+    @property
+    def out_rows(self) -> int:
+        """Columns of the output that a set of row tiles is."""
+        return TILE if self.gated else self.schedule.tile_n
 
     @property
     def gated(self) -> bool:
@@ -307,7 +329,7 @@ class Plan:
             parts["x_scale"] = self.flushes * self.scale_tokens * self.x_sides * 4
         if self.warpgroup:
             parts["gap"] = -sum(parts.values()) % self.align
-        parts["x"] = s.tile_m * s.tile_k * self.operand_bits // 8
+        parts["x"] = s.tile_m * s.tile_k * (8 if self.reads_rows else self.operand_bits) // 8
         return parts
 
     @property
@@ -360,7 +382,7 @@ class Plan:
     @property
     def plain_columns(self) -> bool:
         """Whether packed columns are the matrix's, and rows of x are whole 16-byte pieces."""
-        return (self.spec.groups == 1 or self.padded_group == self.spec.group) and self.spec.k % 8 == 0
+        return self.dense and self.spec.k % 8 == 0
 
     def grid(self, multiprocessors: int, tokens: int) -> tuple[int, int]:
         """Thread blocks along the matrix and along the tokens: along the matrix as many as run at once, or one a unit.

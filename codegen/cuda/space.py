@@ -33,6 +33,8 @@ def illegal(plan: Plan, target: Target) -> str | None:
         return f"a warp takes parts of one tile or whole tiles, not {plan.parts} parts"
     if plan.gated and s.tile_n != 2 * TILE:
         return "gate and up are two tiles of 64 rows"
+    if (out := plan.spec.out_rounding) and not out.static and plan.out_rows % out.group:
+        return f"tiles of {plan.out_rows} outputs are no whole groups of {out.group}"
     if plan.ahead < 1:
         return "a ring has at least two stages"
     try:
@@ -84,6 +86,8 @@ def _no_nibbles(plan: Plan, target: Target) -> str | None:
     rounding, fmt = plan.spec.rounding, plan.spec.fmt
     if not multiplies_int4(target):
         return f"{target} does not multiply integers of four bits"
+    if plan.spec.reads_rows:
+        return "activations that another kernel has rounded are bytes"
     if rounding is None or rounding.element.bits > 4 or (rounding.wide and not plan.digits):
         return "integers of four bits are for activations of as many, of eight where they are wide"
     if find_byte_recipe(fmt.element, "s4") is None or plan.sums_x:

@@ -29,6 +29,7 @@ class VectorPlan:
 
     prepared = True
     warpgroup = False
+    reads_rows = False
     operand_bits = 16
 
     @cached_property

@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 
-from lowbit.codegen.backend import Backend, Launcher, Source
+from lowbit.codegen.backend import NO_ROWS, Backend, Launcher, Source
 from lowbit.codegen.library.dequantize import RowDecoder, row_decoder, take_rows
 from lowbit.codegen.library.model import CPU_GEMM, predict
 from lowbit.codegen.reference.backend import finish
@@ -56,6 +56,8 @@ class LibraryBackend(Backend):
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
         if target.kind == "cpu" and target.arch not in CPU_GEMM:
             return f"nobody measured torch's GEMM on {target}"
+        if spec.uses_rows:
+            return NO_ROWS
         if spec.norm_eps:
             return "inputs are not normalised before a library's GEMM"
         if spec.vector:

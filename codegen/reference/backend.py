@@ -99,6 +99,8 @@ def _decode_vectors(q: VQTensor) -> torch.Tensor:
 def prepare_activations(spec: KernelSpec, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """float32 [M, K]: x normalised and rotated, in the stored order of columns (of scalar formats), and rounded to
     `activation`."""
+    if spec.reads_rows:
+        return spec.x_rows.numbers(x, weight.tensors.get("input_scale"))
     x = x.float()
     if spec.norm_eps:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm_eps) * weight.tensors["norm_weight"].float()
@@ -117,13 +119,15 @@ def run_reference(
     residual: torch.Tensor | None = None,
     dense: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """epilogue(x @ W.T) in float32, rounded to the spec's output dtype: what every kernel is compared with.
+    """epilogue(x @ W.T) in float32, rounded to the spec's output dtype: what every kernel is compared with; the rows
+    uint8 [M, out_width] of a spec with an `out_activation`.
 
     x is first rotated and rounded as the spec says. dense: float32 [sum(segments), K], the decoded weight in its stored
     order of columns, where a caller has it already.
     """
     stored = dense if dense is not None else decode_stored(weight)
-    return finish(spec, prepare_activations(spec, x, weight) @ stored.to(x.device).T, bias, residual)
+    y = finish(spec, prepare_activations(spec, x, weight) @ stored.to(x.device).T, bias, residual)
+    return spec.out_rows.write(y, weight.tensors.get("output_scale")) if spec.out_rows else y
 
 
 def finish(spec: KernelSpec, y: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit.codegen.backend import Backend, Launcher, Source
+from lowbit.codegen.backend import NO_ROWS, Backend, Launcher, Source
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.triton.emitter import emit_source
@@ -55,6 +55,8 @@ class TritonBackend(Backend):
         layout = LAYOUTS[self.layout_of(spec.weight_format)]
         if spec.layout_ != layout:
             return f"reads the layout {layout}, not {spec.layout}"
+        if spec.uses_rows:
+            return NO_ROWS
         if spec.rotate or spec.norm_eps:
             return f"does not {'rotate' if spec.rotate else 'normalise'} activations"
         if spec.vector:

@@ -26,10 +26,11 @@ from lowbit.compiler.frontend.fx_export import export_fx
 from lowbit.compiler.ir.graph import Linear
 from lowbit.compiler.ir.text import print_module
 from lowbit.compiler.pipeline import run_pipeline
-from lowbit.compiler.runtime.dispatch import warm
+from lowbit.compiler.runtime.dispatch import device_target, warm
 from lowbit.passes.canonicalize import Canonicalize
 from lowbit.passes.fuse_epilogue import FuseEpilogue
 from lowbit.passes.fuse_norm import FuseNorm
+from lowbit.passes.fuse_requantize import FuseRequantize
 from lowbit.passes.fuse_siblings import FuseSiblings
 from lowbit.passes.session import PassContext
 
@@ -105,14 +106,17 @@ def reset_reports() -> None:
 
 def passes(device: str = "cpu") -> list[ModulePass]:
     """What runs on a graph from FX. Dead calls stay: they may write to their arguments. Kernels with a norm are there
-    for CPUs."""
+    for CPUs, such that round their output for GPUs."""
     steps: list[ModulePass] = [Canonicalize(dead=False), FuseSiblings(), FuseEpilogue()]
-    return [*steps, FuseNorm()] if device == "cpu" else steps
+    if device == "cpu":
+        return [*steps, FuseNorm()]
+    return [*steps, FuseRequantize(str(device_target(torch.device(device))))] if device == "cuda" else steps
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
     """The Dynamo backend. Raises RunError LB0570 for unknown options, LB0571 when gradients are needed."""
-    device = "cpu" if _on_cpu(example_inputs) else "cuda"
+    kinds = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)} - {"cpu"}
+    device = next(iter(sorted(kinds)), "cpu")
     return compile_graph(gm, example_inputs, Options.of(kwargs.get("options")), passes(device))
 
 

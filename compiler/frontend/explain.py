@@ -30,6 +30,8 @@ def decisions(imported: ImportedGraph) -> tuple[list[str], list[str]]:
             taken.append(f"{' + '.join(names)}: one kernel")
         if steps := [s for s in linear.steps() if s != "bias"]:
             taken.append(f"{' + '.join(names)}: {' and '.join(steps)} in the kernel")
+        if linear.rounds is not None:
+            taken.append(f"{' + '.join(names)}: rounds its output to {linear.rounds.data} for the layer that reads it")
         if linear.norm is not None:
             gain = norm_gain(linear.args_[0].type.get_shape()[-1], 1)  # type: ignore[attr-defined]
             taken.append(f"{' + '.join(names)}: norm in the kernel (predicted gain {gain * 1e6:.2f} us a token)")

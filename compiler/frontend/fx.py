@@ -28,6 +28,7 @@ from lowbit.compiler.ir.text import verify_module
 from lowbit.compiler.ir.types import DTYPE_NAMES, QType, tensor
 from lowbit.compiler.runtime import embedding, grouped  # noqa: F401  (they define torch.ops.lowbit.embedding and more)
 from lowbit.compiler.runtime.dispatch import parse_spec
+from lowbit.compiler.runtime.modules import fingerprint
 
 __all__ = [
     "FxWeight",
@@ -206,13 +207,19 @@ class _Importer:
             attributes["epilogue"] = ArrayAttr(StringAttr(s) for s in spec.epilogue)
         if len(spec.segments) > 1:
             attributes["segments"] = ArrayAttr(IntAttr(n) for n in spec.segments)
+        if spec.activation:
+            attributes["activation"] = StringAttr(spec.activation)
         attributes["variant"] = StringAttr(self._variant(node, operands, spec))
         self._bind(node, lb.Linear([self.values[x], weight.outs[0], *extra], [_type(value_of(node))], attributes))
 
     def _variant(self, node: fx.Node, operands: Sequence[fx.Node], spec: KernelSpec) -> str:
         """Layers with equal variants may share a kernel: one of its own for weights that are not known yet."""
-        known = all(real_tensor(n, self.gm) is not None for n in operands)
-        return replace(spec, segments=(1,), epilogue=()).digest() if known else node.name
+        real = {name: real_tensor(n, self.gm) for name, n in zip(spec.operands, operands, strict=True)}
+        if any(tensor is None for tensor in real.values()):
+            return node.name
+        scale = real.get("input_scale")
+        same = replace(spec, segments=(1,), epilogue=()).digest()
+        return same if scale is None else f"{same} {fingerprint(scale)}"
 
 
 def real_tensor(node: fx.Node, gm: fx.GraphModule) -> torch.Tensor | None:
@@ -244,9 +251,12 @@ def is_view(node: fx.Node) -> bool:
 
 
 def _is_plain_linear(node: fx.Node) -> bool:
-    """A call of the operator, on the layer's own operands: not one that was fused with a norm before."""
+    """A call of the operator, on the layer's own operands: not one that was fused with a norm or a layer before."""
     known = node.target in (torch.ops.lowbit.linear, torch.ops.lowbit.linear.default) and not node.kwargs
-    return known and not parse_spec(str(node.args[4])).norm_eps
+    if not known:
+        return False
+    spec = parse_spec(str(node.args[4]))
+    return not spec.norm_eps and not spec.uses_rows
 
 
 _ELEMENTWISE: Sequence[tuple[set[Any], int, type[lb.GraphOp]]] = (

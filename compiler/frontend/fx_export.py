@@ -11,10 +11,12 @@ import torch
 from torch import fx
 from xdsl.ir import Operation, SSAValue
 
+from lowbit.codegen.rounded import ROUNDED
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import IRError
 from lowbit.compiler.frontend.fx import FxWeight, ImportedGraph, real_tensor, tensor_inputs
 from lowbit.compiler.ir import graph as lb
+from lowbit.compiler.ir.types import DTYPES_OF
 from lowbit.quantizers.qtensor import PackedWeight
 from lowbit.quantizers.weights import pack_weights, unpack_weights
 
@@ -126,10 +128,25 @@ class _Exporter:
         if op.norm is not None:
             spec = replace(spec, norm_eps=op.norm.value.data)
             operands = [*operands, self.graph.call_method("float", (self.values[op.args_[-1]],))]
+        if op.rounds is not None:
+            spec = replace(spec, out_activation=op.rounds.data)
+            operands = [*operands, *self._scales_of(op)]
+        if op.rounded is not None:
+            element = op.outs[0].type.element_type  # type: ignore[attr-defined]
+            spec = replace(spec, x_dtype=ROUNDED, out_dtype=DTYPES_OF[element])
         extra = iter(self.values[a] for a in op.args_[2:])
         bias, residual = (next(extra) if step in op.steps() else None for step in ("bias", "residual"))
         args = (self.values[op.args_[0]], operands, bias, residual, spec.key())
         self.values[op.outs[0]] = self.graph.call_function(torch.ops.lowbit.linear.default, args)
+
+    def _scales_of(self, writer: lb.Linear) -> list[fx.Node]:
+        """The static scales, where there are, of the layer that reads what `writer` rounds."""
+        reader = next(iter(writer.outs[0].uses)).operation
+        weight = reader.operands[1].owner
+        assert isinstance(weight, lb.Weight)
+        part = self.imported.weights[weight.names.data[0].data]
+        named = zip(part.spec.operands, part.operands, strict=True)
+        return [self.copied[node] for name, node in named if name == "input_scale"]
 
     def _stack(self, parts: list[FxWeight], spec: KernelSpec) -> list[fx.Node]:
         """One packed matrix of several, as attributes of the new module."""
@@ -157,12 +174,12 @@ def stack_operands(parts: list[FxWeight], columns: list[list[torch.Tensor]], spe
     """
     if spec.joins_by_rows:
         return [_joined(list(tensors)) for tensors in zip(*columns, strict=True)]
-    weights = []
+    weights, named = [], {}
     for part, tensors in zip(parts, columns, strict=True):
-        s = part.spec
-        packed = PackedWeight(s.weight_format, s.layout_, s.segments, s.k, dict(zip(s.operands, tensors, strict=True)))
-        weights += unpack_weights(packed)
-    return list(pack_weights(weights, spec.layout_).tensors.values())
+        s, named = part.spec, dict(zip(part.spec.operands, tensors, strict=True))
+        weights += unpack_weights(PackedWeight(s.weight_format, s.layout_, s.segments, s.k, named))
+    packed = pack_weights(weights, spec.layout_).tensors
+    return [packed[name] if name in packed else named[name] for name in spec.operands]  # of the input: one for all
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -21,6 +21,7 @@ from xdsl.dialects.builtin import (
     NoneAttr,
     StringAttr,
     SymbolRefAttr,
+    UnitAttr,
 )
 from xdsl.ir import Attribute, Dialect, Operation, Region, SSAValue
 from xdsl.irdl import (
@@ -141,6 +142,8 @@ class Linear(GraphOp):
     x and rounds it to `activation`, with the static scales `scales`; `order` is the order of columns in which the
     weight is stored. Scales and orders are named by fingerprints, which say whether two are the same. `input` holds
     these until quantize-acts makes operations of them: what the layer asks for.
+    A layer that `rounds` its output, with the static scales `rounds_scales`, gives it as the rows of bytes that the one
+    layer which reads it, `rounded`, multiplies (`codegen.rounded`); types say what the bytes stand for.
     """
 
     name = "lb.linear"
@@ -152,6 +155,9 @@ class Linear(GraphOp):
     scales = opt_attr_def(StringAttr)
     order = opt_attr_def(StringAttr)
     norm = opt_attr_def(FloatAttr)
+    rounds = opt_attr_def(StringAttr)
+    rounds_scales = opt_attr_def(StringAttr)
+    rounded = opt_attr_def(UnitAttr)
 
     def steps(self) -> tuple[str, ...]:
         """Names of the fused epilogue steps."""
@@ -170,6 +176,18 @@ class Linear(GraphOp):
         if len(dims(w)) != 2 or dims(x)[-1] != dims(w)[1]:
             raise VerifyException(f"lb.linear multiplies {_text(dims(x))} by {_text(dims(w))}: input columns differ")
         self.expect_shape(self.shape(x, w, steps))
+        self._verify_rows()
+
+    def _verify_rows(self) -> None:
+        """Rows of bytes are read as what they were written as, and by nobody else."""
+        writer = self.args_[0].owner
+        if self.rounded is not None and not (isinstance(writer, Linear) and writer.rounds == self.activation):
+            raise VerifyException("lb.linear reads rows that no layer has rounded for it")
+        if self.rounds is not None and not all(
+            isinstance(use.operation, Linear) and use.operation.rounded is not None and use.index == 0
+            for use in self.outs[0].uses
+        ):
+            raise VerifyException("lb.linear rounds what others read as numbers")
 
 
 @irdl_op_definition

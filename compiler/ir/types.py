@@ -26,7 +26,7 @@ from xdsl.utils.exceptions import VerifyException
 
 from lowbit.compiler.ir.layout import LAYOUTS
 
-__all__ = ["DTYPE_NAMES", "QType", "dims", "tensor"]
+__all__ = ["DTYPES_OF", "DTYPE_NAMES", "QType", "dims", "tensor"]
 
 DTYPE_NAMES: dict[str, Attribute] = {
     "float32": f32,
@@ -38,6 +38,9 @@ DTYPE_NAMES: dict[str, Attribute] = {
     "bool": IntegerType(1),
 }
 """torch dtype name -> element type."""
+
+DTYPES_OF: dict[Attribute, str] = {f32: "f32", BFloat16Type(): "bf16", Float16Type(): "f16"}
+"""Element type of activations -> its name in kernel specs."""
 
 
 @irdl_attr_definition

@@ -28,7 +28,7 @@ from lowbit.codegen.cpp.attend import attend_source
 from lowbit.codegen.cpp.attend_launch import load_attend
 from lowbit.codegen.cpp.table import load_table, table_problem, table_source
 from lowbit.codegen.schedule import Schedule
-from lowbit.codegen.select import candidates, kernel_layout
+from lowbit.codegen.select import candidates, kernel_layout, rounded_between
 from lowbit.codegen.spec import KernelSpec, rounded_products
 from lowbit.codegen.table import TableSpec
 from lowbit.compiler.errors import KernelError
@@ -42,7 +42,8 @@ from lowbit.compiler.runtime.cache import KernelCache
 from lowbit.compiler.runtime.compile import fuse_modules
 from lowbit.compiler.runtime.dispatch import DTYPE_NAMES, classes_up_to, parse_spec
 from lowbit.compiler.runtime.embedding import check_table
-from lowbit.compiler.runtime.modules import PackedLinear, make_invariant, target_compute
+from lowbit.compiler.runtime.fused import QuantGatedMLP
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, make_invariant, target_compute
 from lowbit.quantizers.formats import parse_activation, parse_format
 from lowbit.quantizers.formats.kv import parse_kv_format
 from lowbit.quantizers.hadamard import split_order
@@ -125,6 +126,22 @@ def _layers_of(model: nn.Module) -> Iterator[LayerKernel]:
             yield LayerKernel(*shape, *steps, spec.invariant)
 
 
+def _rounded_between(model: nn.Module, target: Target, dtype: str) -> Iterator[KernelSpec]:
+    """Those of the fused model that round for each other, where a target has them, each once."""
+    found: dict[KernelSpec, None] = {}
+    for module in model.modules():
+        reader = module.reader if isinstance(module, QuantGatedMLP) else None
+        if isinstance(module, QuantGatedMLP) and isinstance(reader, QuantLinear) and reader.activation:
+            (first,), (second,) = _layers_of(module.gate_up), _layers_of(reader.prepare())
+            if second.rotate:
+                continue
+            try:
+                found |= dict.fromkeys(rounded_between(first.spec(target, dtype), second.spec(target, dtype), target))
+            except KernelError:  # each keeps a kernel that is there already
+                continue
+    yield from found
+
+
 def export_kernels(
     checkpoint: Path,
     out: Path,
@@ -149,6 +166,7 @@ def export_kernels(
         make_invariant(model)
     layers, classes = layer_kernels(model), classes_up_to(max_tokens)
     specs = [(layer.spec(target, DTYPE_NAMES[dtype]), target) for target in targets for layer in layers]
+    specs += [(spec, target) for target in targets for spec in _rounded_between(model, target, DTYPE_NAMES[dtype])]
     jobs = [_Job(spec, target, m) for spec, target in specs for m in classes if m == 1 or not spec.invariant]
     jobs += [_Job(spec, target, None) for spec in _attention(model) for target in targets if target.kind == "cpu"]
     del model

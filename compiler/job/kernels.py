@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.passes import ModulePass
@@ -28,11 +27,13 @@ from lowbit.compiler.ir.target import Target
 from lowbit.compiler.pipeline import run_pipeline
 from lowbit.compiler.runtime.compile import activation_dtype
 from lowbit.compiler.runtime.dispatch import DTYPE_NAMES, parse_spec
-from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, default_compute
+from lowbit.compiler.runtime.fused import QuantGatedMLP
+from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, target_compute
 from lowbit.passes.canonicalize import Canonicalize
 from lowbit.passes.choose_layout import ChooseLayout
 from lowbit.passes.fuse_epilogue import FuseEpilogue
 from lowbit.passes.fuse_prologue import FusePrologue
+from lowbit.passes.fuse_requantize import FuseRequantize
 from lowbit.passes.fuse_siblings import FuseSiblings
 from lowbit.passes.lower_kernels import LowerKernels, spec_of
 from lowbit.passes.quantize_acts import QuantizeActs
@@ -87,33 +88,40 @@ def needed_kernels(model: nn.Module, target: Target, mode: str = "modules") -> l
     dtype = "f32" if mode == "program" else DTYPE_NAMES.get(activation_dtype(model), "f32")
     inner = {id(m.inner) for m in plain if isinstance(m, QuantLinear)}
     fused = Counter(parse_spec(m.key) for m in packed if id(m) not in inner)  # of a model that is compiled already
+    gated = [m for m in model.modules() if isinstance(m, QuantGatedMLP)]
+    fused += Counter(parse_spec(key) for m in gated for key in m.row_keys(activation_dtype(model)))
     single: Counter[KernelSpec] = Counter()
     if plain:
-        fused += _lowered(model, plain[0], target, fuse=True, residual=mode == "program")
+        fused += _lowered(model, plain[0], target, fuse=True, residual=mode == "program", rows=True)
         single = Counter() if mode == "program" else _lowered(model, plain[0], target, fuse=False, residual=False)
-    found = [KernelNeed(replace(s, x_dtype=dtype, out_dtype=dtype), n, True) for s, n in fused.most_common()]
-    found += [
-        KernelNeed(replace(s, x_dtype=dtype, out_dtype=dtype), n, False)
-        for s, n in single.most_common()
-        if s not in fused
-    ]
-    return found
+        if any(s.uses_rows for s in fused):  # what a hook on a layer brings back
+            single |= _lowered(model, plain[0], target, fuse=True, residual=False)
+    found = [KernelNeed(s.typed(dtype), n, True) for s, n in fused.most_common()]
+    return found + [KernelNeed(s.typed(dtype), n, False) for s, n in single.most_common() if s not in fused]
 
 
 def _lowered(
-    model: nn.Module, first: QuantLinear | FormattedLinear, target: Target, *, fuse: bool, residual: bool
+    model: nn.Module,
+    first: QuantLinear | FormattedLinear,
+    target: Target,
+    *,
+    fuse: bool,
+    residual: bool,
+    rows: bool = False,
 ) -> Counter[KernelSpec]:
-    """How often each kernel is called in the model's graph."""
+    """How often each kernel is called in the model's graph. rows: kernels round for others, as far as they can."""
     try:
         graph = import_model(model)
     except IRError as e:
         _log.warning("only the kernels of single layers are known: %s", e)
         return Counter()
-    compute = default_compute(first.fmt, torch.device("cuda" if target.kind == "cuda" else "cpu"))
+    compute = target_compute(first.fmt, target)
     passes: list[ModulePass] = [Canonicalize(), QuantizeActs()]
     passes += [FuseSiblings()] if fuse else []
     passes += [FusePrologue(), *([FuseEpilogue(residual=residual)] if fuse else [])]
-    passes += [ChooseLayout(str(target)), LowerKernels(compute)]
+    passes += [ChooseLayout(str(target))]
+    passes += [FuseRequantize(str(target), compute, gated=True)] if rows else []
+    passes += [LowerKernels(compute)]
     run_pipeline(graph, passes, PassContext.create())
     return _calls(graph)
 

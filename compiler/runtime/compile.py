@@ -16,14 +16,15 @@ from lowbit.compiler.errors import IRError, RunError
 from lowbit.compiler.frontend.trace import import_model
 from lowbit.compiler.ir.text import print_module
 from lowbit.compiler.pipeline import run_pipeline
-from lowbit.compiler.runtime.dispatch import classes_up_to, device_target, freeze, kernel_for, warm
-from lowbit.compiler.runtime.fused import fuse_gated_mlp, fuse_siblings
+from lowbit.compiler.runtime.dispatch import DTYPE_NAMES, classes_up_to, device_target, freeze, kernel_for, warm
+from lowbit.compiler.runtime.fused import QuantGatedMLP, fuse_gated_mlp, fuse_siblings
 from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, default_compute, make_invariant
 from lowbit.passes.canonicalize import Canonicalize
 from lowbit.passes.choose_layout import ChooseLayout
 from lowbit.passes.emit import Emit
 from lowbit.passes.fuse_epilogue import FuseEpilogue
 from lowbit.passes.fuse_prologue import FusePrologue
+from lowbit.passes.fuse_requantize import FuseRequantize
 from lowbit.passes.fuse_siblings import FuseSiblings
 from lowbit.passes.lower_kernels import LowerKernels
 from lowbit.passes.pack import Pack
@@ -70,7 +71,16 @@ class _ModelSession:
         elif len(paths) > 1:
             self.report.fused.append(paths)
 
+    def connect(self, paths: tuple[str, ...], reader: str) -> None:
+        parent = self.model.get_submodule(reader.rpartition(".")[0])
+        if isinstance(parent, QuantGatedMLP) and parent.round_between():
+            self.report.fused.append((*paths, reader))
+        else:
+            _log.warning("%s rounds its input itself: its module is not one lowbit can replace", reader)
+
     def build(self, specs: Sequence[KernelSpec]) -> list[str]:
+        name = DTYPE_NAMES[self.dtype]  # the graph's numbers may be of another type than the model's
+        specs = [replace(s, out_dtype=name) if s.reads_rows else s for s in specs]
         if any(m.invariant for m in self.model.modules() if isinstance(m, PackedLinear)):
             specs = [replace(s, invariant=True) for s in specs]
         warm([s.key() for s in specs], self.dtype, self.device, self.max_tokens)
@@ -150,6 +160,7 @@ def _run(model: nn.Module, session: _ModelSession, compute: Compute, target: str
         FusePrologue(),
         FuseEpilogue(residual=False),
         ChooseLayout(target),
+        FuseRequantize(target, compute, gated=True),
         Pack(),
     ]
     if not fuse_only:

@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -71,7 +70,10 @@ def kernel_for(key: str, dtype: torch.dtype, device: torch.device, m: int) -> Bu
     Kernels compiled into a trusted checkpoint come first, then the user's cache, then a compiler. Raises KernelError
     LB0409 when frozen and the kernel is neither here nor there.
     """
-    slot = (key, dtype, device.type, 1 if parse_spec(key).invariant else token_class(m))
+    spec = parse_spec(key)
+    if spec.reads_rows:  # the type of what is rounded already, and no more, whoever asks
+        dtype = torch.uint8
+    slot = (key, dtype, device.type, 1 if spec.invariant else token_class(m))
     if (kernel := _table.get(slot)) is not None:
         return kernel
     if m > M_CLASSES[-1] and prebuilt.frozen() and (kernel := _table.get((*slot[:3], M_CLASSES[-1]))) is not None:
@@ -82,8 +84,8 @@ def kernel_for(key: str, dtype: torch.dtype, device: torch.device, m: int) -> Bu
 
 def _build(slot: tuple[str, torch.dtype, str, int], device: torch.device) -> BuiltKernel:
     key, dtype, _, m = slot
-    name, target = _dtype_name(dtype), device_target(device)
-    spec = replace(parse_spec(key), x_dtype=name, out_dtype=name)
+    target, spec = device_target(device), parse_spec(key)
+    spec = spec if spec.reads_rows else spec.typed(_dtype_name(dtype))
     kernel = prebuilt.prebuilt_kernel(spec, target, m)
     if kernel is None:
         kernel = (prebuilt.stored_kernel if prebuilt.frozen() else build_kernel)(spec, target, m, KernelCache())

@@ -6,14 +6,18 @@ the names and tensors of the checkpoint.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from lowbit.codegen.rounded import ROUNDED
 from lowbit.codegen.select import kernel_layout
-from lowbit.compiler.runtime.dispatch import device_target
+from lowbit.compiler.runtime.dispatch import DTYPE_NAMES, device_target, parse_spec
 from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear, load_matrix, with_input_scale
+from lowbit.compiler.runtime.ops import run_packed, unwatched
+from lowbit.quantizers.hadamard import rotate
 from lowbit.quantizers.weights import pack_weights, stored, unpack_weights
 
 __all__ = ["QuantGatedMLP", "SiblingLinear", "fuse_gated_mlp", "fuse_siblings"]
@@ -112,6 +116,45 @@ class SiblingLinear(nn.Module):
         load_matrix(self._shared.packed, self._index, state, prefix, missing, unexpected)
 
 
+@dataclass(frozen=True)
+class _Between:
+    """Keys of two kernels, of which the first rounds for the second, by the type of activations; and the keys of the
+    kernels in whose place they are."""
+
+    replaced: tuple[str, str]
+    keys: dict[torch.dtype, tuple[str, str]]
+
+    @staticmethod
+    def of(write: str, read: str) -> _Between:
+        first, second = parse_spec(write), parse_spec(read)
+        first = replace(first, out_activation=second.activation)
+        keys = {
+            dtype: (first.key(), replace(second, x_dtype=ROUNDED, out_dtype=name).key())
+            for dtype, name in DTYPE_NAMES.items()
+        }
+        return _Between((write, read), keys)
+
+    def holds(self, first: PackedLinear, reader: QuantLinear, x: torch.Tensor) -> bool:
+        """Whether a call can do it so: layers are what they were, nobody watches or differentiates, and numbers are of
+        16 bits or are rounded themselves."""
+        same = reader.inner is not None and (first.key, reader.inner.key) == self.replaced
+        short = x.dtype != torch.float32 or bool(first.activation)
+        return same and short and not _watched(reader) and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def _call(
+    x: torch.Tensor, layer: PackedLinear, bias: torch.Tensor | None, key: str, reader: PackedLinear | None = None
+) -> torch.Tensor:
+    """The layer's weights in the kernel of `key`; with the static scales, where there are, of the one that reads it."""
+    scale = reader._buffers.get("input_scale") if reader is not None else None
+    extra = {} if scale is None else {"output_scale": scale}
+    if not torch.compiler.is_compiling() and unwatched(x):
+        packed = layer.packed()
+        return run_packed(x, replace(packed, tensors={**packed.tensors, **extra}), bias, None, key)
+    found: torch.Tensor = torch.ops.lowbit.linear(x, [*layer.operands(), *extra.values()], bias, None, key)
+    return found
+
+
 class QuantGatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) with gate and up as one kernel whose epilogue is silu-mul."""
 
@@ -119,15 +162,37 @@ class QuantGatedMLP(nn.Module):
         super().__init__()
         self.gate_up, self._names = _stack([gate, up], ("silu_mul",)), names
         self.add_module(names[2], down)
+        self._between: _Between | None = None
 
     @property
     def reader(self) -> nn.Module:
         """The layer that reads the product; a child module under the name it has in the model, such as `down_proj`."""
         return cast(nn.Module, self._modules[self._names[2]])
 
+    def round_between(self) -> bool:
+        """From now on the kernel of gate and up rounds what the reader multiplies; False where the reader is no layer
+        that rounds its input and does no more to it. Raises KernelError (LB0422, LB0423) where no kernel can."""
+        down = self.reader
+        inner = cast(PackedLinear, down.prepare().inner) if isinstance(down, QuantLinear) else None
+        if inner is None or not inner.activation or inner.rotate:
+            return False
+        self._between = _Between.of(self.gate_up.key, inner.key)
+        return True
+
+    def row_keys(self, dtype: torch.dtype) -> tuple[str, ...]:
+        """Specs of the two kernels between which numbers are rounded, for activations of `dtype`; none where they are
+        not."""
+        return self._between.keys.get(dtype, ()) if self._between is not None else ()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., K]."""
-        return cast(torch.Tensor, getattr(self, self._names[2])(self.gate_up(x)))
+        down, between = getattr(self, self._names[2]), self._between
+        if between is None or not between.holds(self.gate_up, down, x):
+            return cast(torch.Tensor, down(self.gate_up(x)))
+        write, read = between.keys[x.dtype]
+        gate_up, inner = self.gate_up, down.inner
+        rows = _call(rotate(x, gate_up.rotate) if gate_up.rotates_first else x, gate_up, None, write, inner)
+        return _call(rows, inner, down.bias, read)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

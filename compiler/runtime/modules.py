@@ -35,6 +35,7 @@ __all__ = [
     "QuantLinear",
     "check_activation",
     "default_compute",
+    "fingerprint",
     "load_matrix",
     "make_invariant",
     "target_compute",
@@ -144,6 +145,11 @@ class PackedLinear(nn.Module):
         spec = KernelSpec(segments, k, str(fmt), str(layout), self.compute, epilogue=epilogue)
         rotate = 0 if self._rotates_first else self.rotate
         return replace(spec, activation=self.activation, rotate=rotate, invariant=self.invariant).key()
+
+    @property
+    def rotates_first(self) -> bool:
+        """Whether torch rotates the input, before the kernel."""
+        return self._rotates_first
 
     def packed(self) -> PackedWeight:
         """The weight as a value."""
@@ -322,7 +328,7 @@ class QuantLinear(nn.Module):
         """Remember the fingerprints that `asks` gives."""
         names = {"input_scale": "scales"} | ({} if isinstance(self.fmt, VectorFormat) else {"columns": "order"})
         found = {label: inner._buffers.get(name) for name, label in names.items()}
-        self._prints = {label: _fingerprint(t) for label, t in found.items() if t is not None}
+        self._prints = {label: fingerprint(t) for label, t in found.items() if t is not None}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N], in x's dtype."""
@@ -360,7 +366,7 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.fmt}{inputs}, bias={self.bias is not None}"
 
 
-def _fingerprint(tensor: torch.Tensor) -> str:
+def fingerprint(tensor: torch.Tensor) -> str:
     """Short text that is the same for equal tensors; computed once, because graphs are made of values on meta."""
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()[:12]
 

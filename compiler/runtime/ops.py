@@ -13,17 +13,20 @@ from functools import cache
 import torch
 from torch._C._dynamo import eval_frame
 
+from lowbit.codegen.rounded import ROUNDED, RoundedRows
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.runtime.dispatch import kernel_for, parse_spec
+from lowbit.compiler.runtime.dispatch import DTYPE_NAMES, kernel_for, parse_spec
+from lowbit.quantizers.formats import parse_activation
 from lowbit.quantizers.qtensor import PackedWeight
 
 __all__ = ["LIBRARY", "output_features", "run_linear", "run_packed", "unwatched"]
 
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
 LIBRARY = torch.library.Library("lowbit", "DEF")
-LIBRARY.define(
-    "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, str spec) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_SCHEMA = "(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, str spec) -> Tensor"
+LIBRARY.define(f"linear{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"linear_python{_SCHEMA}")  # the same, for C++ to call: see `native_op`
 
 
 def _linear(
@@ -60,6 +63,8 @@ def run_packed(
 ) -> torch.Tensor:
     """What the operator computes: x [..., K] -> [..., N], with the kernel of `spec`."""
     s = parse_spec(spec)
+    if s.uses_rows:
+        return _run_rows(x, packed, bias, residual, spec)
     n, k = s.n_out, s.k
     flat = x if x.dim() == 2 and x.shape[1] == k else _rows(x, k)
     out = x.new_empty((flat.shape[0], n))
@@ -67,6 +72,19 @@ def run_packed(
         residual = residual.reshape(-1, n).to(x.dtype).contiguous()
     _run(flat if flat.is_contiguous() else flat.contiguous(), packed, bias, residual, spec, out)
     return out if flat is x else out.view(*x.shape[:-1], n)
+
+
+def _run_rows(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, spec: str
+) -> torch.Tensor:
+    """The same where x, the output or both are rows of bytes (`codegen.rounded`)."""
+    s, flat = parse_spec(spec), _rows(x, parse_spec(spec).x_width).contiguous()
+    numbers = _TORCH_DTYPES[s.out_dtype] if s.reads_rows else x.dtype
+    out = x.new_empty((flat.shape[0], s.out_width), dtype=torch.uint8 if s.out_activation else numbers)
+    if residual is not None:
+        residual = residual.reshape(-1, s.n_out).to(numbers).contiguous()
+    _run(flat, packed, bias, residual, spec, out)
+    return out.view(*x.shape[:-1], s.out_width)
 
 
 def _rows(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -113,7 +131,7 @@ def _linear_fake(
 ) -> torch.Tensor:
     k, n_out = _shape(spec)
     torch._check(x.shape[-1] == k, lambda: f"expected {k} input features, got {x.shape[-1]}")
-    return x.new_empty((*x.shape[:-1], n_out))
+    return x.new_empty((*x.shape[:-1], n_out), dtype=_out_dtype(spec) or x.dtype)
 
 
 def output_features(spec: str) -> int:
@@ -127,7 +145,21 @@ def _shape(spec: str) -> tuple[int, int]:
     would be fake."""
     values = json.loads(spec)
     first, *rest = values["segments"]
-    return values["k"], first if "silu_mul" in values["epilogue"] else first + sum(rest)
+    k, n = values["k"], first if "silu_mul" in values["epilogue"] else first + sum(rest)
+    if values["x_dtype"] == ROUNDED:
+        k = RoundedRows(parse_activation(values["activation"]), k).row_bytes
+    if text := values.get("out_activation"):
+        n = RoundedRows(parse_activation(text), n).row_bytes
+    return k, n
+
+
+@cache
+def _out_dtype(spec: str) -> torch.dtype | None:
+    """Type of what a kernel gives, or None for that of its input."""
+    values = json.loads(spec)
+    if values.get("out_activation"):
+        return torch.uint8
+    return _TORCH_DTYPES[values["out_dtype"]] if values["x_dtype"] == ROUNDED else None
 
 
 # torch.compile traces what Python it meets while compiled code runs; the operator's inside is not for it.
@@ -136,4 +168,5 @@ eval_frame.set_code_exec_strategy(_linear.__code__, eval_frame._FrameExecStrateg
 
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("linear", _linear, _key)
+LIBRARY.impl("linear_python", _linear, "CPU")
 torch.library.register_fake("lowbit::linear", _linear_fake, lib=LIBRARY)

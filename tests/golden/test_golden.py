@@ -31,6 +31,9 @@ class FakeSession:
     def pack(self, paths: tuple[str, ...], layout: str, epilogue: tuple[str, ...]) -> None:
         self.packed.append((paths, layout, epilogue))
 
+    def connect(self, paths: tuple[str, ...], reader: str) -> None:
+        raise AssertionError("no case rounds and packs")
+
     def build(self, specs: Sequence[KernelSpec]) -> list[str]:
         return [f"fake kernel {s.k}x{s.n_out}" for s in specs]
 

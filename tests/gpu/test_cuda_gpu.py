@@ -157,6 +157,46 @@ def test_integer_sums_are_exact(shape: str, load: Load) -> None:
     assert torch.equal(out.cpu().long(), x @ (codes.long() - 128).T)
 
 
+@pytest.mark.parametrize("activation", ["int8.g64", "int4.g32.w1.asym", "int8.token.static", "e4m3.g64"])
+@pytest.mark.parametrize("shape", ["few", "two tiles", "shared", "warpgroups", "many"])
+def test_outputs_are_rounded(shape: str, activation: str, load: Load) -> None:
+    """To the bit what rounding the same kernel's numbers gives."""
+    gated = SCHEDULES[shape].tile_n == 128
+    segments, steps = ((136, 136), ("silu_mul",)) if gated else ((200,), ())
+    spec = replace(spec_of("int4.g64.asym", segments, 576, out="bf16", epilogue=steps), out_activation=activation)
+    weight = sample_weight(spec)
+    on_gpu = replace(weight, tensors={name: t.cuda() for name, t in weight.tensors.items()})
+    write, plain = load(spec, SCHEDULES[shape]), load(replace(spec, out_activation=""), SCHEDULES[shape])
+    assert spec.out_rows is not None
+    for m in (1, 17, 300):
+        x = torch.randn(m, 576, device="cuda").bfloat16()
+        rows = torch.full((m, spec.out_width), 0xFF, dtype=torch.uint8, device="cuda")
+        numbers = torch.empty(m, spec.n_out, dtype=torch.bfloat16, device="cuda")
+        write(x, on_gpu, None, None, rows)
+        plain(x, on_gpu, None, None, numbers)
+        want = spec.out_rows.write(numbers.cpu().float(), weight.tensors.get("output_scale"))
+        used = spec.out_rows.level_bytes + 4 * spec.out_rows.scales
+        assert torch.equal(rows.cpu()[:, :used], want[:, :used])
+
+
+@pytest.mark.parametrize("shape", ROUNDED)
+@pytest.mark.parametrize(
+    ("fmt", "activation"),
+    [("int4.g64.asym", "int8.g64"), ("int8.ch.sym", "int8.token.static"), ("int4.g64.sym", "int4.g64.w1.asym"),
+     ("e3m2.ch", "e4m3.token.static"), ("e2m1.g32.e8m0", "e4m3.g32"), ("int4.g48.sym", "int8.g96")],
+)  # fmt: skip
+def test_rounded_activations_are_read(fmt: str, activation: str, shape: str, load: Load) -> None:
+    spec = replace(spec_of(fmt, (200,), 581, activation=activation), x_dtype="rounded")
+    weight, launch = sample_weight(spec), load(spec, ROUNDED[shape])
+    on_gpu = replace(weight, tensors={name: t.cuda() for name, t in weight.tensors.items()})
+    for m in (1, 17, 300):
+        x = spec.x_rows.write(torch.randn(m, 581), weight.tensors.get("input_scale"))
+        out = torch.full((m, 200), float("nan"), device="cuda")
+        launch(x.cuda(), on_gpu, None, None, out)
+        want = run_reference(spec, x, weight).float()
+        assert float((out.cpu() - want).norm() / want.norm()) <= 5e-5  # operands of 16 bits are float16
+
+
 @pytest.mark.parametrize("far", [0, 1])
 @pytest.mark.parametrize(
     "fmt",

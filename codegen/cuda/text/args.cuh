@@ -25,4 +25,7 @@ struct Args {
   float* part;
   int* count;
   int tokens;
+#if LB_ROWS_OUT
+  const float* output_scale;
+#endif
 };

@@ -26,7 +26,11 @@ constexpr int WEIGHT_BYTES = OFFSET_AT + (T::OFFSET ? SIDE_VALUES * T::SIDE_BYTE
 constexpr int X_SCALE_AT = WEIGHT_BYTES;
 constexpr int X_SCALE_BYTES = T::GROUP_X ? T::FLUSHES * T::SCALE_TOKENS * T::X_SIDES * 4 : 0;
 constexpr int X_AT = (X_SCALE_AT + X_SCALE_BYTES + T::ALIGN - 1) / T::ALIGN * T::ALIGN;
+#if LB_ROWS_IN
+constexpr int X_STRIDE = T::UNIT_BLOCKS * 64;  // bytes, whatever operands are
+#else
 constexpr int X_STRIDE = T::UNIT_BLOCKS * 8 * T::BITS;
+#endif
 constexpr int STAGE = X_AT + T::TILE_M * X_STRIDE;
 static_assert(STAGE % (T::WGMMA ? 1024 : 16) == 0, "stages are aligned");
 
@@ -48,6 +52,23 @@ LB_DEV const float* scales_of(const Args& a, int token_block, int u) {
   return a.x_scale + (size_t)(token_block * T::UNITS_PER_SET + u) * T::FLUSHES * T::SCALE_TOKENS * T::X_SIDES;
 }
 
+#if LB_ROWS_IN
+// Ask for the scales of tokens from `first` on, of all flushes of unit u, from the ends of their rows. Of tokens there are
+// not the last one's, and of columns beyond the row those of the last group: what they are multiplied with is zero.
+template <int THREADS> LB_DEV void request_scales(const Args& a, uint32_t to, int me, int u, int first) {
+  constexpr int ALL = T::FLUSHES * T::TILE_M;
+#pragma unroll
+  for (int start = 0; start < ALL; start += THREADS) {
+    const int i = start + me, j = quotient(i, T::TILE_M).whole, row = quotient(i, T::TILE_M).rest;
+    if (start + THREADS > ALL && i >= ALL) break;
+    const int token = first + row < a.tokens ? first + row : a.tokens - 1;
+    const int group = quotient(u * T::UNIT_BLOCKS * 64 + j * T::FLUSH, T::X_GROUP).whole;
+    const float* from = row_scale(a, token, group < T::X_GROUPS ? group : T::X_GROUPS - 1);
+    copy_cached<4>(to + (j * T::SCALE_TOKENS + row) * 4, from);
+  }
+}
+
+#endif
 struct Ring {
   unsigned char* stage;  // of the warps that share it
   uint64_t* barrier;
@@ -117,8 +138,18 @@ struct Ring {
   // Ask for the activations that meet unit u: rows from `first` on, zeros where the matrix has ended.
   LB_DEV void request_x(const Args& a, int slot, int u, int first) const {
     unsigned char* to = stage + slot * STAGE + X_AT;
+#if LB_ROWS_IN
+    if constexpr (T::GROUP_X)
+      request_scales<T::ROW_WARPS * 32>(a, shared_address(to) - X_AT + X_SCALE_AT, me, u, first);
+#else
     if constexpr (T::GROUP_X) run<false>(to - X_AT + X_SCALE_AT, scales_of(a, first / T::TILE_M, u), X_SCALE_BYTES, slot);
+#endif
+#if LB_ROWS_IN
+    constexpr int ROW = T::X_COLUMNS;
+    constexpr int PIECES = X_STRIDE / 16, ALL = T::TILE_M * PIECES, STEP = T::ROW_WARPS * 32;
+#else
     constexpr int PIECES = X_STRIDE / 16, ROW = T::X_COLUMNS * T::BITS / 8, ALL = T::TILE_M * PIECES, STEP = T::ROW_WARPS * 32;
+#endif
 #pragma unroll
     for (int start = 0; start < ALL; start += STEP) {
       const int i = start + me, row = quotient(i, PIECES).whole, piece = quotient(i, PIECES).rest;
@@ -129,7 +160,11 @@ struct Ring {
         int bytes = ROW - place * 16;
         bytes = token < a.tokens ? (bytes < 0 ? 0 : bytes > 16 ? 16 : bytes) : 0;
         const char* from = (const char*)a.ready;
+#if LB_ROWS_IN
+        copy_padded(at, bytes ? from + (size_t)token * T::X_ROW + place * 16 : from, bytes);
+#else
         copy_padded(at, bytes ? from + (size_t)token * ROW + place * 16 : from, bytes);
+#endif
       } else {
         gather(a, at, token, place * 8);
       }

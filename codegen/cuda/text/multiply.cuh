@@ -146,13 +146,43 @@ LB_DEV uint32_t shifted(uint32_t a, const Sides& sides, int part, int h) {
   }
 }
 
+#if LB_ROWS_IN
+// Four bytes, of which the first and third are neighbouring columns, the others too, as two pairs of float16. Integers go
+// on top of 1024 first; of e4m3 the exponent's smaller bias is a factor.
+LB_DEV void widen(uint32_t* pairs, uint32_t bytes) {
+  const uint32_t word = T::X_MANTISSA < 0 ? bytes ^ 0x80808080u : bytes;
+  if constexpr (T::X_MANTISSA < 0) {
+    const uint32_t down = 0xe480e480u;  // -1152
+    pairs[0] = fma16(prmt<0x4240>(word, 0x64646464u), T::ONES, down);
+    pairs[1] = fma16(prmt<0x4341>(word, 0x64646464u), T::ONES, down);
+  } else {
+    const uint32_t first = prmt<0x2404>(word, 0), second = band(word, 0xff00ff00u);
+    pairs[0] = fma16(band_or(first >> 1, 0x3f803f80u, band(first, 0x80008000u)), 0x5c005c00u, 0);  // 256
+    pairs[1] = fma16(band_or(second >> 1, 0x3f803f80u, band(second, 0x80008000u)), 0x5c005c00u, 0);
+  }
+}
+
+#endif
 // The activations of 64 bytes of columns as right operands of two steps.
 LB_DEV void load_x(uint32_t (&x)[TT][4], const unsigned char* stage, const unsigned char* zeros, int pair, int lane) {
 #pragma unroll
   for (int t = 0; t < TT; ++t) {
     const int row = t * 8 + lane % 8;
+#if LB_ROWS_IN
+    const int chunk = T::BITS == 16 ? pair / 2 : pair;
+    const unsigned char* at = stage + X_AT + row * X_STRIDE + swizzle(row, chunk * 4 + lane / 8) * 16;
+    if constexpr (T::BITS == 16) {
+      uint32_t bytes[4];
+      ldmatrix(bytes, T::TILE_M < 8 && row >= T::TILE_M ? zeros : at);
+      widen(x[t], bytes[pair % 2 * 2]);
+      widen(x[t] + 2, bytes[pair % 2 * 2 + 1]);
+    } else {
+      ldmatrix(x[t], T::TILE_M < 8 && row >= T::TILE_M ? zeros : at);
+    }
+#else
     const unsigned char* at = stage + X_AT + row * X_STRIDE + swizzle(row, pair * 4 + lane / 8) * 16;
     ldmatrix(x[t], T::TILE_M < 8 && row >= T::TILE_M ? zeros : at);
+#endif
   }
 }
 

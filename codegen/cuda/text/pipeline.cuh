@@ -87,7 +87,11 @@ struct Pipeline {
   LB_DEV void prepare_block() const {
     for (int i = threadIdx.x; i < T::TABLE_SIZE; i += ROLES) table()[i] = TABLE[i];
     if (threadIdx.x < T::STAGES) {
+#if LB_ROWS_IN
+      barrier_init(full() + threadIdx.x, T::GROUP_X ? 33 : 1);  // the lanes that copy scales arrive too
+#else
       barrier_init(full() + threadIdx.x, 1);
+#endif
       barrier_init(empty() + threadIdx.x, T::WARPS);
     }
     barriers_ready();
@@ -104,16 +108,40 @@ struct Pipeline {
       for (int u = p.begin; u < p.end; ++u, at.advance()) {
         unsigned char* stage = shared + at.slot * STAGE;
         barrier_wait(empty() + at.slot, at.parity ^ 1);
+#if LB_ROWS_IN
+        barrier_expect(full() + at.slot, WEIGHT_BYTES + T::TILE_M * X_STRIDE);
+        ring.weights<true>(a, stage, at.slot, p.set, u);
+#else
         barrier_expect(full() + at.slot, WEIGHT_BYTES + X_SCALE_BYTES + T::TILE_M * X_STRIDE);
         ring.weights<true>(a, stage, at.slot, p.set, u);
         if constexpr (T::GROUP_X)
           copy_bulk(stage + X_SCALE_AT, scales_of(a, p.token_block, u), X_SCALE_BYTES, full() + at.slot, ring.policy);
+#endif
         copy_tensor(stage + X_AT, &a.map, u * T::UNIT_BLOCKS * 64, p.token_block * T::TILE_M, full() + at.slot);
       }
     }
     let_next_start();
   }
 
+#if LB_ROWS_IN
+  // One warp asks for scales, which lie in rows far from each other.
+  LB_DEV void fetch_scales(int lane) const {
+    Slot at;
+    wait_for_inputs();
+    for (Pieces pieces(line, blockIdx.x); pieces.more();) {
+      const Piece p = pieces.next();
+      for (int u = p.begin; u < p.end; ++u, at.advance()) {
+        barrier_wait(empty() + at.slot, at.parity ^ 1);
+        const uint32_t to = shared_address(shared + at.slot * STAGE) + X_SCALE_AT;
+        request_scales<32>(a, to, lane, u, p.token_block * T::TILE_M);
+        copies_arrive(full() + at.slot);
+      }
+    }
+    copies_commit();
+    copies_wait<0>();
+  }
+
+#endif
   // The activations of a matrix instruction: 1024 bytes from eight rows to the next eight, 128-byte swizzle.
   LB_DEV uint64_t describe_x(int slot, int step) const {
     const uint64_t at = shared_address(shared + slot * STAGE + X_AT + step * 32) >> 4 & 0x3fff;
@@ -210,11 +238,16 @@ struct Pipeline {
         for (int i = threadIdx.x; i < CHUNK * ROWS; i += ROLES)
           if (first + c * CHUNK + i / ROWS < a.tokens) mine[i] = held[i / ROWS * T::REDUCE_STRIDE + i % ROWS];
       } else {
+#if LB_ROWS_OUT
+        write_rows<OUT>(a, p.set, first + c * CHUNK, CHUNK, threadIdx.x, ROLES,
+                        [&](int token, int row) { return held[token * T::REDUCE_STRIDE + row]; });
+#else
         for (int i = threadIdx.x; i < CHUNK * OUT; i += ROLES) {
           const int token = first + c * CHUNK + i / OUT;
           const float* at = held + i / OUT * T::REDUCE_STRIDE + i % OUT;
           if (token < a.tokens) finish(a, p.set, i % OUT, token, at[0], T::GATED ? at[64] : 0.0f);
         }
+#endif
       }
     }
     if (p.rest >= 0) join(p);
@@ -234,6 +267,13 @@ struct Pipeline {
     group_sync(0, ROLES);
     if (!*last()) return;
     fence();
+#if LB_ROWS_OUT
+    write_rows<OUT>(a, p.set, p.token_block * T::TILE_M, T::TILE_M, threadIdx.x, ROLES, [&](int token, int row) {
+      float v = 0.0f;
+      for (int other = from; other <= to; ++other) v += load_fresh(partial(other, p.rest) + token * ROWS + row);
+      return v;
+    });
+#else
     for (int i = threadIdx.x; i < T::TILE_M * OUT; i += ROLES) {
       const int token = p.token_block * T::TILE_M + i / OUT;
       if (token >= a.tokens) break;
@@ -245,6 +285,7 @@ struct Pipeline {
       }
       finish(a, p.set, i % OUT, token, v, up);
     }
+#endif
   }
 
   static constexpr int OUT = T::GATED ? 64 : ROWS;
@@ -258,6 +299,9 @@ LB_DEV void stream(const Args& a) {
   if (warp >= T::WARPS) {
     if constexpr (T::FEW > 0) registers_less<T::FEW>();
     if (warp == T::WARPS && lane == 0) pipeline.fetch();
+#if LB_ROWS_IN
+    if (T::GROUP_X && warp == T::WARPS + 1) pipeline.fetch_scales(lane);
+#endif
     return;
   }
   if constexpr (T::FEW > 0) registers_more<T::MANY>();

@@ -29,14 +29,22 @@ LB_DEV float activation_at(const Args& a, size_t token, int column) {
     from = inside < T::SOURCE_GROUP ? column / T::GROUP * T::SOURCE_GROUP + inside : T::K;
   }
   if (from >= T::K) return 0.0f;
+#if LB_ROWS_COPIED
+  return row_level(a, token, from);
+#else
   if constexpr (T::ORDERED) from = a.columns[from];
   const size_t at = token * T::K + from;
   if constexpr (T::X == 0) return half_float(((const uint16_t*)a.x)[at]);
   if constexpr (T::X == 1) return bfloat_float(((const uint16_t*)a.x)[at]);
   return ((const float*)a.x)[at];
+#endif
 }
 
 LB_DEV void load_piece(float (&v)[PIECE], const Args& a, size_t token, int column) {
+#if LB_ROWS_COPIED
+#pragma unroll
+  for (int i = 0; i < PIECE; ++i) v[i] = activation_at(a, token, column + i);
+#else
   if constexpr (T::DENSE && !T::ORDERED && T::X != 2 && T::K % 8 == 0) {
 #pragma unroll
     for (int i = 0; i < PIECE; i += 8) {
@@ -53,27 +61,10 @@ LB_DEV void load_piece(float (&v)[PIECE], const Args& a, size_t token, int colum
 #pragma unroll
     for (int i = 0; i < PIECE; ++i) v[i] = activation_at(a, token, column + i);
   }
+#endif
 }
 
-// The nearest level of a scaled activation.
-LB_DEV float level(float v, float least, float top) {
-  if (!(fabsf(v) < bits_float(0x7f800000))) v = 0.0f;
-  v = fminf(fmaxf(v, least), top);
-  if constexpr (T::X_MANTISSA < 0) return rintf(v);
-  // A float: adding and taking away 1.5 * 2**23 spacings rounds.
-  uint32_t power = float_bits(v) & 0x7f800000;
-  power = power < T::X_LEAST ? T::X_LEAST : power;
-  const float magic = bits_float(power - ((uint32_t)(T::X_MANTISSA & 31) << 23)) * 12582912.0f;
-  return (v + magic) - magic;
-}
-
-LB_DEV uint32_t operand_of(float v) {
-  if constexpr (T::BITS == 16) return T::BF16 ? float_bfloat(v) : float_half(v);
-  if constexpr (T::INTEGER) return (uint32_t)(int)v & ((1 << T::BITS) - 1);
-  const uint32_t bits = float_bits(v), sign = bits >> 24 & 0x80;
-  const float size = fabsf(v);  // e4m3
-  return sign | (size < 0.015625f ? (uint32_t)(size * 512.0f) : (bits >> 20 & 0x7ff) - (120 << 3));
-}
+#include "level.cuh"
 
 LB_DEV void store_piece(const Args& a, size_t token, int column, const float (&v)[PIECE]) {
   constexpr int WORDS = PIECE * T::BITS / 32;
@@ -149,6 +140,9 @@ LB_DEV void prepare(const Args& a) {
     const int first = group_start(group), last = group_start(group + 1);
     float v[PIECE], scale = 1.0f, inverse = 1.0f;
     float top = group < T::X_WIDE ? (float)T::X_WIDE_TOP : T::X_TOP, least = T::X_MANTISSA < 0 ? -top - 1.0f : -top;
+#if LB_ROWS_COPIED
+    if (group < T::X_GROUPS) scale = *row_scale(a, token, group);  // levels are levels already
+#else
     if constexpr (T::STATIC_X) {
       scale = group < T::X_GROUPS ? a.input_scale[group] : 0.0f;
       inverse = scale > 0.0f ? divide(1.0f, scale) : 0.0f;
@@ -175,19 +169,13 @@ LB_DEV void prepare(const Args& a) {
         from = ordered_float(~low);
         if (group >= T::X_WIDE) largest = (ordered_float(high) - from) * T::X_CLIP;
       }
-      const bool finite = largest < bits_float(0x7f800000);
-      scale = largest > 1e-30f ? divide(largest, top) : 0.0f;
-      inverse = largest > 1e-30f && finite ? divide(1.0f, scale) : 0.0f;
-      if (!finite) scale = bits_float(0x7fc00000);
-      if (T::ASYM_X && group >= T::X_WIDE) {
-        least = rintf(from * inverse * T::X_CLIP);
-        top += least;
-      }
+#include "steps.cuh"
       if constexpr (T::HALVED) {
         const Halving halving(most);
         scale = halving.back, inverse = halving.unit;
       }
     }
+#endif
     for (int c = first + me * PIECE; c < last; c += STRIDE) {
       load_piece(v, a, token, c);
       if constexpr (T::ROUND) {

@@ -52,6 +52,17 @@ struct Block {
       block_sync();
       if (!*last()) return;
       fence();
+#if LB_ROWS_OUT
+      write_rows<OUT_ROWS>(a, set, first_token, T::TILE_M, thread, T::WARPS * 32, [&](int token, int row) {
+        float v = 0.0f;
+        for (int other = from; other <= to; ++other) v += load_fresh(part(other, set) + token * ROWS + row);
+        return v;
+      });
+      return;
+    }
+    write_rows<OUT_ROWS>(a, set, first_token, T::TILE_M, thread, T::WARPS * 32,
+                         [&](int token, int row) { return total(token, row); });
+#else
       for (int i = thread; i < T::TILE_M * OUT_ROWS; i += T::WARPS * 32) {
         const int token = first_token + i / OUT_ROWS, at = i / OUT_ROWS * ROWS + i % OUT_ROWS;
         if (token >= a.tokens) break;
@@ -70,6 +81,7 @@ struct Block {
       if (first_token + token >= a.tokens) break;
       finish(a, set, row, first_token + token, total(token, row), T::GATED ? total(token, row + T::TILE_ROWS) : 0.0f);
     }
+#endif
   }
 
   static constexpr int OUT_ROWS = T::GATED ? T::TILE_ROWS : ROWS;

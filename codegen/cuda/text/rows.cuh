@@ -19,7 +19,11 @@ LB_DEV Place place_of(int set, int row) {
 
 LB_DEV float whole_rows(const Args& a, const Place& p, float v, int token) {
   v *= T::FACTOR;
+#if LB_ROWS_IN
+  if constexpr (T::TOKEN_X) v *= *row_scale(a, token, 0);
+#else
   if constexpr (T::TOKEN_X) v *= a.x_scale[token];
+#endif
   if constexpr (!T::IN_LOOP) {
     const int in = p.row % 64;
     v *= side_float(a.scale, p.tile * 64 + in % 8 * 8 + in / 8);
