@@ -70,6 +70,7 @@ def load_kernel(artifact: Path, plan: KernelPlan) -> Launcher:
     run.argtypes, run.restype = _ARGTYPES, ctypes.c_int
     # Looked up once: a call must cost a few microseconds.
     k, segments, n_out, operands = plan.spec.k, plan.spec.segments, plan.spec.n_out, plan.spec.operands
+    needs_bias, needs_residual = "bias" in plan.spec.epilogue, "residual" in plan.spec.epilogue
     shared_bytes, token_bytes, thread_bytes = plan.shared_bytes, plan.token_bytes, plan.thread_bytes
     pointers = ctypes.c_void_p * len(operands)
     threads_of = torch.get_num_threads
@@ -84,6 +85,8 @@ def load_kernel(artifact: Path, plan: KernelPlan) -> Launcher:
         m, n = out.shape
         if weight.k != k or weight.segments != segments or n != n_out or x.numel() != m * k:
             raise KernelError("LB0415", f"a kernel for {segments} x {k} got {weight.segments} x {weight.k}")
+        if (needs_bias and bias is None) or (needs_residual and residual is None):
+            raise KernelError("LB0415", f"a kernel with {' and '.join(plan.spec.epilogue)} was called without")
         threads = threads_of()
         size = shared_bytes + token_bytes * m + thread_bytes * threads + 256  # as checked in run.h
         tensors = weight.tensors

@@ -42,6 +42,7 @@ def diagnose(folder: Path = Path()) -> list[Check]:
         *_libraries(),
         *_compilers(),
         *_backends(),
+        *_calls(),
         _gpu(),
         _cache(),
         *_tuning(),
@@ -126,6 +127,18 @@ def _backends() -> Iterator[Check]:
         yield Check(
             f"backend {name}", "missing" if why else "ok", why or f"ready for {target}", "see above" if why else ""
         )
+
+
+def _calls() -> Iterator[Check]:
+    """Whether calls of CPU kernels can do without Python."""
+    if not importlib.util.find_spec("torch"):
+        return
+    from lowbit.compiler.runtime import native_op
+
+    why = native_op.missing()
+    detail = f"through Python, some microseconds more: {why}" if why else "C++, compiled with the first kernel"
+    fix = "unset LOWBIT_NATIVE_OPERATOR" if native_op.switched_off() else "install g++, and torch from its own packages"
+    yield Check("kernel calls", "missing" if why else "ok", detail, fix if why else "")
 
 
 def _gpu() -> Check:

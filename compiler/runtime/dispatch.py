@@ -20,7 +20,7 @@ from lowbit.codegen.schedule import LARGE_CLASSES, M_CLASSES, token_class
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import Target, host_target
-from lowbit.compiler.runtime import prebuilt
+from lowbit.compiler.runtime import native_op, prebuilt
 from lowbit.compiler.runtime.build import BuiltKernel, build_kernel
 from lowbit.compiler.runtime.cache import KernelCache
 
@@ -43,6 +43,7 @@ DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16
 _table: dict[tuple[str, torch.dtype, str, int], BuiltKernel] = {}
 _by_artifact: dict[tuple[str, str, str], BuiltKernel] = {}
 _locks: dict[tuple[str, torch.dtype, str, int], threading.Lock] = {}
+_writing = threading.Lock()  # the operator's own table (`native_op`) holds what this one does
 
 
 @cache
@@ -91,8 +92,18 @@ def _build(slot: tuple[str, torch.dtype, str, int], device: torch.device) -> Bui
         kernel = (prebuilt.stored_kernel if prebuilt.frozen() else build_kernel)(spec, target, m, KernelCache())
     # Neighbouring token classes often share one schedule: keep one loaded artifact.
     same = (spec.key(), kernel.backend, json.dumps(kernel.schedule.to_dict(), sort_keys=True))
-    _table[slot] = kernel = _by_artifact.setdefault(same, kernel)
+    kernel = _by_artifact.setdefault(same, kernel)
+    native = native_op.prepare(kernel)
+    with _writing:
+        _table[slot] = kernel
+        if native:
+            _enter(slot, kernel)
     return kernel
+
+
+def _enter(slot: tuple[str, torch.dtype, str, int], kernel: BuiltKernel) -> None:
+    tokens = native_op.tokens_of(slot[3], kernel.spec.invariant)
+    native_op.enter(slot[0], DTYPE_NAMES[slot[1]], tokens, kernel)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -127,14 +138,21 @@ def forget(specs: Iterable[str]) -> None:
     if prebuilt.frozen():
         return
     gone = set(specs)
-    for slot in [slot for slot, kernel in _table.items() if kernel.spec.key() in gone]:
-        _table.pop(slot, None)
+    with _writing:
+        for slot in [slot for slot, kernel in _table.items() if kernel.spec.key() in gone]:
+            _table.pop(slot, None)
+        native_op.forget()
+        for slot, kernel in _table.items():
+            if native_op.prepare(kernel):
+                _enter(slot, kernel)
 
 
 def reset() -> None:
     """Forget every loaded kernel (the cache on disk stays), checkpoints' kernels, and thaw: for tests and for changed
     settings."""
-    _table.clear()
+    with _writing:
+        _table.clear()
+        native_op.forget(failure=True)
     _by_artifact.clear()
     prebuilt.forget_kernels()
 

@@ -10,11 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from lowbit.codegen.select import kernel_layout
 from lowbit.codegen.spec import Compute, KernelSpec, rounded_products
 from lowbit.compiler.errors import FormatError, KernelError, RunError
 from lowbit.compiler.ir.target import Target, host_target
+from lowbit.compiler.runtime import native_op
 from lowbit.compiler.runtime.dispatch import device_target, parse_spec
 from lowbit.compiler.runtime.ops import run_packed, unwatched
 from lowbit.quantizers.formats import VectorFormat, WeightFormat, parse_activation, sixteen_bit_products
@@ -41,6 +43,9 @@ __all__ = [
     "target_compute",
     "with_input_scale",
 ]
+
+
+_LINEAR = torch.ops.lowbit.linear.default
 
 
 def invariant_by_environment() -> bool:
@@ -103,6 +108,12 @@ def check_activation(fmt: WeightFormat, n: int, k: int, activation: str, compute
         )  # fmt: skip
 
 
+def _constant(bias: torch.Tensor | None, residual: torch.Tensor | None) -> bool:
+    """Whether neither would make the operator's output one that has a gradient: only the input may."""
+    wanted = (bias is not None and bias.requires_grad) or (residual is not None and residual.requires_grad)
+    return not wanted or not torch.is_grad_enabled()
+
+
 def _no_gradient(grad: torch.Tensor) -> None:
     raise RunError(
         "LB0571", "quantized layers have no gradients, and backward() reached one",
@@ -157,8 +168,8 @@ class PackedLinear(nn.Module):
 
     def operands(self) -> list[torch.Tensor]:
         """The packed tensors, in the order of `KernelSpec.operands`."""
-        buffers = self._buffers  # attributes of modules take far longer to look up
-        return [cast(torch.Tensor, buffers[name]) for name in self._names]
+        buffers: dict[str, Any] = self._buffers  # attributes of modules take far longer to look up
+        return list(map(buffers.__getitem__, self._names))
 
     @property
     def device(self) -> torch.device:
@@ -170,10 +181,11 @@ class PackedLinear(nn.Module):
     ) -> torch.Tensor:
         """[..., K] -> [..., n_out]."""
         x = rotate(x, self.rotate) if self._rotates_first else x
-        if not torch.compiler.is_compiling() and unwatched(x):
+        compiling = is_compiling()
+        if not compiling and not (native_op.installed and x.is_cpu and _constant(bias, residual)) and unwatched(x):
             return run_packed(x, self.packed(), bias, residual, self.key)
-        out: torch.Tensor = torch.ops.lowbit.linear(x, self.operands(), bias, residual, self.key)
-        if not torch.compiler.is_compiling() and out.requires_grad:
+        out: torch.Tensor = _LINEAR(x, self.operands(), bias, residual, self.key)
+        if not compiling and out.requires_grad:
             out.register_hook(_no_gradient)  # the operator alone would end the way back with a warning
         return out
 
@@ -332,13 +344,17 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N], in x's dtype."""
-        if torch.compiler.is_compiling():
+        inner: Any
+        compiling = is_compiling()
+        if compiling:
             inner, bias = self.inner, self.bias
         else:  # attributes of modules take far longer to look up
-            inner, bias = cast("PackedLinear | None", self._modules.get("inner")), self._parameters.get("bias")
+            inner, bias = self._modules.get("inner"), self._parameters.get("bias")
         if inner is None:
-            inner = cast(PackedLinear, self.prepare().inner)
-        return cast(torch.Tensor, inner(x, bias))
+            inner = self.prepare().inner
+        plain = not compiling and not inner._forward_hooks and not inner._forward_pre_hooks
+        out: torch.Tensor = inner.forward(x, bias) if plain else inner(x, bias)  # a call looks for all kinds of hooks
+        return out
 
     def canonical(self) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors by name."""

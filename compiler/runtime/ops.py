@@ -1,8 +1,9 @@
 """The torch operator behind every quantized layer: `torch.ops.lowbit.linear`.
 
 One op with plain tensors and the kernel's spec as text, so that torch.compile, torch.export and CUDA graphs see a
-single opaque call. The raw Library API is used because a call costs less than that of `torch.library.custom_op`; where
-nobody would see the call, layers do without it (`unwatched`).
+single opaque call. The raw Library API is used because a call costs less than that of `torch.library.custom_op`. On
+CPUs C++ takes the place of what is here once there is a kernel to call (`native_op`). Until then, and on GPUs, layers
+do without the operator where nobody would see the call (`unwatched`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import pytest
 from _cli import error_line, invoke, invoke_json
 
 import lowbit
+from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.quantizers.formats import catalog, parse_format, vector_catalog
 from lowbit.quantizers.scheme import PRESETS
 
@@ -74,6 +75,7 @@ def test_doctor_reports_and_advises(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert {"python", "cpu", "torch", "transformers", "c++ compiler", "gpu", "kernel cache", "disk"} <= set(checks)
     assert checks["c++ compiler"]["status"] == "missing"
     assert "CXX" in checks["c++ compiler"]["fix"]
+    assert checks["kernel calls"]["status"] == ("missing" if find_compiler() is None else "ok")
     assert all(c["fix"] for c in document["checks"] if c["status"] == "bad")
 
 

@@ -204,6 +204,17 @@ def test_whoever_watches_sees_the_operator() -> None:
     assert layer(torch.randn(2, 64, device="meta")).device.type == "meta"
 
 
+def test_hooks_of_the_packed_weights_are_called() -> None:
+    layer = QuantLinear.from_qtensor(random_qtensor("int4.g32.asym", 32, 64))
+    seen: list[Any] = []
+    for register in (layer.inner.register_forward_pre_hook, layer.inner.register_forward_hook):
+        handle = register(lambda *call: seen.append(call))
+        layer(torch.randn(2, 64))
+        handle.remove()
+    layer(torch.randn(2, 64))
+    assert [len(call) for call in seen] == [2, 3]
+
+
 def test_survives_compile_and_export() -> None:
     model = nn.Sequential(
         QuantLinear.from_qtensor(random_qtensor("int4.g32.sym", 48, 64)),
