@@ -15,7 +15,9 @@ from torch import nn
 
 import lowbit
 from lowbit.codegen.cpp.toolchain import find_compiler
+from lowbit.codegen.reference.backend import decode_stored
 from lowbit.compiler.errors import KernelError, RunError
+from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.runtime import dispatch
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.compiler.runtime.program import verify
@@ -23,7 +25,9 @@ from lowbit.compiler.runtime.program.cache import ProgramCache
 from lowbit.compiler.runtime.program.engine import DecoderProgram
 from lowbit.compiler.runtime.program.install import compile_program
 from lowbit.compiler.runtime.program.parts import read_decoder
-from lowbit.compiler.runtime.program.verify import verify_program
+from lowbit.compiler.runtime.program.verify import _decoded, verify_program
+from lowbit.quantizers.formats import catalog, parse_format
+from lowbit.quantizers.weights import pack_weights, random_weight
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 
@@ -256,3 +260,16 @@ def test_refusals_name_the_part() -> None:
     with pytest.raises(RunError, match=r"LB0568.*'context'"):
         lowbit.compile(quantized, context=3)
     assert isinstance(quantized.model.layers[0].self_attn.q_proj, QuantLinear)  # nothing was changed
+
+
+FORMATS = [*map(str, catalog()), "int4.g48.asym.f32", "mxfp4", "nvfp4", "int4.g64.sym.i8ch", "int4.g32.sym.perm"]
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_models_are_verified_with_the_numbers_of_the_reference(text: str) -> None:
+    fmt = parse_format(text)
+    weights = [random_weight(fmt, n, 192, torch.Generator().manual_seed(n)) for n in (40, 24)]
+    packed = pack_weights(weights[: 1 if fmt.ordered else 2], LAYOUTS["panel16"])
+    found = _decoded(packed)
+    assert (found is None) == bool(fmt.channel)
+    assert found is None or torch.equal(found, decode_stored(packed))
