@@ -35,7 +35,8 @@ VECTORS = (("vq.d4.k256", 0), ("vq.d8.k4096", 0), ("vq.d8.k256.r256.rn", 0), ("v
 BOTH = ("int4.g128.sym", "int2.g64.asym", "int8.ch.sym", "e3m2.ch", "e2m1.g16.e4m3.t32")
 SMALL = {"m1": Schedule(1, 64, 128, 4, 4), "wide": Schedule(1, 64, 64, 4, 4), "m16": Schedule(16, 64, 64, 4, 4)}
 TALL = {"int2.g64.asym": Schedule(1, 128, 128, 4, 3).with_extra(resident=1),
-        "int8.ch.sym": Schedule(1, 128, 128, 4, 2).with_extra(resident=1)}  # fmt: skip
+        "int8.ch.sym": Schedule(1, 128, 128, 4, 2).with_extra(resident=1),
+        "e3m2.ch": Schedule(1, 128, 128, 4, 2).with_extra(resident=1)}  # fmt: skip
 WARPGROUPS = Schedule(128, 128, 64, 8, 4).with_extra(row_warps=8, wgmma=1, resident=1)
 WIDE = Schedule(256, 128, 64, 8, 4).with_extra(row_warps=8, wgmma=1, resident=1)
 BYTES = Schedule(128, 128, 128, 8, 4).with_extra(row_warps=8, wgmma=1, resident=1)
@@ -109,8 +110,8 @@ def jobs() -> dict[str, Job]:
     for fmt, dtype in (("e3m2.ch", "bf16"), ("int8.ch.sym", "bf16")):
         add("sm_90", fmt, dtype, "m1 as f16", SMALL["wide"].with_extra(half=1))
     add("sm_90", "e3m2.ch", "bf16", "m128 as f16", WARPGROUPS.with_extra(half=1))
-    for fmt in ("int2.g64.asym", "int8.ch.sym"):
-        add("sm_90", fmt, "f16", "m1 tall", TALL[fmt])
+    for fmt, tall in TALL.items():
+        add("sm_90", fmt, "f16", "m1 tall", tall)
     for fmt, far in VECTORS:
         schedule = Schedule(8, 64, 64, 8, 2).with_extra(resident=1, **({"far": 1} if far else {}))
         for arch in ("sm_80", "sm_90") if fmt.startswith("vq.d4") else ("sm_90",):
