@@ -1,16 +1,9 @@
 // Sums of entries of tables, for 64 rows at once: entries are floats, loaded one by one.
 
-constexpr bool kWords = false;
-constexpr int kEntryBytes = 4;
-
 struct Found {
   float v[64];
 };
-struct Sums {};
 LB_INLINE Found no_found() { return {}; }
-LB_INLINE Sums no_sums() { return {}; }
-LB_INLINE float scale_for(uint32_t, float&) { return 1.0f; }
-template <int SIZE> LB_INLINE void put_entries(const float* from, float, uint8_t* to) { memcpy(to, from, SIZE * 4); }
 
 // Adds the entries that 64 indices choose.
 template <int SIZE> LB_INLINE void look_up(Found& found, const uint8_t* index, const uint8_t* table) {
@@ -20,4 +13,3 @@ LB_INLINE void add_up(Sums&, Found&) {}
 LB_INLINE void put_sums(float* y, const Sums&, const Found& found, float) {
   for (int i = 0; i < 64; ++i) y[i] += found.v[i];
 }
-LB_INLINE void in_order(const float* y, float* rows) { memcpy(rows, y, 64 * sizeof(float)); }
