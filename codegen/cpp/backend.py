@@ -12,8 +12,9 @@ from lowbit.codegen.cpp.bytes_plan import vector_plan
 from lowbit.codegen.cpp.emit import emit_text
 from lowbit.codegen.cpp.launch import load_kernel
 from lowbit.codegen.cpp.plan import Plan
+from lowbit.codegen.cpp.predictions import predict
 from lowbit.codegen.cpp.rounding import rounding_problem
-from lowbit.codegen.cpp.schedules import predict, schedules
+from lowbit.codegen.cpp.schedules import schedules
 from lowbit.codegen.cpp.space import illegal, space
 from lowbit.codegen.cpp.toolchain import FLAGS, compile_shared, compiler_version, find_compiler
 from lowbit.codegen.cpp.vector_emit import emit_vector_text

@@ -79,7 +79,9 @@ def _exact_sums(plan: Plan, form: Products, width: int, height: int) -> list[str
         elif not shift:
             lines += [f"a{m}_{i} = vadd(a{m}_{i}, {starts[m, i]});" for m, i in cells]
         weights = e * _digit_bytes(plan, width)
-        lines += tile_pass(form, width, height, width, plan.token_stride, d * plan.chunk_cols, weights)
+        lines += tile_pass(
+            form, width, height, width, plan.token_stride, d * plan.chunk_cols, weights, min(8, plan.shorts)
+        )
         before = shift
     return lines
 

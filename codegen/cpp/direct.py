@@ -212,7 +212,8 @@ def jump(plan: Plan, width: int) -> list[str]:
 
 def _step(plan: Plan, form: Products, i: int, height: int, step: int) -> list[str]:
     """One step of one panel: every weight vector times every token's digits."""
-    lines = ["{", *(f"const {form.vector} v{e} = {form.weight(step, e)};" for e in range(form.vectors))]
+    lines = ["{", *form.before(step)]
+    lines += [f"const {form.vector} v{e} = {form.weight(step, e)};" for e in range(form.vectors)]
     for m, d, e in _digits(plan, form, height):
         x = form.activation("x", str(m * plan.token_stride + d * plan.chunk_cols + form.offset(step)))
         acc = f"{form.sums}{i}_{m}_{d}_{e}_{form.accumulator(step)}"

@@ -36,7 +36,8 @@ def emit_text(plan: Plan, arch: str) -> str:
     chunk = lut_chunk if plan.lut else direct_chunk
     kernel = buffered_text(plan, form) if plan.buffered else direct_text(plan, form, chunk)
     fmt = plan.spec.fmt
-    top = max(map(max, plan.levels.digits)) if plan.integer and plan.residues == 1 else 255
+    digits = plan.magnitudes.digits if plan.magnitudes else plan.levels.digits if plan.integer else ()
+    top = max(map(max, digits)) if digits and plan.residues == 1 else 255
     macros = {"LB_CODE_TOP": top, "LB_LIMBS": plan.spec.limbs, "LB_ZERO": int(fmt.zero)}
     macros |= rounding_macros(plan.spec)
     macros["LB_WORDS"] = int(plan.words)

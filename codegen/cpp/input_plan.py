@@ -11,12 +11,15 @@ from lowbit.codegen.decode import vector_program
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 
-__all__ = ["ROWS", "TOGETHER", "InputPlan", "SumsPlan", "entries", "input_plan", "looks_sums_up"]
+__all__ = ["ROWS", "SUMLESS", "TOGETHER", "InputPlan", "SumsPlan", "entries", "input_plan", "looks_sums_up"]
 
 ROWS = 64
 """Rows whose indices lie together: the layout's tile."""
 TOGETHER = 4
 """Looked up sums that are added up as 16-bit words; tables are scaled so that these fit."""
+SUMLESS = ("avx2vnni", "avx2")
+"""Instruction sets that do not look sums up: without permutes of words that takes two loads each, and loading a
+centroid and multiplying it with as many activations takes no more."""
 _COLUMNS = 128  # of a chunk of activations, which tables share a scale in
 _ROW_COLUMNS = 1024  # of a chunk of kernels that decode some rows at a time
 _BLOCK_BYTES = 1 << 18

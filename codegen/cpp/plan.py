@@ -17,7 +17,7 @@ from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats import IntegerLevels
 from lowbit.quantizers.formats.scaled import DIGIT_BITS
 
-__all__ = ["PANEL", "KernelPlan", "Plan", "align", "half_factor", "short_steps"]
+__all__ = ["PANEL", "KernelPlan", "Plan", "align", "half_factor", "magnitudes", "short_steps"]
 
 PANEL = 16
 """Rows of a panel: the int32 lanes of one 64-byte vector."""
@@ -99,12 +99,14 @@ class Plan(KernelPlan):
     """Sizes of one kernel of a scalar format. Schedule fields it reads, besides those of every kernel:
 
     extra `accs`: independent accumulators per sum (direct kernels). extra `prefetch`: bytes fetched ahead (direct
-    kernels, 0 = none). extra `words`: 1 to multiply integers as 16-bit numbers, half as many at once, instead of as
-    8-bit digits: better where several pairs of digits make one product, or where short sums end often. extra
+    kernels, 0 = none). extra `words`: above 0 to multiply integers as 16-bit numbers, half as many at once, instead of
+    as 8-bit digits: better where several pairs of digits make one product, where short sums end often, or where bytes
+    of full range have no dot products; integers of several digits are looked up as words (1) or put together (2). extra
     `residues`: accumulators per sum for codes that are multiplied where they stand (direct kernels, see
     `InPlaceProducts`); then `accs` is 1. extra `lut`: 1 to look sums of activations up by the codes (direct kernels,
     see `lut_plan`); then there is one accumulator, and no words. extra `shorts`: 1 to add pairs of products up as
-    16-bit numbers first, as far as they fit (direct kernels, see `ShortProducts`).
+    16-bit numbers first, as far as they fit (see `ShortProducts`). extra `signs`: 1 to give the signs of weights to
+    activations (direct kernels, see `SignProducts`).
     """
 
     def __post_init__(self) -> None:
@@ -139,8 +141,13 @@ class Plan(KernelPlan):
     @property
     def shorts(self) -> int:
         """Steps of a dot product whose pairs are added up as 16-bit numbers; 0 where every step adds 32-bit ones."""
-        plain = self.integer and not (self.buffered or self.words or self.lut or self.residues > 1)
-        return short_steps(self.spec) if plain and self.schedule.get("shorts", 0) else 0
+        plain = self.integer and not (self.words or self.lut or self.residues > 1)
+        return short_steps(self.spec, self.magnitudes) if plain and self.schedule.get("shorts", 0) else 0
+
+    @cached_property
+    def magnitudes(self) -> Magnitudes | None:
+        """The tables of kernels that give signs to activations; None for others."""
+        return magnitudes(self.spec) if self.schedule.get("signs", 0) and not self.buffered else None
 
     @property
     def prefetch(self) -> int:
@@ -159,13 +166,14 @@ class Plan(KernelPlan):
 
     @cached_property
     def word_table(self) -> WordTable | None:
-        """The integers by code, for products of words where bytes do not hold them."""
-        return word_table(self.levels.integers) if self.words and len(self.levels.digits) > 1 else None
+        """The integers by code, for products of words where bytes do not hold them; None where digits make them."""
+        looked_up = self.words and self.schedule.get("words", 0) == 1 and len(self.levels.digits) > 1
+        return word_table(self.levels.integers) if looked_up else None
 
     @property
     def bias(self) -> int:
         """What decoded integers exceed the weight's by."""
-        return 0 if self.word_table else self.levels.bias
+        return 0 if self.word_table or self.magnitudes else self.levels.bias
 
     @property
     def digits(self) -> int:
@@ -200,9 +208,10 @@ class Plan(KernelPlan):
         Digits are counted from the high one; each shift but the last, 0, exceeds the next.
         """
         digits, limbs = (1, 1) if self.words else (len(self.levels.digits), self.spec.limbs)
-        found = [
-            (8 * (limbs - 1 - d) + DIGIT_BITS * (digits - 1 - e), d, e) for d in range(limbs) for e in range(digits)
-        ]
+        base = DIGIT_BITS
+        if self.magnitudes:
+            digits, base = len(self.magnitudes.digits), self.magnitudes.shift
+        found = [(8 * (limbs - 1 - d) + base * (digits - 1 - e), d, e) for d in range(limbs) for e in range(digits)]
         return tuple(sorted(found, reverse=True))
 
     @cached_property
@@ -319,12 +328,45 @@ def word_table(integers: tuple[int, ...]) -> WordTable | None:
     return WordTable(low, 5) if size == 2 * _WORDS and all(a == -b for a, b in zip(low, high, strict=True)) else None
 
 
-def short_steps(spec: KernelSpec) -> int:
+@dataclass(frozen=True)
+class Magnitudes:
+    """Magnitudes of codes of a sign above five bits: where the fifth is 0, and where it is 1 without its factor of
+    2**shift, by the lowest four bits."""
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    shift: int
+
+    @property
+    def digits(self) -> tuple[tuple[int, ...], ...]:
+        """What is looked up for one weight vector each: high, then low ones; or both, where they make one byte."""
+        return (self.high, self.low) if self.shift else (self.low + self.high,)
+
+
+def magnitudes(spec: KernelSpec) -> Magnitudes | None:
+    """The tables of a spec; None for other codes, larger magnitudes, and activations whose sign cannot be changed:
+    digits of -128."""
+    levels, rounding = spec.integer_levels, spec.rounding
+    if levels is None or spec.limbs != 1 or spec.parts > 1 or spec.double_chunks or len(levels.integers) != 64:
+        return None
+    if rounding is not None and rounding.saturates:
+        return None
+    half = levels.integers[:32]
+    if any(a < 0 or a != -b for a, b in zip(half, levels.integers[32:], strict=True)):
+        return None
+    low, high = half[:16], half[16:]
+    shift = 0 if max(half) < 128 else math.gcd(*high).bit_length() - 1
+    if math.gcd(*high) % 2**shift or max(high) >> shift > 127 or max(low) > 127:
+        return None
+    return Magnitudes(low, tuple(i >> shift for i in high), shift)
+
+
+def short_steps(spec: KernelSpec, found: Magnitudes | None = None) -> int:
     """How many pairs of products with int8 digits have a sum below 2**15, as a power of two; 0 for less than two."""
     levels = spec.integer_levels
     if levels is None or not spec.limbs or spec.parts > 1:
         return 0
-    fit = (2**15 - 1) // (2 * 128 * max(map(max, levels.digits)))
+    fit = (2**15 - 1) // (2 * 128 * max(map(max, found.digits if found else levels.digits)))
     return 1 << (fit.bit_length() - 1) if fit > 1 else 0
 
 

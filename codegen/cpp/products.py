@@ -39,6 +39,7 @@ __all__ = [
     "PairProducts",
     "Products",
     "ShortProducts",
+    "SignProducts",
     "WordProducts",
     "products",
 ]
@@ -78,6 +79,10 @@ class Products(ABC):
         for i, width in enumerate(self.plan.planes):
             for v in range(width):
                 yield f"const V w{i}_{v} = vload(w{i} + {64 * v});"
+
+    def before(self, step: int) -> Iterator[str]:
+        """Statements before the weights of a step of a direct kernel."""
+        return iter(())
 
     @abstractmethod
     def weight(self, step: int, which: int = 0) -> str:
@@ -162,6 +167,43 @@ class ShortProducts(IntProducts):
 
     def multiply(self, acc: str, w: str, x: str) -> str:
         return f"dot_pairs({acc}, {w}, {x})"
+
+
+class SignProducts(IntProducts):
+    """The same with magnitudes for weights, whose signs the activations are given: a shuffle looks up 16 bytes and
+    leaves 0 where bit 7 of an index is set, so two find all magnitudes of five bits, as one byte or as two digits of
+    which one is 0."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        assert plan.magnitudes is not None
+        self._found = plan.magnitudes
+        self.vectors, self.sums = len(self._found.digits), "h" if plan.shorts else "a"
+
+    def before(self, step: int) -> Iterator[str]:
+        low, (fifth, sign) = self.printer.text(self._low_bits(self._args(step, 0))), self._bits(step)[4:]
+        yield f"const V at = and_or({_lifted(fifth)}, set1(0x80808080u), {low});"
+        yield f"const V sign = vor({_lifted(sign)}, set1(0x01010101u));"
+
+    def weight(self, step: int, which: int = 0) -> str:
+        low = self._look_up(self._found.low, name("at"))
+        high = self._look_up(self._found.high, name("other(at)"))
+        return (high, low)[which] if self.vectors == 2 else f"vor({low}, {high})"
+
+    def _look_up(self, table: tuple[int, ...], index: Node) -> str:
+        return self.printer.text(by_table(table, index, ()))
+
+    def activation(self, pointer: str, offset: str) -> str:
+        return f"signed_as({super().activation(pointer, offset)}, sign)"
+
+    def multiply(self, acc: str, w: str, x: str) -> str:
+        return f"{'dot_pairs' if self.plan.shorts else 'dot'}({acc}, {w}, {x})"
+
+
+def _lifted(bit: Bit) -> str:
+    """A vector with a bit of each byte in bit 7, and others below it."""
+    vector, at = bit
+    return f"shl<{7 - at}>({vector})" if at < 7 else vector
 
 
 class InPlaceProducts(IntProducts):
@@ -327,6 +369,8 @@ def products(plan: Plan) -> Products:
     if plan.integer:
         if plan.words:
             return WordProducts(plan)
+        if plan.magnitudes:
+            return SignProducts(plan)
         return InPlaceProducts(plan) if plan.residues > 1 else (ShortProducts if plan.shorts else IntProducts)(plan)
     if plan.half_factor is None:
         return FloatProducts(plan)

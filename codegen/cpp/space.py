@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from itertools import product
 
 from lowbit.codegen.cpp.bytes_plan import PERMUTED, BytesPlan, vector_plan
-from lowbit.codegen.cpp.input_plan import ROWS, InputPlan, SumsPlan, looks_sums_up
+from lowbit.codegen.cpp.input_plan import ROWS, SUMLESS, InputPlan, SumsPlan, looks_sums_up
 from lowbit.codegen.cpp.lut_plan import lut_problem
-from lowbit.codegen.cpp.plan import PANEL, Plan, short_steps, word_table
-from lowbit.codegen.cpp.schedules import LUT_ARCHES, MACHINES, SHORT_ARCHES, schedules
+from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN_ARCHES, WORD_ARCHES
+from lowbit.codegen.cpp.plan import PANEL, Plan, magnitudes, short_steps
+from lowbit.codegen.cpp.schedules import schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.cpp.vector_schedules import permute_of, vector_schedules
 from lowbit.codegen.schedule import Schedule, m_class
@@ -34,7 +35,7 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
     tokens = m_class(m)
     if spec.vector and spec.vector.axis == "in":
         yield from vector_schedules(spec, arch, m)
-        yield from _input_space(spec, tokens)
+        yield from _input_space(spec, arch, tokens)
         return
     if spec.vector:
         yield from vector_schedules(spec, arch, m)
@@ -46,12 +47,11 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
     yield from schedules(spec, arch, m)
     if tokens <= _MOST_DIRECT and arch in LUT_ARCHES and lut_problem(spec) is None:
         yield from _lut(spec, tokens)
-    words = (0, 1) if spec.limbs == 2 else (0,)
-    for word in words:
+    for word in _word_kinds(spec, arch):
         if tokens <= _MOST_DIRECT:
             yield from _direct(spec, arch, tokens, word)
         if tokens >= _LEAST_BUFFERED or arch == "generic":
-            yield from _buffered(spec, tokens, word)
+            yield from _buffered(spec, arch, tokens, word)
 
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Schedule]:
@@ -65,7 +65,9 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Sc
         found = found.with_extra(residues=split[1]) if split[1] > 1 else found
         if arch in SHORT_ARCHES and split == (1, 1) and not words and short_steps(spec):
             yield found.with_extra(shorts=1)
-        yield found.with_extra(words=1) if words else found
+        if arch in SIGN_ARCHES and split == (1, 1) and not words and magnitudes(spec):
+            yield found.with_extra(signs=1)
+        yield found.with_extra(words=words) if words else found
 
 
 def _lut(spec: KernelSpec, tokens: int) -> Iterator[Schedule]:
@@ -73,11 +75,20 @@ def _lut(spec: KernelSpec, tokens: int) -> Iterator[Schedule]:
         yield Schedule(height, panels * PANEL, spec.chunk_blocks * 32).with_extra(lut=1, prefetch=prefetch)
 
 
-def _buffered(spec: KernelSpec, tokens: int, words: int) -> Iterator[Schedule]:
+def _word_kinds(spec: KernelSpec, arch: str) -> tuple[int, ...]:
+    """Values of `words` that may be legal."""
+    if not spec.limbs or arch not in WORD_ARCHES or (spec.limbs == 1 and MACHINES[arch].full):
+        return (0,)
+    return (0, 1) if arch.startswith("avx512") else (0, 2)
+
+
+def _buffered(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Schedule]:
     for height, panels, block in product((2, 4, 6, 8, 12), (1, 2, 3, 4, 6), (48, 96, 192, 384)):
         if height <= tokens and (block <= 2 * tokens or block == 48):
             found = Schedule(height, panels * PANEL, spec.chunk_blocks * 32).with_extra(buffered=1, tokens=block)
-            yield found.with_extra(words=1) if words else found
+            if arch in SHORT_ARCHES and not words and short_steps(spec):
+                yield found.with_extra(shorts=1)
+            yield found.with_extra(words=words) if words else found
 
 
 def _vector_space(tokens: int, passes: tuple[int, ...]) -> Iterator[Schedule]:
@@ -90,8 +101,8 @@ def _vector_space(tokens: int, passes: tuple[int, ...]) -> Iterator[Schedule]:
                 yield Schedule(height, panels * PANEL).with_extra(buffered=1, tokens=block)
 
 
-def _input_space(spec: KernelSpec, tokens: int) -> Iterator[Schedule]:
-    if tokens <= _MOST_DIRECT and looks_sums_up(spec):
+def _input_space(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Schedule]:
+    if tokens <= _MOST_DIRECT and looks_sums_up(spec) and arch not in SUMLESS:
         for height, tiles in product([h for h in (1, 2, 4, 8) if h <= tokens], (1, 2)):
             yield Schedule(height, tiles * ROWS).with_extra(sums=1)
     yield from _vector_space(tokens, (2, 4, 8))
@@ -115,7 +126,7 @@ def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:
         plan: Plan | VectorPlan = vector_plan(spec, schedule) if spec.vector else Plan(spec, schedule)
     except KernelError as e:
         return e.message
-    if isinstance(plan, InputPlan) and (why := _no_input(plan)):
+    if isinstance(plan, InputPlan) and (why := _no_input(plan, arch)):
         return why
     if schedule.tile_n % PANEL:
         return f"{schedule.tile_n} rows are not whole panels of {PANEL}"
@@ -153,10 +164,12 @@ def _least_sums(plan: Plan | VectorPlan) -> int:
     return (2 if plan.silu else 1) * max(2, plan.digits)
 
 
-def _no_input(plan: InputPlan) -> str | None:
+def _no_input(plan: InputPlan, arch: str) -> str | None:
     if isinstance(plan, SumsPlan):
         if not looks_sums_up(plan.spec):
             return f"no tables of sums of {plan.spec.compute} products with {plan.spec.format} weights"
+        if arch in SUMLESS:
+            return f"sums are looked up by permutes of words, which {arch} has not"
         return None if plan.schedule.tile_n % ROWS == 0 else f"{plan.schedule.tile_n} rows are not tiles of {ROWS}"
     return None
 
@@ -187,10 +200,22 @@ def _no_plan(plan: Plan, arch: str) -> str | None:
         return "codes are multiplied where they stand as unsigned bytes of full range, by one instruction"
     if plan.schedule.get("shorts", 0) and (not plan.shorts or arch not in SHORT_ARCHES):
         return "pairs of products are added up as 16-bit numbers where dot products of bytes are made of such pairs"
+    if plan.schedule.get("signs", 0) and (plan.magnitudes is None or plan.residues > 1 or arch not in SIGN_ARCHES):
+        return "signs are given to activations of one digit where magnitudes of five bits are bytes, and by AVX2"
     if plan.unit > plan.slots:
         return f"a unit of {plan.unit} panels is larger than the matrix, which has {plan.slots}"
-    if plan.schedule.get("words", 0) and (plan.spec.limbs != 2 or not arch.startswith("avx512")):
-        return "products of words are for two digits an activation, and their tables for AVX-512"
-    if plan.words and len(plan.levels.digits) > 1 and word_table(plan.levels.integers) is None:
+    return _no_words(plan, arch) if plan.words else None
+
+
+def _no_words(plan: Plan, arch: str) -> str | None:
+    if arch not in WORD_ARCHES:
+        return f"products of words are for instructions of {' and '.join(WORD_ARCHES)}"
+    if plan.spec.limbs != 2 and MACHINES[arch].full:
+        return "bytes of full range have dot products, which digits of one byte take"
+    if len(plan.levels.digits) == 1 or plan.schedule.get("words", 0) == 2:
+        return None
+    if not arch.startswith("avx512"):
+        return f"{arch} looks up bytes, not words"
+    if plan.word_table is None:
         return f"no table of 16-bit words holds the integers of {plan.spec.format}"
     return None

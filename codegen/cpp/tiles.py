@@ -10,24 +10,39 @@ __all__ = ["float_tile", "pieces_of_work", "tile_pass"]
 
 
 def tile_pass(
-    form: Products, width: int, height: int, stride: int, token_stride: int, digit_at: int = 0, weights_at: int = 0
+    form: Products,
+    width: int,
+    height: int,
+    stride: int,
+    token_stride: int,
+    digit_at: int = 0,
+    weights_at: int = 0,
+    shorts: int = 0,
 ) -> list[str]:
     """All steps of a chunk: `a<token>_<panel> += weights * activations`, panels side by side in rows of `stride`.
 
     token_stride: elements from one token's activations to the next; digit_at, weights_at: from the first activation
-    and from the first weight to those used here.
+    and from the first weight to those used here; shorts: steps whose pairs of products are added up as 16-bit numbers,
+    `h<token>_<panel>`, before they are added to the sums; 0 for none.
     """
     items, per_step = 16 if form.item == "float" else 64, 32 // form.steps
-    lines = ["#pragma GCC unroll 1", "for (int64_t k = 0; k < steps; ++k) {"]
+    cells = [f"{m}_{i}" for m in range(height) for i in range(width)]
+    lines = ["#pragma GCC unroll 1", f"for (int64_t k = 0; k < steps;{'' if shorts else ' ++k'}) {{"]
+    if shorts:
+        lines += [f"V h{cell} = vzero();" for cell in cells]
+        lines += [f"#pragma GCC unroll {shorts}", f"for (int i = 0; i < {shorts}; ++i, ++k) {{"]
     lines += [
-        f"const {form.vector} w{i} = {form.load}(buffer + (k * {stride} + {i}) * {items} + {weights_at});"
+        f"const {form.vector} w{i} = kept({form.load}(buffer + (k * {stride} + {i}) * {items} + {weights_at}));"
         for i in range(width)
     ]
     for m in range(height):
         x = form.activation("x", f"{m * token_stride + digit_at} + k * {per_step}")
         lines += ["{", f"const {form.vector} v = {x};"]
-        lines += [f"a{m}_{i} = {form.multiply(f'a{m}_{i}', f'w{i}', 'v')};" for i in range(width)]
+        sums = [f"{form.sums if shorts else 'a'}{m}_{i}" for i in range(width)]
+        lines += [f"{sum_} = {form.multiply(sum_, f'w{i}', 'v')};" for i, sum_ in enumerate(sums)]
         lines.append("}")
+    if shorts:
+        lines += ["}", *(f"a{cell} = add_pairs(a{cell}, h{cell});" for cell in cells)]
     return [*lines, "}"]
 
 

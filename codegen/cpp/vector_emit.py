@@ -47,8 +47,7 @@ def emit_vector_text(plan: VectorPlan, arch: str) -> str:
     macros["LB_NORM"] = ("none", "col", "row").index(norm)
     if isinstance(plan, SumsPlan):
         lanes = _by_arch(arch, "lanes_x86.h", "lanes_x86.h", "lanes_generic.h")
-        floats = () if arch.startswith("avx512") else ("sums_floats.h",)
-        headers = (lanes, "sums.h", *floats, _by_arch(arch, "sums_avx512.h", "sums_avx2.h", "sums_generic.h"))
+        headers = (lanes, "sums.h", "sums_avx512.h" if arch.startswith("avx512") else "sums_generic.h")
         rows = ("vector_rows.h",)
         text = "\n".join([book_functions(plan), _prepare(plan), _place(plan), input_sums_text(plan)])
     elif isinstance(plan, BytesPlan):

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 
 from lowbit.codegen.cpp.bytes_plan import BLOCK, PERMUTED, BytesPlan, byte_entries
-from lowbit.codegen.cpp.input_plan import ROWS, InputPlan, SumsPlan, entries, looks_sums_up
+from lowbit.codegen.cpp.input_plan import ROWS, SUMLESS, InputPlan, SumsPlan, entries, looks_sums_up
+from lowbit.codegen.cpp.machines import MACHINES, Machine
 from lowbit.codegen.cpp.plan import PANEL
-from lowbit.codegen.cpp.schedules import MACHINES, TILES, Machine
+from lowbit.codegen.cpp.schedules import TILES
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
@@ -61,7 +62,7 @@ def _bytes_schedules(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Sched
 def _input_schedules(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Schedule]:
     """Of vectors along the input: sums of products looked up, which costs every token as much; or decoded panels."""
     cpu = MACHINES[arch]
-    if looks_sums_up(spec) and tokens <= _MOST_SUMS:
+    if looks_sums_up(spec) and arch not in SUMLESS and tokens <= _MOST_SUMS:
         tiles = 2 if cpu.sums > 8 and sum(spec.segments) > ROWS else 1
         yield Schedule(min(tokens, 4), tiles * ROWS).with_extra(sums=1)
     if tokens <= 8 and arch != "generic":
@@ -158,8 +159,9 @@ def vector_predict(plan: VectorPlan, arch: str, m: int) -> float:
             products = vectors * part.dim / 16 * m * _tile_cycles(plan, cpu)
         else:
             looked, reuse = 1.0, math.ceil(m / plan.tile_m)
-            products = vectors * max(0.0, m - reuse) * max(0.5, part.lanes / 16 / cpu.ops)
-        cycles += products + vectors * reuse * sum(looked * _lookup(b) for b in part.books)
+            most = 0.8 if arch.startswith("avx2") else 0.5
+            products = vectors * max(0.0, m - reuse) * max(most, part.lanes / 16 / cpu.ops)
+        cycles += products + vectors * reuse * sum(looked * _lookup(b, arch) for b in part.books)
     widened = sum(b.wide_bytes for b in plan.books) / 32
     return (cycles + widened) / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
 
@@ -177,17 +179,21 @@ def _input_predict(plan: InputPlan, arch: str, m: int) -> float:
         return cycles / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 3e-6
     if not plan.buffered:
         reuse = math.ceil(m / plan.tile_m)
-        cycles = vectors * (reuse * sum(_row_lookup(b) for b in part.books) + m * max(0.5, part.lanes / 16 / cpu.ops))
+        cycles = vectors * (
+            reuse * sum(_row_lookup(b, arch) for b in part.books) + m * max(0.5, part.lanes / 16 / cpu.ops)
+        )
         return cycles / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
     tiles = math.ceil(m / plan.tokens)
-    cycles = tiles * vectors * (1.2 * part.dim + sum(_row_lookup(b) for b in part.books))
+    cycles = (
+        tiles * vectors * ((0.7 if arch in SUMLESS else 1.2) * part.dim + sum(_row_lookup(b, arch) for b in part.books))
+    )
     cycles += vectors * part.dim / 16 * m * _tile_cycles(plan, cpu)
     return cycles / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
 
 
-def _row_lookup(book: Book) -> float:
+def _row_lookup(book: Book, arch: str) -> float:
     """Cycles of one lookup of a vector along the input; large codebooks share the second-level cache with indices."""
-    return _lookup(book) + (1.8 if book.size * book.dim * 2 > 1 << 19 else 0.0)
+    return _lookup(book, arch) + (1.8 if book.size * book.dim * 2 > 1 << 19 else 0.0)
 
 
 def _sum_cycles(book: Book, arch: str) -> float:
@@ -198,14 +204,16 @@ def _sum_cycles(book: Book, arch: str) -> float:
     return {32: 5.9, 64: 7.5, 128: 13.5, 256: 25.4}[entries(book)] / ROWS
 
 
-def _lookup(book: Book) -> float:
+def _lookup(book: Book, arch: str) -> float:
     """Cycles of one lookup by where the codebook lies: first or second level cache, or beyond."""
     nbytes = book.size * (book.lanes * 4 if book.wide else book.dim * 2)
-    return 1.5 if nbytes <= 1 << 14 else 2.0 if nbytes <= 1 << 18 else 2.4
+    near, middle, far = (0.86, 2.0, 3.6) if arch.startswith("avx2") else (1.5, 2.0, 2.4)
+    return near if nbytes <= 1 << 14 else middle if nbytes <= 1 << 18 else far
 
 
 def _tile_cycles(plan: VectorPlan, cpu: Machine) -> float:
-    """Cycles of 16 products in a buffered kernel: multiplications, or loads of weights and activations."""
-    width = plan.panels / len(plan.widths)
-    # One wide multiplier, as in `schedules.predict`.
-    return 2 * max(1 / cpu.ops, (1 / plan.tile_m + 1 / width) / cpu.loads)
+    """Cycles of 16 products in a buffered kernel: multiplications, or loads of weights and activations, of which those
+    of 32-byte registers serve two."""
+    width, loads = plan.panels / len(plan.widths), 0.5 if cpu.loads == 1.0 else 1.0
+    # One wide multiplier, as in `predictions.predict`.
+    return 2 * max(1 / cpu.ops, (1 / plan.tile_m + loads / width) / cpu.loads)

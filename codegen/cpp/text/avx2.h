@@ -36,11 +36,17 @@ LB_INLINE V load_u8(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128((const __m128i*)p);
   return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
 }
-// table[index] for every byte; the upper four bits of an index are zero.
+// table[index] for every byte; the upper four bits of an index are zero, or bit 7 is set, and 0 is found.
 LB_INLINE V lookup(V index, const uint8_t* table) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
   return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
 }
+// An index with bit 7 turned round; x with the signs of the bytes of y, none of which is 0.
+LB_INLINE V other(V x) {
+  const __m256i top = _mm256_set1_epi8(-128);
+  return {_mm256_xor_si256(x.a, top), _mm256_xor_si256(x.b, top)};
+}
+LB_INLINE V signed_as(V x, V y) { return {_mm256_sign_epi8(x.a, y.a), _mm256_sign_epi8(x.b, y.b)}; }
 // table[code] for every byte, of 64 entries; or what it was looked up as in pieces, where that is the shorter way.
 LB_INLINE V at_once(V, const uint8_t*, V pieces) { return pieces; }
 // Bytes of b where bit BIT of the byte of x is set, else of a; and top - a in the place of b.
@@ -110,6 +116,12 @@ template <int N> LB_INLINE F lut(V x, const float* table) {
   return {_mm256_i32gather_ps(table, x.a, 4), _mm256_i32gather_ps(table, x.b, 4)};
 }
 
+// Compilers that form all products of a tile before they add them up, or load what they are made of again for each, run
+// out of registers or of loads.
+LB_INLINE V kept(V x) {
+  asm volatile("" : "+x"(x.a), "+x"(x.b));
+  return x;
+}
 LB_INLINE __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
 #if LB_VNNI
   return _mm256_dpbusd_avx_epi32(acc, codes, x);
@@ -127,13 +139,13 @@ LB_INLINE __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
 #if LB_CODE_TOP < 128
 // acc + sums of 2 products in each 16-bit lane; acc + sums of 2 such sums in each 32-bit lane.
 LB_INLINE V dot_pairs(V acc, V codes, V x) {
-  return {_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(codes.a, x.a)),
-          _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(codes.b, x.b))};
+  return kept({_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(codes.a, x.a)),
+               _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(codes.b, x.b))});
 }
 LB_INLINE V add_pairs(V acc, V sums) { return vadd(acc, madd16(sums, set1(0x00010001u))); }
 #endif
 // acc + sum of 4 unsigned codes x 4 signed activations in each 32-bit lane, exact.
-LB_INLINE V dot(V acc, V codes, V x) { return {dot_half(acc.a, codes.a, x.a), dot_half(acc.b, codes.b, x.b)}; }
+LB_INLINE V dot(V acc, V codes, V x) { return kept({dot_half(acc.a, codes.a, x.a), dot_half(acc.b, codes.b, x.b)}); }
 // The even or odd bytes as 16-bit numbers; the entry of a table of 32 that the lowest five bits of each choose, and
 // this negated where bit BIT is set; acc + sum of 2 products in each 32-bit lane, exact.
 template <int ODD> LB_INLINE V word(V x) { return vand(ODD ? shr<8>(x) : x, set1(0x00ff00ffu)); }
@@ -149,6 +161,6 @@ LB_INLINE V dot16(V acc, V codes, V x) {
 #if LB_VNNI
   return {_mm256_dpwssd_avx_epi32(acc.a, codes.a, x.a), _mm256_dpwssd_avx_epi32(acc.b, codes.b, x.b)};
 #else
-  return vadd(acc, madd16(codes, x));
+  return kept(vadd(acc, madd16(codes, x)));
 #endif
 }

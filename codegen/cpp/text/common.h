@@ -5,6 +5,9 @@
 
 #define LB_INLINE static inline __attribute__((always_inline))
 
+// A value that is to be in registers from here on, for instruction sets whose compilers need to be told.
+template <typename T> LB_INLINE T kept(T x) { return x; }
+
 LB_INLINE float lb_float(uint32_t bits) {
   float f;
   memcpy(&f, &bits, 4);

@@ -1,4 +1,14 @@
-// Sums of entries of tables, for 64 rows at once: entries are floats, loaded one by one.
+// Sums of entries of tables, for 64 rows at once: entries are floats, as they were computed, loaded one by one.
+
+constexpr bool kWords = false;
+constexpr int kEntryBytes = 4;
+
+// Nothing is widened: what is found is the sum.
+struct Sums {};
+LB_INLINE Sums no_sums() { return {}; }
+LB_INLINE float scale_for(uint32_t, float&) { return 1.0f; }
+template <int SIZE> LB_INLINE void put_entries(const float* from, float, uint8_t* to) { memcpy(to, from, SIZE * 4); }
+LB_INLINE void in_order(const float* y, float* rows) { memcpy(rows, y, 64 * sizeof(float)); }
 
 struct Found {
   float v[64];

@@ -181,7 +181,8 @@ def test_schedules_count_every_digit() -> None:
         ("int6.ch", "avx512vnni", 8, 2),
         ("e3m2.ch", "avx512vnni", 1, 4),
         ("e3m2.ch", "avx512vnni", 8, 1),
-        ("e3m2.ch", "avx2", 8, 4),
+        ("e3m2.ch", "avx2", 8, 1),
+        ("e3m2.ch", "neondot", 8, 4),
         ("nvfp4", "avx512", 8, 1),
     ):
         spec = spec_of(text, "int16", (4096,), 256)
@@ -189,6 +190,7 @@ def test_schedules_count_every_digit() -> None:
             plan = Plan(spec, schedule)
             assert len(plan.terms) == sums
             assert plan.words == (sums == 1)
+            assert bool(plan.word_table) == (plan.words and arch.startswith("avx512") and text == "e3m2.ch")
             assert plan.buffered or plan.np * plan.tile_m * sums <= 16
     assert Plan(spec_of("e3m2.ch", "int16", (16,), 64), Schedule()).terms == (
         (14, 0, 0),

@@ -1,0 +1,57 @@
+"""What kernels' schedules and predicted times know of the machines behind instruction sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LUT_ARCHES", "MACHINES", "SHORT_ARCHES", "SIGN_ARCHES", "WORD_ARCHES", "Machine"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Assumed speed of one core.
+
+    ghz: clock under vector load. bandwidth: GB/s from memory with four or more streams. ops, loads: vector operations
+    and loads a cycle, in 64-byte units. dot: operations one dot product of bytes takes; word: one of 16-bit numbers;
+    fma: one fused multiply-add of a kernel for many tokens. overlap: what the shorter of waiting for memory and
+    computing adds to the other in kernels for few tokens. end: operations that bring the sums of a chunk to the result.
+    unpack: operations that take one vector's codes out of a plane.
+    sums: running sums that fit in registers beside what decoding needs. full: byte dot products take one instruction,
+    with unsigned bytes of any size; without, those above 127 take twice as many operations.
+    """
+
+    ghz: float
+    bandwidth: float
+    ops: float
+    loads: float
+    dot: float
+    word: float
+    sums: int
+    full: bool = False
+    fma: float = 2.0
+    overlap: float = 0.56
+    end: float = 4.4
+    unpack: float = 1.7
+
+
+MACHINES = {
+    # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
+    "avx512vbmi": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True),
+    "avx512vnni": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True),
+    "avx512": Machine(3.1, 13.0, 2.0, 2.0, 5.0, 5.0, 16),
+    # Measured on Zen 3 cores, without VNNI.
+    "avx2vnni": Machine(3.2, 22.5, 1.5, 1.0, 1.0, 1.3, 4, True, 2.5, 0.3, 6.0, 1.2),
+    "avx2": Machine(3.2, 22.5, 1.5, 1.0, 2.7, 2.3, 4, False, 2.5, 0.3, 6.0, 1.2),
+    # Two or four 16-byte pipes; not measured.
+    "neondot": Machine(2.8, 12.0, 0.75, 0.5, 1.0, 4.0, 4),
+    "neon": Machine(2.8, 12.0, 0.75, 0.5, 6.0, 4.0, 4),
+    "generic": Machine(3.0, 12.0, 0.5, 0.5, 24.0, 24.0, 2),
+}
+SHORT_ARCHES = ("avx512", "avx2")
+"""Instruction sets whose byte dot products are sums of two steps, the first of 16-bit numbers."""
+WORD_ARCHES = ("avx512vbmi", "avx512vnni", "avx512", "avx2vnni", "avx2")
+"""Instruction sets with dot products of 16-bit numbers."""
+LUT_ARCHES = ("avx2vnni", "avx2")
+"""Instruction sets with the lookups of `text/lut_avx2.h`."""
+SIGN_ARCHES = ("avx2vnni", "avx2")
+"""Instruction sets with `signed_as`, which negates bytes by the signs of others."""
