@@ -41,7 +41,7 @@ MACHINES = {
     "avx512": Machine(3.1, 13.0, 2.0, 2.0, 5.0, 5.0, 16),
     # Measured on Zen 3 cores, without VNNI.
     "avx2vnni": Machine(3.2, 22.5, 1.5, 1.0, 1.0, 1.3, 4, True, 2.5, 0.3, 6.0, 1.2),
-    "avx2": Machine(3.2, 22.5, 1.5, 1.0, 2.7, 2.3, 4, False, 2.5, 0.3, 6.0, 1.2),
+    "avx2": Machine(3.2, 22.5, 1.52, 1.0, 2.7, 2.3, 4, False, 2.5, 0.3, 6.0, 1.2),
     # Two or four 16-byte pipes; not measured.
     "neondot": Machine(2.8, 12.0, 0.75, 0.5, 1.0, 4.0, 4),
     "neon": Machine(2.8, 12.0, 0.75, 0.5, 6.0, 4.0, 4),

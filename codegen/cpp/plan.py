@@ -147,7 +147,8 @@ class Plan(KernelPlan):
     @cached_property
     def magnitudes(self) -> Magnitudes | None:
         """The tables of kernels that give signs to activations; None for others."""
-        return magnitudes(self.spec) if self.schedule.get("signs", 0) and not self.buffered else None
+        wanted = self.schedule.get("signs", 0) and not (self.buffered or self.words or self.lut)
+        return magnitudes(self.spec) if wanted else None
 
     @property
     def prefetch(self) -> int:

@@ -52,7 +52,7 @@ def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
     elif plan.lut:
         # One port sorts, looks up and spreads bytes, which the others wait for.
         # Sums of several tokens do not fit in registers, their tables not in the nearest cache.
-        spill = 1.5 if m > 1 else 1.0
+        spill = 1.75 if plan.tile_m > 1 else 1.25 if m > 1 else 1.0
         operations = vectors * plan.spec.fmt.bits * (tiles + 1.75 * m * digits) * spill
         loads, end = vectors * plan.spec.fmt.bits * (tiles / 8 + m * digits / 2), 8.5 + 6 * digits * len(plan.planes)
     else:

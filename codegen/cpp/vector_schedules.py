@@ -214,6 +214,6 @@ def _lookup(book: Book, arch: str) -> float:
 def _tile_cycles(plan: VectorPlan, cpu: Machine) -> float:
     """Cycles of 16 products in a buffered kernel: multiplications, or loads of weights and activations, of which those
     of 32-byte registers serve two."""
-    width, loads = plan.panels / len(plan.widths), 0.5 if cpu.loads == 1.0 else 1.0
+    width, loads = plan.panels / len(plan.widths), 0.4 if cpu.loads == 1.0 else 1.0
     # One wide multiplier, as in `predictions.predict`.
     return 2 * max(1 / cpu.ops, (1 / plan.tile_m + loads / width) / cpu.loads)

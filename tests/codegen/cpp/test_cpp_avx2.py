@@ -112,6 +112,8 @@ def test_what_an_instruction_set_lacks_is_said() -> None:
     few = Schedule(1, 16)
     assert "given to activations" in str(BACKEND.illegal(e3m2, few.with_extra(**SIGNS), Target("cpu", "avx512")))
     assert "given to activations" in str(BACKEND.illegal(int8, few.with_extra(**SIGNS), AVX2))
+    for way in (DIGITS, {"buffered": 1, "tokens": 8}):
+        assert "given to activations" in str(BACKEND.illegal(e3m2, few.with_extra(**SIGNS, **way), AVX2))
     assert "looks up bytes" in str(BACKEND.illegal(e3m2, few.with_extra(**WORDS), AVX2))
     assert "dot products" in str(BACKEND.illegal(int8, few.with_extra(**WORDS), Target("cpu", "avx512vnni")))
     assert "products of words" in str(BACKEND.illegal(int8, few.with_extra(**WORDS), Target("cpu", "neon")))

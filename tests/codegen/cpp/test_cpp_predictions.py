@@ -34,8 +34,9 @@ def measured(target: str) -> Iterator[tuple[str, float]]:
                 yield what, seconds * 1e6 / row["us_p5"]
 
 
-def test_predictions_are_within_a_quarter_of_the_measured_table() -> None:
-    found = dict(measured("cpu-avx512vnni"))
+@pytest.mark.parametrize("target", ["cpu-avx512vnni", "cpu-avx2"])
+def test_predictions_are_within_a_quarter_of_the_measured_table(target: str) -> None:
+    found = dict(measured(target))
     if not found:
         pytest.skip(f"no measurements in {RESULTS}")
     far = {what: round(ratio, 2) for what, ratio in found.items() if not 0.75 <= ratio <= 1.25}
