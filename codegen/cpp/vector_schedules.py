@@ -159,8 +159,8 @@ def vector_predict(plan: VectorPlan, arch: str, m: int) -> float:
             products = vectors * part.dim / 16 * m * _tile_cycles(plan, cpu)
         else:
             looked, reuse = 1.0, math.ceil(m / plan.tile_m)
-            most = 0.8 if arch.startswith("avx2") else 0.5
-            products = vectors * max(0.0, m - reuse) * max(most, part.lanes / 16 / cpu.ops)
+            least = 0.8 if arch.startswith("avx2") else 0.5
+            products = vectors * max(0.0, m - reuse) * max(least, part.lanes / 16 / cpu.ops)
         cycles += products + vectors * reuse * sum(looked * _lookup(b, arch) for b in part.books)
     widened = sum(b.wide_bytes for b in plan.books) / 32
     return (cycles + widened) / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6

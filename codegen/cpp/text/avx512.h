@@ -102,18 +102,25 @@ template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
   const V y = word_of(x, table);
   return _mm512_mask_sub_epi16(y, _mm512_test_epi16_mask(x, set1(0x00010001u << BIT)), vzero(), y);
 }
+#if !LB_VNNI
+// As in `avx2.h`; with VNNI dot products are assembly.
+LB_INLINE V kept(V x) {
+  asm volatile("" : "+v"(x));
+  return x;
+}
+#endif
 LB_INLINE V dot16(V acc, V codes, V x) {
 #if LB_VNNI
   asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
   return acc;
 #else
-  return vadd(acc, madd16(codes, x));
+  return kept(vadd(acc, madd16(codes, x)));
 #endif
 }
 
 #if LB_CODE_TOP < 128
 // acc + sums of 2 products in each 16-bit lane; acc + sums of 2 such sums in each 32-bit lane.
-LB_INLINE V dot_pairs(V acc, V codes, V x) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x)); }
+LB_INLINE V dot_pairs(V acc, V codes, V x) { return kept(_mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x))); }
 LB_INLINE V add_pairs(V acc, V sums) { return vadd(acc, madd16(sums, set1(0x00010001u))); }
 #endif
 // acc + sum of 4 unsigned codes x 4 signed activations in each 32-bit lane, exact.
@@ -124,10 +131,10 @@ LB_INLINE V dot(V acc, V codes, V x) {
   return acc;
 #elif LB_CODE_TOP < 128
   // Pairs stay within 2 * 127 * 128 < 2**15, so the saturating 16-bit sum never saturates.
-  return vadd(acc, madd16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
+  return kept(vadd(acc, madd16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1))));
 #else
   const V even = madd16(vand(codes, set1(0x00ff00ff)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
   const V odd = madd16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(x, 8));
-  return vadd(acc, vadd(even, odd));
+  return kept(vadd(acc, vadd(even, odd)));
 #endif
 }
