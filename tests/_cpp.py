@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,3 +147,24 @@ def finished(spec: KernelSpec, y: torch.Tensor, bias: torch.Tensor, residual: to
         else:
             y = y + (bias if step == "bias" else residual.double())
     return y
+
+
+def check_same(spec: KernelSpec, run: Launcher, plain: Launcher, tokens: Iterable[int], threads: int = 1) -> None:
+    """A kernel has the bits of another one, on one thread and on `threads`, and is what the format defines."""
+    weights, limit = tensors_of(spec), {"f32": 1e-5, "bf16": 2**-5, "f16": 2**-8}[spec.out_dtype]
+    before = torch.get_num_threads()
+    try:
+        for m in tokens:
+            rng = torch.Generator().manual_seed(m)
+            x = torch.randn(m, spec.k, generator=rng).to(DTYPES[spec.x_dtype])
+            bias = torch.randn(sum(spec.segments), generator=rng)
+            residual = torch.randn(m, spec.n_out, generator=rng).to(DTYPES[spec.out_dtype])
+            torch.set_num_threads(1)
+            got = launch(run, spec, x, weights, bias, residual)
+            assert torch.equal(got, launch(plain, spec, x, weights, bias, residual)), (spec, m)
+            if not spec.activation:
+                assert error(got, finished(spec, expected(spec, x, weights), bias, residual)) < limit, (spec, m)
+            torch.set_num_threads(threads)
+            assert threads == 1 or torch.equal(got, launch(run, spec, x, weights, bias, residual)), (spec, m)
+    finally:
+        torch.set_num_threads(before)

@@ -43,12 +43,12 @@ def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
         # A fused multiply-add keeps the only wide multiplier busy, as a dot product does.
         product = digits * _dot(plan, cpu) if plan.integer else cpu.fma
         # A broadcast to 32 bytes serves both registers of a vector.
-        spread = plan.tile_m * (0.5 if cpu.loads == 1.0 else 1.0)
+        spread = plan.tile_m * (0.5 if cpu.halves else 1.0)
         loads, end = vectors * tiles * digits * (1 + spread / plan.np), cpu.end
         # Beside the weights of two panels, four sums of two registers each leave too few.
-        spill = 1.15 if cpu.sums == 4 and plan.np > 1 and plan.np * plan.tile_m > 2 else 1.0
+        spill = 1.15 if cpu.halves and plan.np > 1 and plan.np * plan.tile_m > 2 else 1.0
         operations = vectors * (math.ceil(m / plan.tokens) * _decode(plan, cpu) + m * product) * spill
-        operations += 0.25 * loads if cpu.sums == 4 else 0.0  # they take turns in being issued
+        operations += 0.25 * loads if cpu.halves else 0.0  # they take turns in being issued
     elif plan.lut:
         # One port sorts, looks up and spreads bytes, which the others wait for.
         # Sums of several tokens do not fit in registers, their tables not in the nearest cache.
@@ -77,7 +77,7 @@ def _digits(plan: Plan) -> int:
 def _held(plan: Plan, cpu: Machine) -> int:
     """What one running sum takes in registers, with its share of what decoding needs: as much again for words of
     AVX-512, which are looked up, and where there are 16 registers for codes of two planes."""
-    if not plan.integer or cpu.sums > 4:
+    if not plan.integer or not cpu.halves:
         return _digits(plan)
     crowded = len(plan.planes) > 1 and not plan.magnitudes
     return (1 if plan.words else _digits(plan)) * (1 + crowded)
@@ -91,7 +91,7 @@ def _dot(plan: Plan, cpu: Machine) -> float:
         # Adding up 16-bit numbers takes one operation less, which waits for nothing, and two now and then.
         return cpu.dot - 0.6 + 2 / plan.shorts
     digits = plan.magnitudes.digits if plan.magnitudes else plan.levels.digits
-    return cpu.dot * (1 if cpu.full or max(map(max, digits)) < 128 else 2)
+    return cpu.dot * (2 if cpu.halves and not cpu.full and max(map(max, digits)) > 127 else 1)
 
 
 def _tables(plan: Plan, cpu: Machine, m: int) -> float:
@@ -105,7 +105,7 @@ def _tables(plan: Plan, cpu: Machine, m: int) -> float:
 
 def _decode(plan: Plan, cpu: Machine) -> float:
     """Operations that turn words into one vector of weights."""
-    planes, wide = len(plan.planes), cpu.sums > 8
+    planes, wide = len(plan.planes), not cpu.halves
     if not plan.integer:
         return (2.0 * planes + 0.3) * (1.0 if wide or plan.buffered else 2.2)
     unpacked = (cpu.unpack - 0.5 * (plan.residues > 1)) * planes

@@ -12,10 +12,10 @@ from lowbit.codegen.spec import KernelSpec
 
 __all__ = ["TILES", "schedules"]
 
+_FEW = 4  # tokens
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((4, 1), (2, 2), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
 loop, AVX-512 holds 24 sums beside 4 weights."""
-_FEW = 4  # tokens
 _PART_TILES = {16: ((4, 3), (6, 2)), 4: ((2, 1), (1, 2)), 2: ((1, 1), (1, 2))}
 """The same where every sum has a float beside it, because blocks have several scales."""
 

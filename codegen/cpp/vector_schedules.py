@@ -159,9 +159,9 @@ def vector_predict(plan: VectorPlan, arch: str, m: int) -> float:
             products = vectors * part.dim / 16 * m * _tile_cycles(plan, cpu)
         else:
             looked, reuse = 1.0, math.ceil(m / plan.tile_m)
-            least = 0.8 if arch.startswith("avx2") else 0.5
+            least = 0.8 if cpu.halves else 0.5
             products = vectors * max(0.0, m - reuse) * max(least, part.lanes / 16 / cpu.ops)
-        cycles += products + vectors * reuse * sum(looked * _lookup(b, arch) for b in part.books)
+        cycles += products + vectors * reuse * sum(looked * _lookup(b, cpu) for b in part.books)
     widened = sum(b.wide_bytes for b in plan.books) / 32
     return (cycles + widened) / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
 
@@ -180,20 +180,18 @@ def _input_predict(plan: InputPlan, arch: str, m: int) -> float:
     if not plan.buffered:
         reuse = math.ceil(m / plan.tile_m)
         cycles = vectors * (
-            reuse * sum(_row_lookup(b, arch) for b in part.books) + m * max(0.5, part.lanes / 16 / cpu.ops)
+            reuse * sum(_row_lookup(b, cpu) for b in part.books) + m * max(0.5, part.lanes / 16 / cpu.ops)
         )
         return cycles / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
     tiles = math.ceil(m / plan.tokens)
-    cycles = (
-        tiles * vectors * ((0.7 if arch in SUMLESS else 1.2) * part.dim + sum(_row_lookup(b, arch) for b in part.books))
-    )
+    cycles = tiles * vectors * ((0.7 if cpu.halves else 1.2) * part.dim + sum(_row_lookup(b, cpu) for b in part.books))
     cycles += vectors * part.dim / 16 * m * _tile_cycles(plan, cpu)
     return cycles / (cpu.ghz * 1e9) + m * plan.spec.k * 1e-10 + 2e-6
 
 
-def _row_lookup(book: Book, arch: str) -> float:
+def _row_lookup(book: Book, cpu: Machine) -> float:
     """Cycles of one lookup of a vector along the input; large codebooks share the second-level cache with indices."""
-    return _lookup(book, arch) + (1.8 if book.size * book.dim * 2 > 1 << 19 else 0.0)
+    return _lookup(book, cpu) + (1.8 if book.size * book.dim * 2 > 1 << 19 else 0.0)
 
 
 def _sum_cycles(book: Book, arch: str) -> float:
@@ -204,16 +202,16 @@ def _sum_cycles(book: Book, arch: str) -> float:
     return {32: 5.9, 64: 7.5, 128: 13.5, 256: 25.4}[entries(book)] / ROWS
 
 
-def _lookup(book: Book, arch: str) -> float:
+def _lookup(book: Book, cpu: Machine) -> float:
     """Cycles of one lookup by where the codebook lies: first or second level cache, or beyond."""
     nbytes = book.size * (book.lanes * 4 if book.wide else book.dim * 2)
-    near, middle, far = (0.86, 2.0, 3.6) if arch.startswith("avx2") else (1.5, 2.0, 2.4)
+    near, middle, far = (0.86, 2.0, 3.6) if cpu.halves else (1.5, 2.0, 2.4)
     return near if nbytes <= 1 << 14 else middle if nbytes <= 1 << 18 else far
 
 
 def _tile_cycles(plan: VectorPlan, cpu: Machine) -> float:
     """Cycles of 16 products in a buffered kernel: multiplications, or loads of weights and activations, of which those
     of 32-byte registers serve two."""
-    width, loads = plan.panels / len(plan.widths), 0.4 if cpu.loads == 1.0 else 1.0
+    width, loads = plan.panels / len(plan.widths), 0.4 if cpu.halves else 1.0
     # One wide multiplier, as in `predictions.predict`.
     return 2 * max(1 / cpu.ops, (1 / plan.tile_m + loads / width) / cpu.loads)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from _cpp import BACKEND, DTYPES, Job, build, error, expected, finished, launch, spec_of, tensors_of
+from _cpp import BACKEND, Job, build, check_same, error, launch, spec_of, tensors_of
 
 from lowbit.codegen.cpp.plan import magnitudes
 from lowbit.codegen.schedule import Schedule
@@ -53,25 +53,10 @@ def test_results_are_those_of_dot_products_to_the_bit(cases: list[Any]) -> None:
         jobs += [(Job(spec, "avx2", 1, tiles.with_extra(**way)), way) for way in ({}, *ways)]
     for job, way in jobs:
         assert BACKEND.illegal(job.spec, job.schedule, AVX2) is None, (job.spec.format, way)
-    plain = None
+    plain: Any = None
     for (job, way), run in zip(jobs, build([job for job, _ in jobs]), strict=True):
         plain = plain if way else run
-        check(job, run, plain)
-
-
-def check(job: Job, run: Any, plain: Any) -> None:
-    """Bits of the kernel of plain dot products, and the definition of the format."""
-    spec, weights = job.spec, tensors_of(job.spec)
-    limit = {"f32": 1e-5, "bf16": 2**-5, "f16": 2**-8}[spec.out_dtype]
-    for m in TOKENS:
-        rng = torch.Generator().manual_seed(m)
-        x = torch.randn(m, spec.k, generator=rng).to(DTYPES[spec.x_dtype])
-        bias = torch.randn(sum(spec.segments), generator=rng)
-        residual = torch.randn(m, spec.n_out, generator=rng).to(DTYPES[spec.out_dtype])
-        got = launch(run, spec, x, weights, bias, residual)
-        assert torch.equal(got, launch(plain, spec, x, weights, bias, residual)), (spec.format, job.schedule, m)
-        if not spec.activation:
-            assert error(got, finished(spec, expected(spec, x, weights), bias, residual)) < limit, (spec.format, m)
+        check_same(job.spec, run, plain, TOKENS, threads=3)
 
 
 @needs_avx2

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from _cpp import BACKEND, DTYPES, Job, build, error, expected, finished, launch, spec_of, tensors_of
+from _cpp import BACKEND, Job, build, check_same, error, launch, spec_of, tensors_of
 
 from lowbit.codegen.cpp.lut_plan import LOW_BITS, OFFSET, blocks_per_sum, factors, lut_problem, lut_steps
 from lowbit.codegen.invariant import one_for_all
@@ -79,30 +79,9 @@ def test_results_are_those_of_dot_products_to_the_bit(cases: list[Any]) -> None:
         spec = spec_of(fmt, compute, segments, k, **rest)
         products = Schedule(1, 32 if "silu_mul" in spec.epilogue else 16).with_extra(shorts=1)
         jobs += [Job(spec, "avx2", 1, schedule(height, panels, prefetch=1024)), Job(spec, "avx2", 1, products)]
-    runs, before = build(jobs), torch.get_num_threads()
-    try:
-        for job, run, products_run in zip(jobs[::2], runs[::2], runs[1::2], strict=True):
-            check(job, run, products_run)
-    finally:
-        torch.set_num_threads(before)
-
-
-def check(job: Job, run: Any, products: Any) -> None:
-    """Bits of the kernel of dot products, whatever the number of threads, and the definition of the format."""
-    spec, weights = job.spec, tensors_of(job.spec)
-    limit = {"f32": 1e-5, "bf16": 2**-5, "f16": 2**-8}[spec.out_dtype]
-    for m in TOKENS:
-        rng = torch.Generator().manual_seed(m)
-        x = torch.randn(m, spec.k, generator=rng).to(DTYPES[spec.x_dtype])
-        bias = torch.randn(sum(spec.segments), generator=rng)
-        residual = torch.randn(m, spec.n_out, generator=rng).to(DTYPES[spec.out_dtype])
-        torch.set_num_threads(1)
-        got = launch(run, spec, x, weights, bias, residual)
-        assert torch.equal(got, launch(products, spec, x, weights, bias, residual)), (spec.format, m)
-        if not spec.activation:
-            assert error(got, finished(spec, expected(spec, x, weights), bias, residual)) < limit, (spec.format, m)
-        torch.set_num_threads(3)
-        assert torch.equal(got, launch(run, spec, x, weights, bias, residual))
+    runs = build(jobs)
+    for job, run, products_run in zip(jobs[::2], runs[::2], runs[1::2], strict=True):
+        check_same(job.spec, run, products_run, TOKENS, threads=3)
 
 
 @needs_avx2
