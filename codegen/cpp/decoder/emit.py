@@ -10,6 +10,7 @@ from lowbit.codegen.backend import Source
 from lowbit.codegen.cpp.assemble import ISA_FLAGS
 from lowbit.codegen.cpp.attend import attend_parts
 from lowbit.codegen.cpp.decoder.spec import DecoderSpec
+from lowbit.codegen.cpp.machines import MACHINES
 from lowbit.codegen.cpp.table import entry_text
 from lowbit.codegen.cpp.toolchain import FLAGS
 
@@ -49,6 +50,7 @@ def emit_program(spec: DecoderSpec, arch: str) -> Source:
             _text("decoder", "text", "model.h"),
             "namespace {",
             _constants(spec),
+            _tiles(arch),
             *(_text("decoder", "text", name) for name in ("rows.h", "dense.h", "attention.h")),
             *([packed, _text("decoder", "text", "packed.h")] if packed else []),
             _text("decoder", "text", "blocks.h"),
@@ -70,6 +72,14 @@ def _stored(spec: AttendSpec) -> str:
         text += f"LB_INLINE int64_t {name}_stored([[maybe_unused]] int64_t n) {{ return {found}; }}\n"
     text += f"constexpr int64_t kMaxQueries = {MAX_QUERIES};\n"
     return text + f"[[maybe_unused]] constexpr float kRotateUnit = {float(spec.head_dim**-0.5).hex()}f;\n"
+
+
+def _tiles(arch: str) -> str:
+    """What registers hold sums of: rows and tokens of a dense matrix; for four rows of queries, blocks of keys, and
+    vectors of a row of values."""
+    rows, tokens, blocks, mixed = {16: (4, 4, 2, 4), 4: (3, 2, 1, 1), 2: (2, 2, 1, 1)}[MACHINES[arch].sums]
+    dense = f"constexpr int kDenseRows = {rows}, kDenseTokens = {tokens};"
+    return f"{dense}\nconstexpr int kScoreBlocks = {blocks}, kMixed = {mixed};\n"
 
 
 def _constants(s: DecoderSpec) -> str:

@@ -69,6 +69,13 @@ LB_INLINE F fadd(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b,
 LB_INLINE F fsub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 LB_INLINE F fmul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 LB_INLINE F fma_(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+// The sum of all sixteen: halves are added until one is left.
+LB_INLINE float fsum(F x) {
+  const __m256 eight = _mm256_add_ps(x.a, x.b);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 LB_INLINE F cvt(V x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 LB_INLINE F bitcast(V x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 LB_INLINE F half(V x) {
@@ -102,6 +109,10 @@ LB_INLINE F odds(F low, F high) {
 LB_INLINE F load_f16(const void* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 }
+LB_INLINE __m256 half_bf16(const void* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+LB_INLINE F load_bf16(const void* p) { return {half_bf16(p), half_bf16((const __m128i*)p + 1)}; }
 // Powers of two (the smallest, 2**-127, is a subnormal float: half the next one's bits); e4m3 divided by 256, which leaves them float16.
 LB_INLINE F load_e8m0(const uint8_t* p) {
   const V power = shl<23>(load_u8(p)), least = set1(0x00400000u);
@@ -155,6 +166,18 @@ template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
   vstore(codes, x);
   for (int i = 0; i < 32; ++i) y[i] = int16_t(codes[i] >> BIT & 1 ? -table[codes[i] & 31] : table[codes[i] & 31]);
   return vload(y);
+}
+// The 16-bit numbers FACTOR * high + low of signed bytes, of the first two (HALF 0) or the last two columns of every row.
+// Unpacking leaves four columns of rows 0, 1, 4 and 5 in one register, and those of 2, 3, 6 and 7 in the other.
+template <int FACTOR, int HALF> LB_INLINE __m256i joined_half(__m256i high, __m256i low) {
+  const __m256i factors = _mm256_set1_epi16(FACTOR << 8 | 1);
+  const __m256i first = _mm256_maddubs_epi16(factors, _mm256_unpacklo_epi8(low, high));
+  const __m256i second = _mm256_maddubs_epi16(factors, _mm256_unpackhi_epi8(low, high));
+  return _mm256_castps_si256(
+      _mm256_shuffle_ps(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second), HALF ? 0xdd : 0x88));
+}
+template <int FACTOR, int HALF> LB_INLINE V joined(V high, V low) {
+  return {joined_half<FACTOR, HALF>(high.a, low.a), joined_half<FACTOR, HALF>(high.b, low.b)};
 }
 LB_INLINE V word_of(V x, const int16_t* table) { return signed_word_of<15>(x, table); }
 LB_INLINE V dot16(V acc, V codes, V x) {

@@ -52,6 +52,8 @@ LB_INLINE F fadd(F x, F y) { return _mm512_add_ps(x, y); }
 LB_INLINE F fsub(F x, F y) { return _mm512_sub_ps(x, y); }
 LB_INLINE F fmul(F x, F y) { return _mm512_mul_ps(x, y); }
 LB_INLINE F fma_(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+// The sum of all sixteen: halves are added until one is left.
+LB_INLINE float fsum(F x) { return _mm512_reduce_add_ps(x); }
 LB_INLINE F cvt(V x) { return _mm512_cvtepi32_ps(x); }
 LB_INLINE F bitcast(V x) { return _mm512_castsi512_ps(x); }
 LB_INLINE F half(V x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
@@ -71,6 +73,10 @@ LB_INLINE F evens(F low, F high) {
 LB_INLINE F odds(F low, F high) {
   const V at = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_permutex2var_ps(low, at, high);
+}
+LB_INLINE F load_bf16(const void* p) {
+  const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
 LB_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 // Powers of two (the smallest, 2**-127, is a subnormal float: half the next one's bits); e4m3 divided by 256, which leaves them float16.

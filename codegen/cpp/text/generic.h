@@ -64,6 +64,12 @@ LB_INLINE F fadd(F x, F y) { return x + y; }
 LB_INLINE F fsub(F x, F y) { return x - y; }
 LB_INLINE F fmul(F x, F y) { return x * y; }
 LB_INLINE F fma_(F x, F y, F z) { return x * y + z; }
+// The sum of all sixteen: halves are added until one is left.
+LB_INLINE float fsum(F x) {
+  for (int w = 8; w; w /= 2)
+    for (int i = 0; i < w; ++i) x[i] += x[i + w];
+  return x[0];
+}
 LB_INLINE F cvt(V x) { return __builtin_convertvector(x, F); }
 LB_INLINE F bitcast(V x) { return F(x); }
 LB_INLINE F half(V x) {
@@ -96,6 +102,13 @@ LB_INLINE F odds(F low, F high) {
   F y;
   for (int i = 0; i < 8; ++i) y[i] = low[2 * i + 1], y[8 + i] = high[2 * i + 1];
   return y;
+}
+LB_INLINE F load_bf16(const void* p) {
+  uint16_t h[16];
+  memcpy(h, p, 32);
+  F x;
+  for (int i = 0; i < 16; ++i) x[i] = from_bf16(h[i]);
+  return x;
 }
 LB_INLINE F load_f16(const void* p) {
   uint16_t h[16];

@@ -207,7 +207,8 @@ class DecoderProgram:
         bias = 0 if part.bias is None else self._address(part.bias.float())
         if part.packed is None:
             dense = _compact(part.dense)
-            return CLinear(dense=self._address(dense), half=dense.dtype == torch.float16, bias=bias, n=part.n, k=part.k)
+            type_ = _DENSE_TYPES.index(dense.dtype)
+            return CLinear(dense=self._address(dense), type=type_, bias=bias, n=part.n, k=part.k)
         operands = [self._address(t) for t in part.packed.operands()]
         pointers = (ctypes.c_void_p * len(operands))(*operands)
         table = self._tables[part.packed.spec_key(part.epilogue)].structure
@@ -264,13 +265,13 @@ class DecoderProgram:
             self._state.scores = self._scores.data_ptr()
 
 
+_DENSE_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # `Type` in model.h
+
+
 def _compact(weight: torch.Tensor | None) -> torch.Tensor:
-    """A dense matrix as float16 where that holds every number, else as float32."""
+    """A dense matrix as it is, if programs read its type, else as float32."""
     assert weight is not None
-    if weight.dtype == torch.float32:
-        return weight
-    half = weight.to(torch.float16)
-    return half if torch.equal(half.to(weight.dtype), weight) else weight.float()
+    return weight if weight.dtype in _DENSE_TYPES else weight.float()
 
 
 def _load(spec: DecoderSpec) -> Any:

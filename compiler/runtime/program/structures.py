@@ -16,7 +16,7 @@ def _structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
 
 CKernel: Any = _structure("CKernel", ("classes", _I), ("tokens", _I * 16), ("run", _P * 16))
 CLinear: Any = _structure(
-    "CLinear", ("kernel", _P), ("weight", _P), ("bias", _P), ("dense", _P), ("n", _I), ("k", _I), ("half", _I)
+    "CLinear", ("kernel", _P), ("weight", _P), ("bias", _P), ("dense", _P), ("n", _I), ("k", _I), ("type", _I)
 )
 CGated: Any = _structure("CGated", *((name, CLinear) for name in ("gate", "up", "down")))
 CMixture: Any = _structure(

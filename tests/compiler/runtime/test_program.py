@@ -206,6 +206,19 @@ def test_float16_caches_and_bfloat16_models_stay_close() -> None:
     assert verify_program(program, model) < 3e-2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+def test_dense_matrices_of_16_bits_are_read_as_they_are(dtype: torch.dtype) -> None:
+    """The same numbers in float32 give the same logits to the bit, in tiles of every size and ragged rows."""
+    sizes = {"hidden_size": 72, "intermediate_size": 75, "vocab_size": 83, "num_hidden_layers": 1}
+    half = _loud(_tiny("Qwen2", **sizes)).to(dtype)
+    parts, whole = read_decoder(half, 48, "f32"), read_decoder(copy.deepcopy(half).float(), 48, "f32")
+    programs = [DecoderProgram(p, max_tokens=16, context=48) for p in (parts, replace(whole, rope=parts.rope))]
+    for count in (1, 2, 3, 4, 7, 16):
+        got, want = (p.run(_ids(count), p.new_cache(), keep=count) for p in programs)
+        assert torch.equal(got, want)
+
+
 def test_a_program_that_disagrees_is_refused() -> None:
     model = _loud(_tiny("Mistral", sliding_window=6))
     parts = read_decoder(model, 48, "f32")

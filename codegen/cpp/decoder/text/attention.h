@@ -32,32 +32,31 @@ struct Row {
   int64_t from, to;
 };
 
+// Products of R rows with B blocks of keys from block b on.
+template <int R, int B> LB_INLINE void score_tile(const KV* keys, const Row* rows, int64_t b, float* s, int64_t stride) {
+  F sum[B][R];
+  for (int i = 0; i < B; ++i)
+    for (int r = 0; r < R; ++r) sum[i][r] = fzero();
+  const KV* k = keys + b * 16 * kHeadDim;
+  for (int64_t d = 0; d < kHeadDim; ++d) {
+    F u[B];
+    for (int i = 0; i < B; ++i) u[i] = load_kv(k + (i * kHeadDim + d) * 16);
+    for (int r = 0; r < R; ++r) {
+      const F q = fset1(rows[r].q[d]);
+      for (int i = 0; i < B; ++i) sum[i][r] = fma_(u[i], q, sum[i][r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < B; ++i)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) fstore(s + r * stride + (b + i) * 16, sum[i][r]);
+}
+
 // Products of R rows with blocks [b0, b1) of keys.
 template <int R> static void scores(const KV* keys, const Row* rows, int64_t b0, int64_t b1, float* s, int64_t stride) {
   int64_t b = b0;
-  for (; b + 2 <= b1; b += 2) {
-    F x[R], y[R];
-    for (int r = 0; r < R; ++r) x[r] = y[r] = fzero();
-    const KV* k = keys + b * 16 * kHeadDim;
-    for (int64_t d = 0; d < kHeadDim; ++d) {
-      const F u = load_kv(k + d * 16), v = load_kv(k + (kHeadDim + d) * 16);
-      for (int r = 0; r < R; ++r) {
-        const F q = fset1(rows[r].q[d]);
-        x[r] = fma_(u, q, x[r]), y[r] = fma_(v, q, y[r]);
-      }
-    }
-    for (int r = 0; r < R; ++r) fstore(s + r * stride + b * 16, x[r]), fstore(s + r * stride + b * 16 + 16, y[r]);
-  }
-  for (; b < b1; ++b) {
-    F x[R];
-    for (int r = 0; r < R; ++r) x[r] = fzero();
-    const KV* k = keys + b * 16 * kHeadDim;
-    for (int64_t d = 0; d < kHeadDim; ++d) {
-      const F u = load_kv(k + d * 16);
-      for (int r = 0; r < R; ++r) x[r] = fma_(u, fset1(rows[r].q[d]), x[r]);
-    }
-    for (int r = 0; r < R; ++r) fstore(s + r * stride + b * 16, x[r]);
-  }
+  for (; b + kScoreBlocks <= b1; b += kScoreBlocks) score_tile<R, kScoreBlocks>(keys, rows, b, s, stride);
+  for (; b < b1; ++b) score_tile<R, 1>(keys, rows, b, s, stride);
 }
 
 // exp(s - largest) over [from, to), zero elsewhere in [first, last); returns the sum. Bounds of blocks: multiples of 16.
@@ -93,7 +92,9 @@ static void mix(const KV* values, const float* s, int64_t stride, int64_t from, 
       for (int c = 0; c < C; ++c) acc[r][c] = fma_(v[c], p, acc[r][c]);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       alignas(64) float part[16];
       fstore(part, fmul(acc[r][c], fset1(scale[r])));
@@ -113,7 +114,8 @@ template <int R> static void attend(const KV* keys, const KV* values, const Row*
   float scale[R];
   for (int r = 0; r < R; ++r) scale[r] = 1.0f / soften(s + r * stride, rows[r].from, rows[r].to, b0 * 16, b1 * 16);
   int64_t at = 0;
-  for (; at + 64 <= kWidth; at += 64) mix<R, 4>(values, s, stride, from, to, at, scale, rows);
+  for (; at + 16 * kMixed <= kWidth; at += 16 * kMixed)
+    mix<R, kMixed>(values, s, stride, from, to, at, scale, rows);
   for (; at < kWidth; at += 16) mix<R, 1>(values, s, stride, from, to, at, scale, rows);
 }
 

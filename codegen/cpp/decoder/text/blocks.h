@@ -2,7 +2,8 @@
 static int linear(const Linear& l, const float* x, int64_t m, const float* residual, float* out, const State& s,
                   int threads) {
   if (!l.kernel) {
-    l.half ? dense<uint16_t>(l, x, m, residual, out, threads) : dense<float>(l, x, m, residual, out, threads);
+    const auto run = l.type == kF16 ? dense<uint16_t> : l.type == kBf16 ? dense<Bf16> : dense<float>;
+    run(l, x, m, residual, out, threads);
     return 0;
   }
   int c = 0;

@@ -10,14 +10,14 @@ struct Kernel {
   int64_t classes, tokens[16];
   Run run[16];
 };
-// y = x @ w.T: by `kernel` on packed operands `weight`, or, where that is null, from `dense` rows of float16 (`half`)
-// or float32.
+enum Type { kF32, kF16, kBf16 };
+// y = x @ w.T: by `kernel` on packed operands `weight`, or, where that is null, from `dense` rows of numbers of a `type`.
 struct Linear {
   const Kernel* kernel;
   const void* const* weight;
   const float* bias;
   const void* dense;
-  int64_t n, k, half;
+  int64_t n, k, type;
 };
 // A feed-forward part. gate holds silu(gate) * up where gate.n is down.k and up.n is 0, and both where gate.n is twice
 // that.

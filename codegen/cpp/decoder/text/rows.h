@@ -1,12 +1,4 @@
 // Row operations between the linear kernels: sums, norms, activations, rotary positions.
-LB_INLINE float fsum(F x) {
-  alignas(64) float part[16];
-  fstore(part, x);
-  for (int w = 8; w; w /= 2)
-    for (int i = 0; i < w; ++i) part[i] += part[i + w];
-  return part[0];
-}
-
 // y = x / rms(x) * w. In place when y is x.
 static void rms_norm(const float* x, const float* w, float* y, int64_t n) {
   F a = fzero(), b = fzero();
