@@ -159,9 +159,11 @@ def _decode(plan: Plan, form: Products, width: int, i: int) -> list[str]:
         lines += ["{", *_part_sides(plan, width, i, part)]
         for step in range(form.steps):
             if plan.spec.parts == 1 or form.offset(step) // plan.part_cols == part:
+                lines += ["{", *form.before(step)]
                 for e in range(form.vectors):
                     to = step * width * items + e * _digit_bytes(plan, width)
                     lines.append(f"{form.store}(to + {to}, {form.weight(step, e)});")
+                lines.append("}")
         lines.append("}")
     lines += [f"to += {form.steps * width * items};"]
     return [*lines, *(f"w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}", "}"]

@@ -40,7 +40,7 @@ def emit_text(plan: Plan, arch: str) -> str:
     top = max(map(max, digits)) if digits and plan.residues == 1 else 255
     macros = {"LB_CODE_TOP": top, "LB_LIMBS": plan.spec.limbs, "LB_ZERO": int(fmt.zero)}
     macros |= rounding_macros(plan.spec)
-    macros["LB_WORDS"] = int(plan.words)
+    macros["LB_WORDS"] = 0 if not plan.words else 2 if plan.magnitudes else 1
     macros["LB_PAIRS"] = int(plan.half_factor is not None and not plan.buffered)
     macros |= {"LB_LUT": 1} if plan.lut else {}
     prepare = "LB_INLINE void prepare(const Args&, int, int) {}\n"

@@ -17,7 +17,7 @@ from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats import IntegerLevels
 from lowbit.quantizers.formats.scaled import DIGIT_BITS
 
-__all__ = ["PANEL", "KernelPlan", "Plan", "align", "half_factor", "magnitudes", "short_steps"]
+__all__ = ["PANEL", "KernelPlan", "Plan", "align", "half_factor", "level_magnitudes", "magnitudes", "short_steps"]
 
 PANEL = 16
 """Rows of a panel: the int32 lanes of one 64-byte vector."""
@@ -101,12 +101,12 @@ class Plan(KernelPlan):
     extra `accs`: independent accumulators per sum (direct kernels). extra `prefetch`: bytes fetched ahead (direct
     kernels, 0 = none). extra `words`: above 0 to multiply integers as 16-bit numbers, half as many at once, instead of
     as 8-bit digits: better where several pairs of digits make one product, where short sums end often, or where bytes
-    of full range have no dot products; integers of several digits are looked up as words (1) or put together (2). extra
-    `residues`: accumulators per sum for codes that are multiplied where they stand (direct kernels, see
-    `InPlaceProducts`); then `accs` is 1. extra `lut`: 1 to look sums of activations up by the codes (direct kernels,
-    see `lut_plan`); then there is one accumulator, and no words. extra `shorts`: 1 to add pairs of products up as
-    16-bit numbers first, as far as they fit (see `ShortProducts`). extra `signs`: 1 to give the signs of weights to
-    activations (direct kernels, see `SignProducts`).
+    of full range have no dot products; integers of several digits are looked up as words (1) or put together, of digits
+    (2) or of magnitudes' digits and signs (3). extra `residues`: accumulators per sum for codes that are multiplied
+    where they stand (direct kernels, see `InPlaceProducts`); then `accs` is 1. extra `lut`: 1 to look sums of
+    activations up by the codes (direct kernels, see `lut_plan`); then there is one accumulator, and no words. extra
+    `shorts`: 1 to add pairs of products up as 16-bit numbers first, as far as they fit (see `ShortProducts`). extra
+    `signs`: 1 to give the signs of weights to activations (direct kernels, see `SignProducts`).
     """
 
     def __post_init__(self) -> None:
@@ -146,8 +146,10 @@ class Plan(KernelPlan):
 
     @cached_property
     def magnitudes(self) -> Magnitudes | None:
-        """The tables of kernels that give signs to activations; None for others."""
-        wanted = self.schedule.get("signs", 0) and not (self.buffered or self.words or self.lut)
+        """The tables of kernels that look magnitudes up, and signs meet activations or words; None for others."""
+        if self.words:
+            return level_magnitudes(self.levels) if self.schedule.get("words", 0) == 3 else None
+        wanted = self.integer and self.schedule.get("signs", 0) and not (self.buffered or self.lut)
         return magnitudes(self.spec) if wanted else None
 
     @property
@@ -210,7 +212,7 @@ class Plan(KernelPlan):
         """
         digits, limbs = (1, 1) if self.words else (len(self.levels.digits), self.spec.limbs)
         base = DIGIT_BITS
-        if self.magnitudes:
+        if self.magnitudes and not self.words:
             digits, base = len(self.magnitudes.digits), self.magnitudes.shift
         found = [(8 * (limbs - 1 - d) + base * (digits - 1 - e), d, e) for d in range(limbs) for e in range(digits)]
         return tuple(sorted(found, reverse=True))
@@ -345,12 +347,16 @@ class Magnitudes:
 
 
 def magnitudes(spec: KernelSpec) -> Magnitudes | None:
-    """The tables of a spec; None for other codes, larger magnitudes, and activations whose sign cannot be changed:
-    digits of -128."""
+    """The tables of a spec whose activations are given signs; None for others: digits of -128 have no opposite."""
     levels, rounding = spec.integer_levels, spec.rounding
-    if levels is None or spec.limbs != 1 or spec.parts > 1 or spec.double_chunks or len(levels.integers) != 64:
+    if levels is None or spec.limbs != 1 or spec.parts > 1 or spec.double_chunks:
         return None
-    if rounding is not None and rounding.saturates:
+    return None if rounding is not None and rounding.saturates else level_magnitudes(levels)
+
+
+def level_magnitudes(levels: IntegerLevels) -> Magnitudes | None:
+    """The tables of integers behind codes of six bits; None for other codes and larger magnitudes."""
+    if len(levels.integers) != 64:
         return None
     half = levels.integers[:32]
     if any(a < 0 or a != -b for a, b in zip(half, levels.integers[32:], strict=True)):

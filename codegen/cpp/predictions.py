@@ -45,8 +45,10 @@ def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
         # A broadcast to 32 bytes serves both registers of a vector.
         spread = plan.tile_m * (0.5 if cpu.halves else 1.0)
         loads, end = vectors * tiles * digits * (1 + spread / plan.np), cpu.end
-        # Beside the weights of two panels, four sums of two registers each leave too few.
-        spill = 1.15 if cpu.halves and plan.np > 1 and plan.np * plan.tile_m > 2 else 1.0
+        # Beside the weights of two panels, four sums of two registers each leave too few; there is no room for more.
+        tile, spill = plan.np * plan.tile_m, 1.0
+        if cpu.halves and plan.np > 1 and tile > 2:
+            spill = 1.04 if tile <= cpu.sums else 1.3
         operations = vectors * (math.ceil(m / plan.tokens) * _decode(plan, cpu) + m * product) * spill
         operations += 0.25 * loads if cpu.halves else 0.0  # they take turns in being issued
     elif plan.lut:
@@ -110,7 +112,7 @@ def _decode(plan: Plan, cpu: Machine) -> float:
         return (2.0 * planes + 0.3) * (1.0 if wide or plan.buffered else 2.2)
     unpacked = (cpu.unpack - 0.5 * (plan.residues > 1)) * planes
     if plan.magnitudes:
-        return unpacked + 3.0 + 2.0 * len(plan.magnitudes.digits)
+        return unpacked + 3.0 + 2.0 * len(plan.magnitudes.digits) + 8.0 * plan.words
     # Halves of larger tables are looked up and picked from; words are put together from digits.
     bits = plan.spec.fmt.bits
     each = 0.6 if wide or bits < 5 else 2.0 if bits == 5 else 4.0

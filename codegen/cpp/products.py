@@ -40,6 +40,7 @@ __all__ = [
     "Products",
     "ShortProducts",
     "SignProducts",
+    "SignedWordProducts",
     "WordProducts",
     "products",
 ]
@@ -81,7 +82,7 @@ class Products(ABC):
                 yield f"const V w{i}_{v} = vload(w{i} + {64 * v});"
 
     def before(self, step: int) -> Iterator[str]:
-        """Statements before the weights of a step of a direct kernel."""
+        """Statements before the weights of a step."""
         return iter(())
 
     @abstractmethod
@@ -169,29 +170,43 @@ class ShortProducts(IntProducts):
         return f"dot_pairs({acc}, {w}, {x})"
 
 
-class SignProducts(IntProducts):
-    """The same with magnitudes for weights, whose signs the activations are given: a shuffle looks up 16 bytes and
-    leaves 0 where bit 7 of an index is set, so two find all magnitudes of five bits, as one byte or as two digits of
-    which one is 0."""
+class MagnitudeProducts(IntProducts):
+    """Looks magnitudes and signs up apart: a shuffle looks up 16 bytes and leaves 0 where bit 7 of an index is set, so
+    two find all magnitudes of five bits, as one byte or as two digits of which one is 0."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         assert plan.magnitudes is not None
         self._found = plan.magnitudes
-        self.vectors, self.sums = len(self._found.digits), "h" if plan.shorts else "a"
 
-    def before(self, step: int) -> Iterator[str]:
-        low, (fifth, sign) = self.printer.text(self._low_bits(self._args(step, 0))), self._bits(step)[4:]
+    def places(self, quad: int) -> Iterator[str]:
+        """Statements for `at`, the index of low magnitudes, and `sign`, bytes with a code's sign that are not 0."""
+        low, (fifth, sign) = self.printer.text(self._low_bits(self._args(quad, 0))), self._bits(quad)[4:]
         yield f"const V at = and_or({_lifted(fifth)}, set1(0x80808080u), {low});"
         yield f"const V sign = vor({_lifted(sign)}, set1(0x01010101u));"
 
-    def weight(self, step: int, which: int = 0) -> str:
-        low = self._look_up(self._found.low, name("at"))
-        high = self._look_up(self._found.high, name("other(at)"))
-        return (high, low)[which] if self.vectors == 2 else f"vor({low}, {high})"
+    @property
+    def high_and_low(self) -> tuple[str, str]:
+        """Vectors of high and of low magnitudes."""
+        return self._look_up(self._found.high, name("other(at)")), self._look_up(self._found.low, name("at"))
 
     def _look_up(self, table: tuple[int, ...], index: Node) -> str:
         return self.printer.text(by_table(table, index, ()))
+
+
+class SignProducts(MagnitudeProducts):
+    """The same with magnitudes for weights, whose signs the activations are given."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.vectors, self.sums = len(self._found.digits), "h" if plan.shorts else "a"
+
+    def before(self, step: int) -> Iterator[str]:
+        return self.places(step)
+
+    def weight(self, step: int, which: int = 0) -> str:
+        high, low = self.high_and_low
+        return (high, low)[which] if self.vectors == 2 else f"vor({low}, {high})"
 
     def activation(self, pointer: str, offset: str) -> str:
         return f"signed_as({super().activation(pointer, offset)}, sign)"
@@ -256,7 +271,7 @@ class WordProducts(IntProducts):
     """Dot products of 16-bit numbers: a step is 2 columns, 16 rows x 2 weights against 2 activations.
 
     One product stands for all pairs of digits of a weight and an activation. Activations are stored in the order of
-    columns 0, 2, 1, 3 (`LB_WORDS`), which leaves a vector of bytes as two of words after a mask and a shift.
+    columns 0, 2, 1, 3 (`LB_WORDS` 1), which leaves a vector of bytes as two of words after a mask and a shift.
     """
 
     item, steps = "int16_t", 16
@@ -283,6 +298,20 @@ class WordProducts(IntProducts):
 
     def offset(self, step: int) -> int:
         return 2 * step
+
+
+class SignedWordProducts(MagnitudeProducts, WordProducts):
+    """The same with words made of two digits of magnitudes, which are given the weights' signs as bytes.
+
+    Activations are stored in the order of columns.
+    """
+
+    def before(self, step: int) -> Iterator[str]:
+        return self.places(step // 2)
+
+    def weight(self, step: int, which: int = 0) -> str:
+        high, low = self.high_and_low
+        return f"joined<{1 << self._found.shift}, {step % 2}>(signed_as({high}, sign), signed_as({low}, sign))"
 
 
 class FloatProducts(Products):
@@ -368,7 +397,7 @@ def products(plan: Plan) -> Products:
     """The products of a plan's spec."""
     if plan.integer:
         if plan.words:
-            return WordProducts(plan)
+            return SignedWordProducts(plan) if plan.magnitudes else WordProducts(plan)
         if plan.magnitudes:
             return SignProducts(plan)
         return InPlaceProducts(plan) if plan.residues > 1 else (ShortProducts if plan.shorts else IntProducts)(plan)

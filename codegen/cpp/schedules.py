@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from lowbit.codegen.cpp.lut_plan import lut_problem
 from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN_ARCHES, WORD_ARCHES
-from lowbit.codegen.cpp.plan import PANEL, half_factor, magnitudes, short_steps
+from lowbit.codegen.cpp.plan import PANEL, half_factor, level_magnitudes, magnitudes, short_steps
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
 __all__ = ["TILES", "schedules"]
 
-_FEW = 4  # tokens
+_FEW, _FEWEST = 4, 2  # tokens
+_MADE = 3  # words made of magnitudes (see `Plan`)
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((4, 1), (2, 2), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
 loop, AVX-512 holds 24 sums beside 4 weights."""
@@ -37,27 +38,30 @@ def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
 
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
-    words, signs = _words(spec, arch, tokens), _signs(spec, arch, tokens)
-    room, digits, most = MACHINES[arch].sums, _sums(spec, arch, words), 4
-    if not spec.limbs and half_factor(spec) is not None:
-        # Two sums a row, and conversions that leave few registers.
-        digits, most = 2, 2
-    height = max(1, min(tokens, room // digits // pair))
-    panels = [p for p in (4, 2, 1) if p <= most and p % pair == 0 and (p == pair or p * height * digits <= room)]
-    shorts = arch in SHORT_ARCHES and short_steps(spec) > 0 and not words
-    # Few panels are better split evenly over threads than streamed side by side.
-    panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]
-    for p in panels[:2]:
-        accs = max(1, min(2, room // (p * height * digits) // 2))
-        residues = 1 if words or signs else _residues(spec, arch, room // (p * height * digits))
-        accs = 1 if residues > 1 else accs
-        for prefetch in (1024, 0):
-            found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
-            found = found.with_extra(shorts=1) if shorts else found
-            if signs:
-                yield found.with_extra(signs=1)
-            else:
-                yield found.with_extra(words=words) if words else _with_residues(found, residues)
+    signs, room = _signs(spec, arch, tokens), MACHINES[arch].sums
+    for words in _words(spec, arch, tokens):
+        digits, most = _sums(spec, arch, words), 4
+        if not spec.limbs and half_factor(spec) is not None:
+            # Two sums a row, and conversions that leave few registers.
+            digits, most = 2, 2
+        if signs or words == _MADE:
+            most = pair  # magnitudes and signs take most registers
+        height = max(1, min(tokens, room // digits // pair))
+        panels = [p for p in (4, 2, 1) if p <= most and p % pair == 0 and (p == pair or p * height * digits <= room)]
+        shorts = arch in SHORT_ARCHES and short_steps(spec) > 0 and not words
+        # Few panels are better split evenly over threads than streamed side by side.
+        panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]
+        for p in panels[:2]:
+            accs = max(1, min(2, room // (p * height * digits) // 2))
+            residues = 1 if words or signs else _residues(spec, arch, room // (p * height * digits))
+            accs = 1 if residues > 1 or words == _MADE else accs
+            for prefetch in (1024, 0):
+                found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
+                found = found.with_extra(shorts=1) if shorts else found
+                if signs:
+                    yield found.with_extra(signs=1)
+                else:
+                    yield found.with_extra(words=words) if words else _with_residues(found, residues)
 
 
 def _lut(spec: KernelSpec, tokens: int, pair: int) -> Iterator[Schedule]:
@@ -81,28 +85,33 @@ def _with_residues(found: Schedule, residues: int) -> Schedule:
 def _signs(spec: KernelSpec, arch: str, tokens: int) -> bool:
     """Whether activations are given the weights' signs: magnitudes take half the lookups, which a few tokens pay for
     with an instruction each, and digits of bytes that two signs made too large for sums of pairs fit."""
-    found = magnitudes(spec) if arch in SIGN_ARCHES and tokens <= _FEW else None
+    found = magnitudes(spec) if arch in SIGN_ARCHES and tokens <= _FEWEST else None
     return found is not None and len(found.digits) > 1
 
 
-def _words(spec: KernelSpec, arch: str, tokens: int) -> int:
-    """Whether 16-bit products are the better ones, and of which kind (see `Plan`).
+def _words(spec: KernelSpec, arch: str, tokens: int) -> tuple[int, ...]:
+    """Kinds of 16-bit products that may be the best ones (see `Plan`), 0 for those of bytes; last, that of most tokens.
 
     AVX-512: for two digits an activation. They are half as many instructions as products of digits when weights have
     two as well, and half as many sums to bring together at the end of short groups. For single tokens decoding counts
-    more. AVX2: where products of all digits take more operations; shuffles that look up bytes make words of digits.
+    more. AVX2: where products of all digits take more operations, or as many and decoding is shared by some tokens;
+    shuffles that look up bytes make words of digits.
     """
     levels = spec.integer_levels
     if not spec.limbs or levels is None:
-        return 0
+        return (0,)
     if arch.startswith("avx512"):
         short = spec.parts > 1 or (spec.group_blocks == 1 and tokens > 16)
-        return int(spec.limbs == 2 and (short or len(levels.digits) > 1) and tokens > 1)
+        return (int(spec.limbs == 2 and (short or len(levels.digits) > 1) and tokens > 1),)
     if arch not in WORD_ARCHES or _signs(spec, arch, tokens):
-        return 0
-    cpu, top = MACHINES[arch], max(map(max, levels.digits))
+        return (0,)
+    cpu, top, found = MACHINES[arch], max(map(max, levels.digits)), level_magnitudes(levels)
     each = 1 if cpu.full else 2 if short_steps(spec) else 3 if top < 128 else 6
-    return 2 if spec.limbs * len(levels.digits) * each > (2 if cpu.full else 4) else 0
+    operations, least = spec.limbs * len(levels.digits) * each, 2 if cpu.full else 4
+    kind = _MADE if found and len(found.digits) > 1 else 2
+    if operations > least:
+        return (kind,)
+    return (0, kind) if operations == least and not cpu.full and tokens >= _FEW else (0,)
 
 
 def _sums(spec: KernelSpec, arch: str, words: int) -> int:
@@ -115,7 +124,7 @@ def _sums(spec: KernelSpec, arch: str, words: int) -> int:
 
 
 def _buffered(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
-    words = _words(spec, arch, max(tokens, _FEW + 1))
+    *_, words = _words(spec, arch, max(tokens, _FEW + 1))  # decoding is shared by all
     shorts = arch in SHORT_ARCHES and short_steps(spec) > 0 and not words
     for height, panels in (_PART_TILES if spec.limbs and spec.parts > 1 else TILES)[MACHINES[arch].sums]:
         if panels % pair == 0 or panels < pair:

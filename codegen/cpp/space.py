@@ -79,7 +79,7 @@ def _word_kinds(spec: KernelSpec, arch: str) -> tuple[int, ...]:
     """Values of `words` that may be legal."""
     if not spec.limbs or arch not in WORD_ARCHES or (spec.limbs == 1 and MACHINES[arch].full):
         return (0,)
-    return (0, 1) if arch.startswith("avx512") else (0, 2)
+    return (0, 1) if arch.startswith("avx512") else (0, 2, 3)
 
 
 def _buffered(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Schedule]:
@@ -200,7 +200,8 @@ def _no_plan(plan: Plan, arch: str) -> str | None:
         return "codes are multiplied where they stand as unsigned bytes of full range, by one instruction"
     if plan.schedule.get("shorts", 0) and (not plan.shorts or arch not in SHORT_ARCHES):
         return "pairs of products are added up as 16-bit numbers where dot products of bytes are made of such pairs"
-    if plan.schedule.get("signs", 0) and (plan.magnitudes is None or plan.residues > 1 or arch not in SIGN_ARCHES):
+    signed = plan.magnitudes is not None and not plan.words and plan.residues == 1 and arch in SIGN_ARCHES
+    if plan.schedule.get("signs", 0) and not signed:
         return "signs are given to activations of one digit where magnitudes of five bits are bytes, and by AVX2"
     if plan.unit > plan.slots:
         return f"a unit of {plan.unit} panels is larger than the matrix, which has {plan.slots}"
@@ -212,7 +213,11 @@ def _no_words(plan: Plan, arch: str) -> str | None:
         return f"products of words are for instructions of {' and '.join(WORD_ARCHES)}"
     if plan.spec.limbs != 2 and MACHINES[arch].full:
         return "bytes of full range have dot products, which digits of one byte take"
-    if len(plan.levels.digits) == 1 or plan.schedule.get("words", 0) == 2:
+    kind = plan.schedule.get("words", 0)
+    if kind == 3:
+        known = arch in SIGN_ARCHES and plan.magnitudes and len(plan.magnitudes.digits) > 1
+        return None if known else "words are made of magnitudes of two digits, by AVX2"
+    if len(plan.levels.digits) == 1 or kind == 2:
         return None
     if not arch.startswith("avx512"):
         return f"{arch} looks up bytes, not words"

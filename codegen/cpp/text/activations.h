@@ -13,7 +13,7 @@ static void load_tokens(const Args& a, const XT* x, int64_t t0, int64_t t1, floa
       [[maybe_unused]] const int64_t n = chunk_columns(from_chunk);
       [[maybe_unused]] const float* from = row + chunk_start(from_chunk);
 #if LB_LIMBS
-#if LB_WORDS
+#if LB_WORDS == 1
       Digit* to = a.xq + at * kTokenStride;
       for (int64_t i = 0; i < n; i += 4) {
         const Digit second = to[i + 1];

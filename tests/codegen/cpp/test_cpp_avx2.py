@@ -22,15 +22,16 @@ needs_avx2 = pytest.mark.skipif(
 )
 EVERY = ("bias", "silu_mul", "residual")
 FEW, MANY = Schedule(2, 32), Schedule(4, 32).with_extra(buffered=1, tokens=8)
-SHORTS, WORDS, DIGITS, SIGNS = {"shorts": 1}, {"words": 1}, {"words": 2}, {"signs": 1}
+SHORTS, WORDS, DIGITS, MADE, SIGNS = {"shorts": 1}, {"words": 1}, {"words": 2}, {"words": 3}, {"signs": 1}
 # Format, products, segments, K, tiles, the ways that run them, more of the spec. Between them: sums of 2, 4 and 8 pairs
 # and of more than a pass has, integers of a byte and of two digits, one and two digits an activation, magnitudes of one
 # and of two digits, whole and odd groups, several scales in a block, a last chunk of every length, ragged rows.
 CASES: list[tuple[str, str, tuple[int, ...], int, Schedule, tuple[dict[str, int], ...], dict[str, Any]]] = [
     ("int4.g128.asym", "int8", (257,), 601, MANY, (SHORTS,), {}),
     ("int8.ch.sym", "int8", (83, 83), 900, MANY, (WORDS,), {"epilogue": EVERY, "out_dtype": "f16"}),
-    ("e3m2.g64", "int8", (33,), 333, FEW, (SIGNS, SIGNS | SHORTS, DIGITS), {}),
-    ("e3m2.ch", "int16", (70,), 160, MANY, (DIGITS,), {}),
+    ("e3m2.g64", "int8", (33,), 333, FEW, (SIGNS, SIGNS | SHORTS, DIGITS, MADE), {}),
+    ("e3m2.ch", "int16", (70,), 160, MANY, (DIGITS, MADE), {}),
+    ("mxfp6_e3m2", "int16", (40, 40), 300, FEW, (DIGITS, MADE), {"epilogue": EVERY, "out_dtype": "bf16"}),
     ("int6.g48.asym", "int16", (40,), 160, MANY, (SHORTS, WORDS), {"x_dtype": "bf16", "out_dtype": "bf16"}),
     ("int2.g64.fz", "int16", (131, 17), 577, MANY, (SHORTS, WORDS), {"epilogue": ("residual", "bias")}),
     ("int8.g64.asym", "int16", (100,), 200, FEW, (WORDS,), {}),
@@ -64,6 +65,7 @@ def test_extreme_codes_and_activations_sum_exactly() -> None:
     """The largest magnitudes and activations everywhere: sums of 16 and of 32 bits reach their bounds."""
     cases = [("e3m2.ch.f32", "int8", FEW, SIGNS | SHORTS), ("int4.ch.sym.f32", "int8", MANY, SHORTS)]
     cases += [("int8.ch.sym.f32", "int16", MANY, WORDS), ("e3m2.ch.f32", "int16", MANY, DIGITS)]
+    cases += [("e3m2.ch.f32", "int16", FEW, MADE), ("e3m2.ch.f32", "int8", MANY, MADE)]
     jobs = [Job(spec_of(f, c, (32,), 256), "avx2", 1, tiles.with_extra(**way)) for f, c, tiles, way in cases]
     for job, run in zip(jobs, build(jobs), strict=True):
         (weight,) = tensors_of(job.spec)
@@ -99,6 +101,9 @@ def test_what_an_instruction_set_lacks_is_said() -> None:
     assert "given to activations" in str(BACKEND.illegal(int8, few.with_extra(**SIGNS), AVX2))
     for way in (DIGITS, {"buffered": 1, "tokens": 8}):
         assert "given to activations" in str(BACKEND.illegal(e3m2, few.with_extra(**SIGNS, **way), AVX2))
+    assert "given to activations" in str(BACKEND.illegal(e3m2, few.with_extra(**SIGNS, **MADE), AVX2))
+    assert "made of magnitudes" in str(BACKEND.illegal(int8, few.with_extra(**MADE), AVX2))
+    assert "made of magnitudes" in str(BACKEND.illegal(e3m2, few.with_extra(**MADE), Target("cpu", "avx512")))
     assert "looks up bytes" in str(BACKEND.illegal(e3m2, few.with_extra(**WORDS), AVX2))
     assert "dot products" in str(BACKEND.illegal(int8, few.with_extra(**WORDS), Target("cpu", "avx512vnni")))
     assert "products of words" in str(BACKEND.illegal(int8, few.with_extra(**WORDS), Target("cpu", "neon")))
