@@ -6,7 +6,7 @@ from __future__ import annotations
 from lowbit.codegen.cpp.bytes_plan import BLOCK, BytesPlan
 from lowbit.codegen.cpp.bytes_steps import Operands, add_function, block_pointers, book_of, columns_loop
 from lowbit.codegen.cpp.plan import PANEL
-from lowbit.codegen.cpp.products import LevelProducts
+from lowbit.codegen.cpp.products import LevelProducts, LevelWordProducts
 from lowbit.codegen.cpp.sides import dispatch, indent
 from lowbit.codegen.cpp.tiles import pieces_of_work, tile_pass
 from lowbit.codegen.cpp.vector_lookup import first_tiles
@@ -28,10 +28,11 @@ def bytes_panels_text(plan: BytesPlan) -> str:
 def _tile(plan: BytesPlan, stride: int, width: int, height: int) -> str:
     """`tile_<stride>_<width>_<height>`: exact sums over the chunk, times the scales, added to the sums at `y`; `stride`
     panels lie side by side."""
-    cells, form = [(m, i) for m in range(height) for i in range(width)], LevelProducts()
+    cells = [(m, i) for m in range(height) for i in range(width)]
+    form = LevelWordProducts() if plan.words else LevelProducts()
     lines = [
-        f"static void tile_{stride}_{width}_{height}(const uint8_t* buffer, int64_t steps, const int8_t* x, "
-        "const float* xs, const int32_t* xi, F scale, float* y) {",
+        f"static void tile_{stride}_{width}_{height}(const uint8_t* buffer, int64_t steps, "
+        f"const {plan.item}* x, const float* xs, const int32_t* xi, F scale, float* y) {{",
         *(f"V a{m}_{i} = {'vzero()' if plan.digits > 1 else f'set1(uint32_t(xi[{m}]))'};" for m, i in cells),
     ]
     for d in range(plan.digits):
@@ -49,8 +50,8 @@ def _decode(plan: BytesPlan, part: Part, book: Book) -> str:
     many, operands, stride = plan.many(part), plan.operands(part), plan.part_panels(part) * BLOCK
 
     def use(made: Operands) -> list[str]:
-        stores = [f"vstore(to + {BLOCK * i}, {operand});" for i, operand in made.made.items()]
-        return [*stores, *([f"to += {stride};"] if operands - 1 in made.made else [])]
+        stores = [store for i, operand in made.made.items() for store in _stores(plan, BLOCK * i, operand, stride)]
+        return [*stores, *([f"to += {stride * (1 + plan.words)};"] if operands - 1 in made.made else [])]
 
     start = sum(p.columns for p in plan.parts if p.chunk < part.chunk)
     lines = [
@@ -67,6 +68,14 @@ def _decode(plan: BytesPlan, part: Part, book: Book) -> str:
         *columns_loop(plan, part, book, range(operands), use),
     ]
     return indent([*lines, "}", "}"])
+
+
+def _stores(plan: BytesPlan, at: int, operand: str, stride: int) -> list[str]:
+    """An operand of a step of four columns, or two of words of two columns each, which are steps of their own."""
+    if not plan.words:
+        return [f"vstore(to + {at}, {operand});"]
+    halves = [f"vstore(to + {at + odd * stride}, word<{odd}>(all));" for odd in (0, 1)]
+    return ["{", f"const V all = {operand};", *halves, "}"]
 
 
 def _unit(plan: BytesPlan) -> str:
@@ -97,7 +106,7 @@ def _book_chunks(plan: BytesPlan, part: Part, book: Book) -> list[str]:
         f"int64_t c = {part.chunk};",
         f"for (int64_t g = 0; g < {part.groups}; ++g) {{",
         f"for (const int64_t end = c + {part.group_chunks}; c < end; ++c) {{",
-        "const int64_t steps = (chunk_columns(c) + 3) / 4;",
+        f"const int64_t steps = (chunk_columns(c) + 3) / 4{' * 2' if plan.words else ''};",
     ]
     for i in range(plan.pair):
         segment = str(i) if plan.silu else "p.segment"

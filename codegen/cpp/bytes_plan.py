@@ -53,12 +53,24 @@ class BytesPlan(VectorPlan):
     by coordinate in tables (`text/bytes_permute.h`), and every coordinate is a panel. Schedule fields, besides those of
     every kernel: extra `permute`: the most centroids of codebooks that are looked up so, 0 for none. tile_n of direct
     kernels: 16 rows for each coordinate that a permuted part sums up at a time, in pairs, which may share a lookup.
+    extra `words`: 1 to multiply 16-bit numbers, half as many at once, for instruction sets without dot products of
+    bytes above 127.
     """
 
     @property
+    def words(self) -> bool:
+        """True when products are of 16-bit numbers instead of bytes."""
+        return bool(self.schedule.get("words", 0))
+
+    @property
+    def item(self) -> str:
+        """C++ type of prepared activations."""
+        return "int16_t" if self.words else "int8_t"
+
+    @property
     def digits(self) -> int:
-        """int8 digits of an activation, the high one first."""
-        return self.spec.limbs
+        """Digits of an activation, the high one first."""
+        return 1 if self.words else self.spec.limbs
 
     @property
     def permute(self) -> int:
@@ -130,12 +142,12 @@ class BytesPlan(VectorPlan):
     @property
     def token_bytes(self) -> int:
         """Digits, then scale, starting value and sum of every chunk, then what norms add."""
-        return self.chunks * (self.token_stride + 12) + 4
+        return self.chunks * (self.token_stride * (1 + self.words) + 12) + 4
 
     @property
     def code_bytes(self) -> int:
         """Scratch bytes of one decoded chunk of one unit."""
-        return max(self.part_panels(p) for p in self.parts) * PANEL * self.chunk_cols
+        return max(self.part_panels(p) for p in self.parts) * PANEL * self.chunk_cols * (1 + self.words)
 
     def sums_at(self, part: Part) -> int:
         """Where the part's sums begin, in floats of one token times tokens."""

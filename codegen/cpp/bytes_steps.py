@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 from lowbit.codegen.cpp.bytes_plan import BytesPlan, pair_bytes, table_bytes
 from lowbit.codegen.cpp.plan import PANEL
@@ -122,7 +123,7 @@ def _pass(plan: BytesPlan, part: Part, book: Book, height: int) -> str:
         *book_of(plan, part, book, "g"),
         f"for (const int64_t end = c + {part.group_chunks}; c < end; ++c) {{",
         "const int64_t n = chunk_columns(c), at = c * a.m + t;",
-        "const int8_t* x = a.xq + at * kTokenStride;",
+        f"const {plan.item}* x = a.xq + at * kTokenStride;",
     ]
     for sweep in sweeps:
         again = [f"p -= n * {TILE}, q -= n * {TILE};"] if sweep.start else []
@@ -156,6 +157,8 @@ def _sweep(plan: BytesPlan, part: Part, book: Book, height: int, sweep: range) -
 
 def _products(plan: BytesPlan, height: int, operands: Operands, one_by_one: bool) -> list[str]:
     """Operands times the activations of four columns: operands in turn where they come `one_by_one`, else these."""
+    if plan.words:
+        return _word_products(plan, height, operands)
     lines: list[str] = []
     rows = [(m, d) for m in range(height) for d in range(plan.digits)]
     u = {(m, d): f"const V u{m}_{d} = bcast4(x + k + {m * plan.token_stride + d * plan.chunk_cols});" for m, d in rows}
@@ -168,6 +171,18 @@ def _products(plan: BytesPlan, height: int, operands: Operands, one_by_one: bool
     for m, d in rows:
         dots = (f"a{i}_{m}_{d} = dot(a{i}_{m}_{d}, {w}, u{m}_{d});" for i, w in operands.made.items())
         lines += ["{", u[m, d], *dots, "}"]
+    return lines
+
+
+def _word_products(plan: BytesPlan, height: int, operands: Operands) -> list[str]:
+    """The same of words: columns 0 and 2 of a step, and 1 and 3, each two products."""
+    lines: list[str] = []
+    for i, operand in operands.made.items():
+        lines += ["{", f"const V all = {operand}, w0 = word<0>(all), w1 = word<1>(all);"]
+        for m, odd in product(range(height), (0, 1)):
+            x = f"bcast4(x + k + {m * plan.token_stride + 2 * odd})"
+            lines.append(f"a{i}_{m}_0 = dot16(a{i}_{m}_0, w{odd}, {x});")
+        lines.append("}")
     return lines
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "InPlaceProducts",
     "IntProducts",
     "LevelProducts",
+    "LevelWordProducts",
     "PairProducts",
     "Products",
     "ShortProducts",
@@ -381,6 +382,13 @@ class PairProducts(HalfProducts):
 
 class LevelProducts(IntProducts):
     """Products with bytes that are decoded before: what is left of `IntProducts` without a scalar format."""
+
+    def __init__(self) -> None:
+        self.printer = Printer("bytes")
+
+
+class LevelWordProducts(WordProducts):
+    """The same of words."""
 
     def __init__(self) -> None:
         self.printer = Printer("bytes")

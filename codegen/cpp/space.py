@@ -16,7 +16,7 @@ from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN
 from lowbit.codegen.cpp.plan import PANEL, Plan, magnitudes, short_steps
 from lowbit.codegen.cpp.schedules import schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
-from lowbit.codegen.cpp.vector_schedules import permute_of, vector_schedules
+from lowbit.codegen.cpp.vector_schedules import byte_words, permute_of, vector_schedules
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
@@ -40,6 +40,7 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
     if spec.vector:
         yield from vector_schedules(spec, arch, m)
         found = list(_vector_space(tokens, (8,) if spec.limbs else (1, 2, 4, 8)))
+        found += [s.with_extra(words=1) for s in found] if spec.limbs and byte_words(arch) else []
         yield from found
         if permute := permute_of(spec, arch):
             yield from _permuted(found, permute, max(part.dim for part in BytesPlan(spec, Schedule()).parts))
@@ -137,7 +138,7 @@ def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:
         return f"{sums} running sums and what they are made of need more than {_REGISTERS[arch]} registers"
     if isinstance(plan, Plan):
         return _no_plan(plan, arch)
-    return _no_permutes(plan, arch) if isinstance(plan, BytesPlan) and plan.permute else None
+    return _no_bytes(plan, arch) if isinstance(plan, BytesPlan) else None
 
 
 def _sums(plan: Plan | VectorPlan) -> int:
@@ -174,7 +175,11 @@ def _no_input(plan: InputPlan, arch: str) -> str | None:
     return None
 
 
-def _no_permutes(plan: BytesPlan, arch: str) -> str | None:
+def _no_bytes(plan: BytesPlan, arch: str) -> str | None:
+    if plan.words and not byte_words(arch):
+        return f"codebooks of bytes are multiplied as words where there is no other way, and {arch} has another"
+    if not plan.permute:
+        return None
     if plan.permute > (most := PERMUTED.get(arch, 0)):
         return f"permutes of {arch} look up {most} centroids, not {plan.permute}"
     return None if plan.permutes else f"no part of {plan.spec.format} has at most {plan.permute} centroids"

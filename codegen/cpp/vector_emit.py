@@ -19,14 +19,14 @@ from lowbit.codegen.cpp.vector_plan import Book, VectorPlan
 __all__ = ["emit_vector_text"]
 
 _ACTIVATIONS = [
-    "int8_t* xq;  // activations, [chunk][token][digit][column]",
+    "{item}* xq;  // activations, [chunk][token][digit][column]",
     "float* xs;  // their scales, [chunk][token]",
     "int32_t* xi;  // what an accumulator starts from, [chunk][token]",
     "float* xo;  // sums of activations, [chunk][token]",
 ]
 _ACTIVATIONS_AT = [
-    "xq = (int8_t*)tokens;",
-    "xs = (float*)(tokens + kChunks * m * kTokenStride);",
+    "xq = ({item}*)tokens;",
+    "xs = (float*)(tokens + kChunks * m * kTokenStride * int64_t(sizeof({item})));",
     "xi = (int32_t*)(xs + kChunks * m);",
     "xo = (float*)(xi + kChunks * m);",
     "shift = xo + kChunks * m;",
@@ -54,7 +54,7 @@ def emit_vector_text(plan: VectorPlan, arch: str) -> str:
         headers = (_by_arch(arch, "bytes_avx512.h", "bytes_avx2.h", "bytes_generic.h"), "vector_bytes.h")
         headers += ("bytes_permute.h",) if plan.permutes else ()
         rows = ("scalar_rows.h", "vector_rows.h")
-        macros |= {"LB_ZERO": 0, "LB_WORDS": 0, **rounding_macros(plan.spec)}
+        macros |= {"LB_ZERO": 0, "LB_WORDS": int(plan.words), **rounding_macros(plan.spec)}
         macros["LB_BYTE_ENTRIES"] = byte_entries(arch)
         kernel = bytes_panels_text(plan) if plan.buffered else bytes_direct_text(plan)
         text = "\n".join([_prepare(plan), _place(plan), kernel])
@@ -91,14 +91,15 @@ def _constants(plan: VectorPlan) -> dict[str, int]:
 
 
 def _types(plan: VectorPlan) -> str:
-    names, integer = plan.spec.operands, isinstance(plan, BytesPlan)
+    names = plan.spec.operands
     lines = ["[[maybe_unused]] constexpr float kLevelUnit = 1.0f;", "struct Args : Call {"]
     for name in names:
         lines.append(f"const {_operand_type(plan, name)}* {name};")
     copies = [(*_copy(plan, b), plan.copy_bytes(b)) for b in plan.books if plan.copy_bytes(b)]
     lines += [f"{type_}* {name};" for type_, name, _ in copies]
     lines += ["uint8_t* tables;", "float* table_scale;"] if isinstance(plan, SumsPlan) else []
-    lines += _ACTIVATIONS if integer else ["float* xq;  // activations, [chunk][token][column]"]
+    floats = ["float* xq;  // activations, [chunk][token][column]"]
+    lines += [line.format(item=plan.item) for line in _ACTIVATIONS] if isinstance(plan, BytesPlan) else floats
     lines += [
         "float* shift;  // what norms add, [token]",
         "void bind(const void* const* weight, uint8_t* shared, uint8_t* tokens) {",
@@ -106,10 +107,11 @@ def _types(plan: VectorPlan) -> str:
     ]
     for i, (type_, name, _) in enumerate(copies):
         lines.append(f"{name} = ({type_}*)(shared + {sum(nbytes for *_, nbytes in copies[:i])});")
-    lines += _ACTIVATIONS_AT if integer else ["xq = (float*)tokens;", "shift = xq + kChunks * m * kTokenStride;"]
+    floats = ["xq = (float*)tokens;", "shift = xq + kChunks * m * kTokenStride;"]
+    lines += [line.format(item=plan.item) for line in _ACTIVATIONS_AT] if isinstance(plan, BytesPlan) else floats
     lines += sums_types(plan) if isinstance(plan, SumsPlan) else []
     lines += ["}", "};"]
-    if integer:
+    if isinstance(plan, BytesPlan):
         return indent([*lines, *rounding_types(plan.spec), *_chunk_functions(plan)])
     column = "a.columns[i]" if plan.fmt.ordered else "i"
     lines += [f"LB_INLINE int64_t stored_column(const Args&{' a' if plan.fmt.ordered else ''}, int64_t i) {{"]

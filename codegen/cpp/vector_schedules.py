@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 from lowbit.codegen.cpp.bytes_plan import BLOCK, PERMUTED, BytesPlan, byte_entries
 from lowbit.codegen.cpp.input_plan import ROWS, SUMLESS, InputPlan, SumsPlan, entries, looks_sums_up
-from lowbit.codegen.cpp.machines import MACHINES, Machine
+from lowbit.codegen.cpp.machines import MACHINES, WORD_ARCHES, Machine
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.schedules import TILES
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
-__all__ = ["permute_of", "vector_predict", "vector_schedules"]
+__all__ = ["byte_words", "permute_of", "vector_predict", "vector_schedules"]
 
 _MOST_SUMS = 16  # tokens
 _FULL = {"avx512": 1.5, "avx2": 2.8}
@@ -45,13 +45,24 @@ def vector_schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
 def _bytes_schedules(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Schedule]:
     """Of products of bytes: looking up and sorting a step costs as much as six tokens' products, by loads; by permutes
     as much as one or two, so that a few sweeps over the coordinates do no harm."""
-    cpu, permute = MACHINES[arch], permute_of(spec, arch)
-    height = max(1, min(tokens, cpu.sums // (4 * spec.limbs)))
+    for found in _bytes_tiles(spec, arch, tokens):
+        yield found.with_extra(words=1) if byte_words(arch) else found
+
+
+def byte_words(arch: str) -> bool:
+    """Whether bytes above 127 are better multiplied as words, where they have no dot products."""
+    return arch in WORD_ARCHES and MACHINES[arch].halves and not MACHINES[arch].full
+
+
+def _bytes_tiles(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Schedule]:
+    cpu, permute, digits = MACHINES[arch], permute_of(spec, arch), 1 if byte_words(arch) else spec.limbs
+    height = max(1, min(tokens, cpu.sums // (4 * digits)))
     if tokens <= 4 and arch != "generic":
-        yield Schedule(height, PANEL).with_extra(vectors=8)
+        # Lookups wait longer than sums that lie in memory.
+        yield Schedule(min(tokens, 2) if byte_words(arch) else height, PANEL).with_extra(vectors=8)
         if permute:
             dims = [part.dim for part in BytesPlan(spec, Schedule()).parts]
-            coordinates = min(max(dims), max(4, cpu.sums // (height * spec.limbs)))
+            coordinates = min(max(dims), max(8 if byte_words(arch) else 4, cpu.sums // (height * digits)))
             yield Schedule(height, coordinates * PANEL).with_extra(permute=permute)
     if tokens > 2 or arch == "generic":
         for rows, panels in dict.fromkeys(TILES[cpu.sums]):
@@ -96,9 +107,20 @@ def _bytes_predict(plan: BytesPlan, arch: str, m: int) -> float:
             looked = 1.12 if nbytes <= 1 << 14 else 1.29 if nbytes <= 1 << 15 else 1.8 if nbytes <= 1 << 19 else 3.0
             # Panels are stored, and with activations and sums take the codebook's place in the cache.
             looked += plan.buffered * (0.35 if nbytes <= 1 << 14 else 0.8)
-            slow = 1.0 if cpu.sums > 8 else 1.2 if arch.startswith("avx2") else 2.0
-            cycles += vectors * (reuse * looked * slow + m * plan.digits * part.lanes / BLOCK * _dot_cycles(arch))
+            slow = 1.0 if cpu.sums > 8 or plan.words else 1.2 if arch.startswith("avx2") else 2.0
+            slow *= 1.5 if plan.words and part.lanes == 4 else 1.0  # sixteen of them fill a vector
+            # Words of a pass's first token are multiplied while lookups wait.
+            products = 0.2 * reuse + 0.6 * (m - reuse) if plan.words and not plan.buffered else m
+            cycles += vectors * (reuse * looked * slow + products * part.lanes / BLOCK * _product_cycles(plan, arch))
     return cycles
+
+
+def _product_cycles(plan: BytesPlan, arch: str) -> float:
+    """Cycles of the products of 64 bytes with a token; a direct kernel makes words of them each time."""
+    if plan.words:
+        cpu = MACHINES[arch]
+        return (2 * cpu.word + (0.0 if plan.buffered else 1.5 / plan.tile_m)) / cpu.ops
+    return plan.digits * _dot_cycles(arch)
 
 
 def _dot_cycles(arch: str) -> float:
@@ -120,8 +142,8 @@ def _permute_cycles(plan: BytesPlan, part: Part, book: Book, arch: str, m: int) 
     else:
         looked = sort * len(plan.sweeps(part)) + each * coordinates
     # Permutes of words leave no unit free, which products could have for themselves.
-    product = _dot_cycles(arch) + (0.65 if words and not plan.buffered else 0.0)
-    compute, memory = tiles * looked + m * plan.digits * part.dim * product, BLOCK / cpu.bandwidth * cpu.ghz
+    product = _product_cycles(plan, arch) + (0.65 * plan.digits if words and not plan.buffered else 0.0)
+    compute, memory = tiles * looked + m * part.dim * product, BLOCK / cpu.bandwidth * cpu.ghz
     return max(compute, memory) + 0.25 * min(compute, memory)
 
 

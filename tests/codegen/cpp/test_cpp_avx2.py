@@ -22,10 +22,12 @@ needs_avx2 = pytest.mark.skipif(
 )
 EVERY = ("bias", "silu_mul", "residual")
 FEW, MANY = Schedule(2, 32), Schedule(4, 32).with_extra(buffered=1, tokens=8)
+LOADED = Schedule(2, 16).with_extra(vectors=8)
 SHORTS, WORDS, DIGITS, MADE, SIGNS = {"shorts": 1}, {"words": 1}, {"words": 2}, {"words": 3}, {"signs": 1}
 # Format, products, segments, K, tiles, the ways that run them, more of the spec. Between them: sums of 2, 4 and 8 pairs
 # and of more than a pass has, integers of a byte and of two digits, one and two digits an activation, magnitudes of one
-# and of two digits, whole and odd groups, several scales in a block, a last chunk of every length, ragged rows.
+# and of two digits, whole and odd groups, several scales in a block, a last chunk of every length, ragged rows; and
+# codebooks of bytes, loaded and permuted.
 CASES: list[tuple[str, str, tuple[int, ...], int, Schedule, tuple[dict[str, int], ...], dict[str, Any]]] = [
     ("int4.g128.asym", "int8", (257,), 601, MANY, (SHORTS,), {}),
     ("int8.ch.sym", "int8", (83, 83), 900, MANY, (WORDS,), {"epilogue": EVERY, "out_dtype": "f16"}),
@@ -38,6 +40,9 @@ CASES: list[tuple[str, str, tuple[int, ...], int, Schedule, tuple[dict[str, int]
     ("e2m3.ch", "int8", (65, 65), 130, FEW, (SIGNS, SIGNS | SHORTS), {"epilogue": EVERY}),
     ("nvfp4", "int16", (64,), 160, Schedule(2, 16).with_extra(buffered=1, tokens=8), (WORDS,), {}),
     ("int7.ch.sym", "int8", (300,), 416, MANY, (WORDS,), {"activation": "int8.token.w32x16"}),
+    ("vq.d6.k4096.c4.o2pv4k4096.s8", "int8", (97,), 133, LOADED, (WORDS,), {"epilogue": ("bias", "residual")}),
+    ("vq.d3.k16.rn.s8", "int8", (41,), 67, Schedule(1, 48).with_extra(permute=64), (WORDS,), {}),
+    ("vq.d12.k512.r16.s8", "int16", (150, 17), 201, MANY, (WORDS,), {"x_dtype": "f16"}),
 ]
 QUICK = 4
 TOKENS = (0, 1, 2, 3, 5, 19)
@@ -104,6 +109,8 @@ def test_what_an_instruction_set_lacks_is_said() -> None:
     assert "given to activations" in str(BACKEND.illegal(e3m2, few.with_extra(**SIGNS, **MADE), AVX2))
     assert "made of magnitudes" in str(BACKEND.illegal(int8, few.with_extra(**MADE), AVX2))
     assert "made of magnitudes" in str(BACKEND.illegal(e3m2, few.with_extra(**MADE), Target("cpu", "avx512")))
+    vector = spec_of("vq.d8.k256.s8", "int8", (64,), 64)
+    assert "multiplied as words" in str(BACKEND.illegal(vector, LOADED.with_extra(**WORDS), Target("cpu", "avx2vnni")))
     assert "looks up bytes" in str(BACKEND.illegal(e3m2, few.with_extra(**WORDS), AVX2))
     assert "dot products" in str(BACKEND.illegal(int8, few.with_extra(**WORDS), Target("cpu", "avx512vnni")))
     assert "products of words" in str(BACKEND.illegal(int8, few.with_extra(**WORDS), Target("cpu", "neon")))

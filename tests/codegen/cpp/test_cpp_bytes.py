@@ -141,4 +141,4 @@ def test_schedules_are_legal_and_ranked_and_cost_what_lookups_do() -> None:
             assert all(s in BACKEND.space(spec, target, m) for s in found)
     assert best("vq.d8.k256.s8", 1) < best("vq.d8.k65536.s8", 1)
     assert best("vq.d8.k256.s8", 1) < best("vq.d8.k256.r256.s8", 1)
-    assert best("vq.d8.k4096.s8", 16) < best("vq.d8.k4096.s8", 16, "int16") < best("vq.d8.k4096.s8", 512)
+    assert best("vq.d8.k4096.s8", 16) <= best("vq.d8.k4096.s8", 16, "int16") < best("vq.d8.k4096.s8", 512)
