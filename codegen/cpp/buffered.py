@@ -4,6 +4,8 @@ cache, and a register tile of tokens x panels runs over it; sums of all chunks a
 
 from __future__ import annotations
 
+import math
+
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.cpp.products import Products
 from lowbit.codegen.cpp.sides import (
@@ -79,8 +81,10 @@ def _exact_sums(plan: Plan, form: Products, width: int, height: int) -> list[str
         elif not shift:
             lines += [f"a{m}_{i} = vadd(a{m}_{i}, {starts[m, i]});" for m, i in cells]
         weights = e * _digit_bytes(plan, width)
+        together = math.gcd(4, form.steps // plan.spec.parts) if plan.words else 1
+        shorts = min(8, plan.shorts)
         lines += tile_pass(
-            form, width, height, width, plan.token_stride, d * plan.chunk_cols, weights, min(8, plan.shorts)
+            form, width, height, width, plan.token_stride, d * plan.chunk_cols, weights, shorts, together
         )
         before = shift
     return lines

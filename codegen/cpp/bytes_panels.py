@@ -38,7 +38,8 @@ def _tile(plan: BytesPlan, stride: int, width: int, height: int) -> str:
     for d in range(plan.digits):
         if d:
             lines += [f"a{m}_{i} = vadd(shl<8>(a{m}_{i}), set1(uint32_t(xi[{m}])));" for m, i in cells]
-        lines += tile_pass(form, width, height, stride, plan.token_stride, d * plan.chunk_cols)
+        together = 2 if plan.words else 1
+        lines += tile_pass(form, width, height, stride, plan.token_stride, d * plan.chunk_cols, together=together)
     for m, i in cells:
         at = f"y + {(m * stride + i) * PANEL}"
         lines.append(f"fstore({at}, fma_(fmul(cvt(a{m}_{i}), fset1(xs[{m}])), scale, fload({at})));")

@@ -18,19 +18,22 @@ def tile_pass(
     digit_at: int = 0,
     weights_at: int = 0,
     shorts: int = 0,
+    together: int = 1,
 ) -> list[str]:
     """All steps of a chunk: `a<token>_<panel> += weights * activations`, panels side by side in rows of `stride`.
 
     token_stride: elements from one token's activations to the next; digit_at, weights_at: from the first activation
     and from the first weight to those used here; shorts: steps whose pairs of products are added up as 16-bit numbers,
-    `h<token>_<panel>`, before they are added to the sums; 0 for none.
+    `h<token>_<panel>`, before they are added to the sums; 0 for none. together: steps taken at a time, of which there
+    is a multiple, so that counting them costs less.
     """
     items, per_step = 16 if form.item == "float" else 64, 32 // form.steps
     cells = [f"{m}_{i}" for m in range(height) for i in range(width)]
-    lines = ["#pragma GCC unroll 1", f"for (int64_t k = 0; k < steps;{'' if shorts else ' ++k'}) {{"]
-    if shorts:
-        lines += [f"V h{cell} = vzero();" for cell in cells]
-        lines += [f"#pragma GCC unroll {shorts}", f"for (int i = 0; i < {shorts}; ++i, ++k) {{"]
+    together = shorts or together
+    lines = ["#pragma GCC unroll 1", f"for (int64_t k = 0; k < steps;{'' if together > 1 else ' ++k'}) {{"]
+    lines += [f"V h{cell} = vzero();" for cell in cells if shorts]
+    if together > 1:
+        lines += [f"#pragma GCC unroll {together}", f"for (int i = 0; i < {together}; ++i, ++k) {{"]
     lines += [
         f"const {form.vector} w{i} = kept({form.load}(buffer + (k * {stride} + {i}) * {items} + {weights_at}));"
         for i in range(width)
@@ -41,8 +44,8 @@ def tile_pass(
         sums = [f"{form.sums if shorts else 'a'}{m}_{i}" for i in range(width)]
         lines += [f"{sum_} = {form.multiply(sum_, f'w{i}', 'v')};" for i, sum_ in enumerate(sums)]
         lines.append("}")
-    if shorts:
-        lines += ["}", *(f"a{cell} = add_pairs(a{cell}, h{cell});" for cell in cells)]
+    lines += ["}"] if together > 1 else []
+    lines += [f"a{cell} = add_pairs(a{cell}, h{cell});" for cell in cells if shorts]
     return [*lines, "}"]
 
 
