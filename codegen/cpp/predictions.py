@@ -28,8 +28,8 @@ def predict(plan: Plan, arch: str, m: int) -> float:
     streams, ahead = plan.np * len(plan.planes), plan.buffered or plan.prefetch
     memory = read / (cpu.bandwidth * 1e9 * (1 - 0.2 / streams) * (1.0 if ahead else 0.93))
     compute = _cycles(plan, cpu, m, weights) / (cpu.ghz * 1e9)
-    # Decoding into a buffer waits for memory; registers are filled while it works.
-    overlap = 1.0 if plan.buffered else cpu.overlap
+    # Decoding into a buffer waits for memory, more or less; registers are filled while it works.
+    overlap = (0.6 if cpu.halves else 1.0) if plan.buffered else cpu.overlap
     activations = m * spec.k * 1e-10 + (_tables(plan, cpu, m) if plan.lut else 0.0)
     return max(memory, compute) + overlap * min(memory, compute) + activations + 2e-6
 
@@ -112,7 +112,7 @@ def _decode(plan: Plan, cpu: Machine) -> float:
         return (2.0 * planes + 0.3) * (1.0 if wide or plan.buffered else 2.2)
     unpacked = (cpu.unpack - 0.5 * (plan.residues > 1)) * planes
     if plan.magnitudes:
-        return unpacked + 3.0 + 2.0 * len(plan.magnitudes.digits) + 8.0 * plan.words
+        return unpacked + 3.0 + 2.0 * len(plan.magnitudes.digits) + 6.0 * plan.words
     # Halves of larger tables are looked up and picked from; words are put together from digits.
     bits = plan.spec.fmt.bits
     each = 0.6 if wide or bits < 5 else 2.0 if bits == 5 else 4.0

@@ -111,7 +111,8 @@ def _words(spec: KernelSpec, arch: str, tokens: int) -> tuple[int, ...]:
     kind = _MADE if found and len(found.digits) > 1 else 2
     if operations > least:
         return (kind,)
-    return (0, kind) if operations == least and not cpu.full and tokens >= _FEW else (0,)
+    shared = tokens >= _FEW and spec.group_blocks > 1  # sums of one block are unrolled, whose digits cost as little
+    return (0, kind) if operations == least and not cpu.full and shared else (0,)
 
 
 def _sums(spec: KernelSpec, arch: str, words: int) -> int:
