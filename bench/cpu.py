@@ -67,8 +67,8 @@ _READ = """
 #include <omp.h>
 // Sums `n` bytes in four streams per thread; fast enough that memory is what limits it. What is `ahead` bytes away is
 // fetched: some processors are better off without.
-extern "C" __attribute__((visibility("default"))) uint64_t read_all(const char* p, int64_t n, int threads,
-                                                                            int64_t ahead) {
+extern "C" __attribute__((visibility("default")))
+uint64_t read_all(const char* p, int64_t n, int threads, int64_t ahead) {
   uint64_t total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
   {

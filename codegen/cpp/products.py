@@ -312,7 +312,7 @@ class SignedWordProducts(MagnitudeProducts, WordProducts):
 
     def weight(self, step: int, which: int = 0) -> str:
         high, low = self.high_and_low
-        return f"joined<{1 << self._found.shift}, {step % 2}>(signed_as({high}, sign), signed_as({low}, sign))"
+        return f"words_of<{1 << self._found.shift}, {step % 2}>(signed_as({high}, sign), signed_as({low}, sign))"
 
 
 class FloatProducts(Products):

@@ -12,7 +12,8 @@ from lowbit.codegen.spec import KernelSpec
 
 __all__ = ["TILES", "schedules"]
 
-_FEW, _FEWEST = 4, 2  # tokens
+_FEW = 4  # tokens
+_SIGNED = 2  # tokens that are given the signs of weights
 _MADE = 3  # words made of magnitudes (see `Plan`)
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((4, 1), (2, 2), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
@@ -85,7 +86,7 @@ def _with_residues(found: Schedule, residues: int) -> Schedule:
 def _signs(spec: KernelSpec, arch: str, tokens: int) -> bool:
     """Whether activations are given the weights' signs: magnitudes take half the lookups, which a few tokens pay for
     with an instruction each, and digits of bytes that two signs made too large for sums of pairs fit."""
-    found = magnitudes(spec) if arch in SIGN_ARCHES and tokens <= _FEWEST else None
+    found = magnitudes(spec) if arch in SIGN_ARCHES and tokens <= _SIGNED else None
     return found is not None and len(found.digits) > 1
 
 

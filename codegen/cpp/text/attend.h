@@ -31,14 +31,6 @@ LB_INLINE Head head_of(const Args& g, int64_t h) {
           g.v_scale + h * vs, g.v_minimum + h * vs, g.v_window + h * g.v_rows * kDim};
 }
 
-LB_INLINE float total(F x) {
-  alignas(64) float t[16];
-  fstore(t, x);
-  for (int w = 8; w; w /= 2)
-    for (int i = 0; i < w; ++i) t[i] += t[i + w];
-  return t[0];
-}
-
 // x[n] as two signed digits, x = (256 hi + lo) * step, to 2**-16 of the largest magnitude. NaN or infinity: step NaN.
 LB_INLINE float to_digits(const float* x, int64_t n, int8_t* hi, int8_t* lo) {
   const uint32_t most = largest_bits(x, n);
@@ -65,7 +57,7 @@ LB_INLINE void fold(const float* x, int64_t n, int64_t room, const uint16_t* sca
     sum = minimum ? fma_(v, load_f16(minimum + i), sum) : fadd(sum, v);
   }
   for (int64_t i = n; i < room; ++i) y[i] = 0.0f;
-  *base = total(sum);
+  *base = fsum(sum);
   *step = to_digits(y, room, digits, digits + kPitch);
 }
 
@@ -130,7 +122,7 @@ template <int ROWS> LB_INLINE void window_scores(const Head& h, const Args& g, c
     for (int r = 0; r < ROWS; ++r) {
       F sum = fzero();
       for (int64_t d = 0; d < kDim; d += 16) sum = fma_(fload(q + r * kDim + d), load_f16(key + d), sum);
-      s[r * kUnit + t - a] = total(sum);
+      s[r * kUnit + t - a] = fsum(sum);
     }
   }
 }
@@ -211,7 +203,7 @@ LB_INLINE void online_softmax(const Args& g, int64_t head, int64_t row, int64_t 
   F sum = fzero();
   for (int64_t i = 0; i < kUnit; i += 16) sum = fadd(sum, fload(s + i));
   state[0] = most;
-  state[1] = state[1] * fade + total(sum);
+  state[1] = state[1] * fade + fsum(sum);
   for (int64_t d = 16; d < kState; d += 16) fstore(state + d, fmul(fload(state + d), fset1(fade)));
 }
 

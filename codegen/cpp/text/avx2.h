@@ -169,15 +169,15 @@ template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
 }
 // The 16-bit numbers FACTOR * high + low of signed bytes, of the first two (HALF 0) or the last two columns of every row.
 // Unpacking leaves four columns of rows 0, 1, 4 and 5 in one register, and those of 2, 3, 6 and 7 in the other.
-template <int FACTOR, int HALF> LB_INLINE __m256i joined_half(__m256i high, __m256i low) {
+template <int FACTOR, int HALF> LB_INLINE __m256i word_half(__m256i high, __m256i low) {
   const __m256i factors = _mm256_set1_epi16(FACTOR << 8 | 1);
   const __m256i first = _mm256_maddubs_epi16(factors, _mm256_unpacklo_epi8(low, high));
   const __m256i second = _mm256_maddubs_epi16(factors, _mm256_unpackhi_epi8(low, high));
   return _mm256_castps_si256(
       _mm256_shuffle_ps(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second), HALF ? 0xdd : 0x88));
 }
-template <int FACTOR, int HALF> LB_INLINE V joined(V high, V low) {
-  return {joined_half<FACTOR, HALF>(high.a, low.a), joined_half<FACTOR, HALF>(high.b, low.b)};
+template <int FACTOR, int HALF> LB_INLINE V words_of(V high, V low) {
+  return {word_half<FACTOR, HALF>(high.a, low.a), word_half<FACTOR, HALF>(high.b, low.b)};
 }
 LB_INLINE V word_of(V x, const int16_t* table) { return signed_word_of<15>(x, table); }
 LB_INLINE V dot16(V acc, V codes, V x) {

@@ -87,6 +87,12 @@ LB_INLINE F fadd(F x, F y) { return each<F>([&](int i) { return vaddq_f32(x.r[i]
 LB_INLINE F fsub(F x, F y) { return each<F>([&](int i) { return vsubq_f32(x.r[i], y.r[i]); }); }
 LB_INLINE F fmul(F x, F y) { return each<F>([&](int i) { return vmulq_f32(x.r[i], y.r[i]); }); }
 LB_INLINE F fma_(F x, F y, F z) { return each<F>([&](int i) { return vfmaq_f32(z.r[i], x.r[i], y.r[i]); }); }
+// The sum of all sixteen: halves are added until one is left.
+LB_INLINE float fsum(F x) {
+  const float32x4_t four = vaddq_f32(vaddq_f32(x.r[0], x.r[2]), vaddq_f32(x.r[1], x.r[3]));
+  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+  return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
 LB_INLINE F cvt(V x) { return each<F>([&](int i) { return vcvtq_f32_s32(x.r[i]); }); }
 LB_INLINE F bitcast(V x) { return each<F>([&](int i) { return vreinterpretq_f32_s32(x.r[i]); }); }
 LB_INLINE float32x4_t from_halves(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
