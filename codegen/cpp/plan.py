@@ -17,10 +17,22 @@ from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats import IntegerLevels
 from lowbit.quantizers.formats.scaled import DIGIT_BITS
 
-__all__ = ["PANEL", "KernelPlan", "Plan", "align", "half_factor", "level_magnitudes", "magnitudes", "short_steps"]
+__all__ = [
+    "MADE",
+    "PANEL",
+    "KernelPlan",
+    "Plan",
+    "align",
+    "half_factor",
+    "level_magnitudes",
+    "magnitudes",
+    "short_steps",
+]
 
 PANEL = 16
 """Rows of a panel: the int32 lanes of one 64-byte vector."""
+MADE = 3
+"""`words` made of magnitudes and signs (see `Plan`)."""
 _WORDS = 32  # 16-bit numbers of a vector
 
 
@@ -146,9 +158,9 @@ class Plan(KernelPlan):
 
     @cached_property
     def magnitudes(self) -> Magnitudes | None:
-        """The tables of kernels that look magnitudes up, and signs meet activations or words; None for others."""
+        """The tables of kernels that look magnitudes and signs up apart, for activations or words; None for others."""
         if self.words:
-            return level_magnitudes(self.levels) if self.schedule.get("words", 0) == 3 else None
+            return level_magnitudes(self.levels) if self.schedule.get("words", 0) == MADE else None
         wanted = self.integer and self.schedule.get("signs", 0) and not (self.buffered or self.lut)
         return magnitudes(self.spec) if wanted else None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lowbit.codegen.cpp.lut_plan import lut_problem
 from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN_ARCHES, WORD_ARCHES
-from lowbit.codegen.cpp.plan import PANEL, half_factor, level_magnitudes, magnitudes, short_steps
+from lowbit.codegen.cpp.plan import MADE, PANEL, half_factor, level_magnitudes, magnitudes, short_steps
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
@@ -14,7 +14,6 @@ __all__ = ["TILES", "schedules"]
 
 _FEW = 4  # tokens
 _SIGNED = 2  # tokens that are given the signs of weights
-_MADE = 3  # words made of magnitudes (see `Plan`)
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((4, 1), (2, 2), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
 loop, AVX-512 holds 24 sums beside 4 weights."""
@@ -45,7 +44,7 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
         if not spec.limbs and half_factor(spec) is not None:
             # Two sums a row, and conversions that leave few registers.
             digits, most = 2, 2
-        if signs or words == _MADE:
+        if signs or words == MADE:
             most = pair  # magnitudes and signs take most registers
         height = max(1, min(tokens, room // digits // pair))
         panels = [p for p in (4, 2, 1) if p <= most and p % pair == 0 and (p == pair or p * height * digits <= room)]
@@ -55,7 +54,7 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
         for p in panels[:2]:
             accs = max(1, min(2, room // (p * height * digits) // 2))
             residues = 1 if words or signs else _residues(spec, arch, room // (p * height * digits))
-            accs = 1 if residues > 1 or words == _MADE else accs
+            accs = 1 if residues > 1 or words == MADE else accs
             for prefetch in (1024, 0):
                 found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
                 found = found.with_extra(shorts=1) if shorts else found
@@ -109,7 +108,7 @@ def _words(spec: KernelSpec, arch: str, tokens: int) -> tuple[int, ...]:
     cpu, top, found = MACHINES[arch], max(map(max, levels.digits)), level_magnitudes(levels)
     each = 1 if cpu.full else 2 if short_steps(spec) else 3 if top < 128 else 6
     operations, least = spec.limbs * len(levels.digits) * each, 2 if cpu.full else 4
-    kind = _MADE if found and len(found.digits) > 1 else 2
+    kind = MADE if found and len(found.digits) > 1 else 2
     if operations > least:
         return (kind,)
     shared = tokens >= _FEW and spec.group_blocks > 1  # sums of one block are unrolled, whose digits cost as little

@@ -13,7 +13,7 @@ from lowbit.codegen.cpp.bytes_plan import PERMUTED, BytesPlan, vector_plan
 from lowbit.codegen.cpp.input_plan import ROWS, SUMLESS, InputPlan, SumsPlan, looks_sums_up
 from lowbit.codegen.cpp.lut_plan import lut_problem
 from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN_ARCHES, WORD_ARCHES
-from lowbit.codegen.cpp.plan import PANEL, Plan, magnitudes, short_steps
+from lowbit.codegen.cpp.plan import MADE, PANEL, Plan, magnitudes, short_steps
 from lowbit.codegen.cpp.schedules import schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.cpp.vector_schedules import byte_words, permute_of, vector_schedules
@@ -80,7 +80,7 @@ def _word_kinds(spec: KernelSpec, arch: str) -> tuple[int, ...]:
     """Values of `words` that may be legal."""
     if not spec.limbs or arch not in WORD_ARCHES or (spec.limbs == 1 and MACHINES[arch].full):
         return (0,)
-    return (0, 1) if arch.startswith("avx512") else (0, 2, 3)
+    return (0, 1) if arch.startswith("avx512") else (0, 2, MADE)
 
 
 def _buffered(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Schedule]:
@@ -219,7 +219,7 @@ def _no_words(plan: Plan, arch: str) -> str | None:
     if plan.spec.limbs != 2 and MACHINES[arch].full:
         return "bytes of full range have dot products, which digits of one byte take"
     kind = plan.schedule.get("words", 0)
-    if kind == 3:
+    if kind == MADE:
         known = arch in SIGN_ARCHES and plan.magnitudes and len(plan.magnitudes.digits) > 1
         return None if known else "words are made of magnitudes of two digits, by AVX2"
     if len(plan.levels.digits) == 1 or kind == 2:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lowbit.codegen.cpp.bytes_plan import BLOCK, PERMUTED, BytesPlan, byte_entries
 from lowbit.codegen.cpp.input_plan import ROWS, SUMLESS, InputPlan, SumsPlan, entries, looks_sums_up
-from lowbit.codegen.cpp.machines import MACHINES, WORD_ARCHES, Machine
+from lowbit.codegen.cpp.machines import MACHINES, Machine
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.schedules import TILES
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan
@@ -51,7 +51,7 @@ def _bytes_schedules(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Sched
 
 def byte_words(arch: str) -> bool:
     """Whether bytes above 127 are better multiplied as words, where they have no dot products."""
-    return arch in WORD_ARCHES and MACHINES[arch].halves and not MACHINES[arch].full
+    return MACHINES[arch].halves and not MACHINES[arch].full
 
 
 def _bytes_tiles(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Schedule]:

@@ -103,20 +103,15 @@ LB_INLINE F odds(F low, F high) {
   for (int i = 0; i < 8; ++i) y[i] = low[2 * i + 1], y[8 + i] = high[2 * i + 1];
   return y;
 }
-LB_INLINE F load_bf16(const void* p) {
+template <typename G> LB_INLINE F load_halves(const void* p, G from) {
   uint16_t h[16];
   memcpy(h, p, 32);
   F x;
-  for (int i = 0; i < 16; ++i) x[i] = from_bf16(h[i]);
+  for (int i = 0; i < 16; ++i) x[i] = from(h[i]);
   return x;
 }
-LB_INLINE F load_f16(const void* p) {
-  uint16_t h[16];
-  memcpy(h, p, 32);
-  F x;
-  for (int i = 0; i < 16; ++i) x[i] = from_f16(h[i]);
-  return x;
-}
+LB_INLINE F load_bf16(const void* p) { return load_halves(p, from_bf16); }
+LB_INLINE F load_f16(const void* p) { return load_halves(p, from_f16); }
 // Powers of two (the smallest, 2**-127, is a subnormal float: half the next one's bits); e4m3 divided by 256, which leaves them float16.
 LB_INLINE F load_e8m0(const uint8_t* p) {
   const V power = shl<23>(load_u8(p));

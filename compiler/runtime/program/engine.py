@@ -206,7 +206,7 @@ class DecoderProgram:
     def _linear(self, part: LinearPart) -> Any:
         bias = 0 if part.bias is None else self._address(part.bias.float())
         if part.packed is None:
-            dense = _compact(part.dense)
+            dense = _readable(part.dense)
             type_ = _DENSE_TYPES.index(dense.dtype)
             return CLinear(dense=self._address(dense), type=type_, bias=bias, n=part.n, k=part.k)
         operands = [self._address(t) for t in part.packed.operands()]
@@ -268,7 +268,7 @@ class DecoderProgram:
 _DENSE_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # `Type` in model.h
 
 
-def _compact(weight: torch.Tensor | None) -> torch.Tensor:
+def _readable(weight: torch.Tensor | None) -> torch.Tensor:
     """A dense matrix as it is, if programs read its type, else as float32."""
     assert weight is not None
     return weight if weight.dtype in _DENSE_TYPES else weight.float()
