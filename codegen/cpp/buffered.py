@@ -82,7 +82,7 @@ def _exact_sums(plan: Plan, form: Products, width: int, height: int) -> list[str
             lines += [f"a{m}_{i} = vadd(a{m}_{i}, {starts[m, i]});" for m, i in cells]
         weights = e * _digit_bytes(plan, width)
         together = math.gcd(4, form.steps // plan.spec.parts) if plan.words else 1
-        shorts = min(8, plan.shorts)
+        shorts = min((8, *plan.shorts)) if plan.shorts else 0
         lines += tile_pass(
             form, width, height, width, plan.token_stride, d * plan.chunk_cols, weights, shorts, together
         )

@@ -122,8 +122,10 @@ def _sums(plan: Plan, form: Products, i: int, height: int, part: int = 0) -> lis
     last = (plan.digits - 1, form.vectors - 1, 0)
     lines = []
     for m, d, e in _digits(plan, form, height):
+        if plan.shorts and e != last[1]:
+            continue  # 16-bit sums of all digits of weights are added to one of 32 bits
         for k in range(len(form.shifts)):
-            starts = plan.integer and (d, e, k) == last
+            starts = plan.integer and not form.unsorted and (d, e, k) == last
             zero = "vzero()" if plan.integer else "fzero()"
             value = start_value(plan, f"z{i}", f"xi[{_of_part(m, part)}]") if starts else zero
             lines.append(f"{form.vector} a{i}_{m}_{d}_{e}_{k} = {value};")
@@ -132,22 +134,25 @@ def _sums(plan: Plan, form: Products, i: int, height: int, part: int = 0) -> lis
 
 def _short_sums(plan: Plan, form: Products, i: int, height: int) -> list[str]:
     """Sums of 16-bit numbers of panel `i`."""
-    return [f"V h{name} = vzero();" for name in _short_names(plan, form, i, height)]
+    return [f"V h{i}_{m}_{d}_{e}_{k} = vzero();" for m, d, e, k in _short_digits(plan, form, height)]
 
 
-def _short_names(plan: Plan, form: Products, i: int, height: int) -> list[str]:
+def _short_digits(plan: Plan, form: Products, height: int) -> list[tuple[int, int, int, int]]:
+    """(token, activation digit, weight vector, accumulator) of every such sum of one panel."""
     sums = _digits(plan, form, height) if plan.shorts else []
-    return [f"{i}_{m}_{d}_{e}_{k}" for m, d, e in sums for k in range(len(form.shifts))]
+    return [(*sum_, k) for sum_ in sums for k in range(len(form.shifts))]
 
 
 def _lengthen(plan: Plan, form: Products, i: int, height: int, step: int) -> list[str]:
     """Adds sums of 16-bit numbers to those of 32 bits, after the step of a block that may be their last."""
-    lines, blocks = [], plan.shorts // form.steps
-    for name in _short_names(plan, form, i, height):
-        lines += [f"a{name} = add_pairs(a{name}, h{name});", f"h{name} = vzero();"]
-    if not lines or (step + 1) % (form.steps if blocks else plan.shorts):
-        return []
-    return lines if blocks < 2 else [f"if ((b + 1) % {blocks} == 0 || b + 1 == blocks) {{", *lines, "}"]
+    lines = []
+    for m, d, e, k in _short_digits(plan, form, height):
+        fit, factor = plan.shorts[e], 1 << plan.weight_shifts[e]
+        of, to = f"h{i}_{m}_{d}_{e}_{k}", f"a{i}_{m}_{d}_{form.vectors - 1}_{k}"
+        blocks, sums = fit // form.steps, [f"{to} = add_pairs<{factor}>({to}, {of});", f"{of} = vzero();"]
+        if (step + 1) % min(fit, form.steps) == 0:
+            lines += sums if blocks < 2 else [f"if ((b + 1) % {blocks} == 0 || b + 1 == blocks) {{", *sums, "}"]
+    return lines
 
 
 def direct_chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
@@ -240,10 +245,16 @@ def collect(plan: Plan, form: Products, i: int, m: int, part: int = 0) -> list[s
         sums = f"fadd(evens{halves}, odds{halves})"
         late = f"t{i}_{m} = fadd(t{i}_{m}, {sums});"
         return [late if plan.group_chunks > 1 else f"y{i}_{m} = fma_({sums}, s{i}, y{i}_{m});"]
-    exact, before = "", 0
-    for shift, d, e in plan.terms:
-        exact = f"vadd(shl<{before - shift}>({exact}), {total(d, e)})" if exact else total(d, e)
-        before = shift
+    if form.unsorted:
+        start = start_value(plan, f"z{i}", f"xi[{_of_part(m, part)}]")
+        exact = f"vadd(sorted_sums({total(0, 0)}, {total(0, 1)}), {start})"
+    else:
+        exact, before = "", 0
+        for shift, d, e in plan.terms:
+            if plan.shorts and e + 1 < form.vectors:
+                continue  # part of the last one's sum
+            exact = f"vadd(shl<{before - shift}>({exact}), {total(d, e)})" if exact else total(d, e)
+            before = shift
     if plan.group_chunks > 1:
         return [f"t{i}_{m} = fma_(cvt({exact}), fset1(xs[{m}]), t{i}_{m});"]
     shifted = f"y{i}_{m} = fma_(fset1(xo[{_of_part(m, part)}]), o{i}, y{i}_{m});"

@@ -151,10 +151,11 @@ class Plan(KernelPlan):
         return self.schedule.get("residues", 1) if plain else 1
 
     @property
-    def shorts(self) -> int:
-        """Steps of a dot product whose pairs are added up as 16-bit numbers; 0 where every step adds 32-bit ones."""
+    def shorts(self) -> tuple[int, ...]:
+        """Steps of a dot product whose pairs are added up as 16-bit numbers, of each digit of weights; none where every
+        step adds 32-bit ones."""
         plain = self.integer and not (self.words or self.lut or self.residues > 1)
-        return short_steps(self.spec, self.magnitudes) if plain and self.schedule.get("shorts", 0) else 0
+        return short_steps(self.spec, self.magnitudes) if plain and self.schedule.get("shorts", 0) else ()
 
     @cached_property
     def magnitudes(self) -> Magnitudes | None:
@@ -222,12 +223,18 @@ class Plan(KernelPlan):
 
         Digits are counted from the high one; each shift but the last, 0, exceeds the next.
         """
-        digits, limbs = (1, 1) if self.words else (len(self.levels.digits), self.spec.limbs)
-        base = DIGIT_BITS
-        if self.magnitudes and not self.words:
-            digits, base = len(self.magnitudes.digits), self.magnitudes.shift
-        found = [(8 * (limbs - 1 - d) + base * (digits - 1 - e), d, e) for d in range(limbs) for e in range(digits)]
-        return tuple(sorted(found, reverse=True))
+        limbs = 1 if self.words else self.spec.limbs
+        weights = tuple(enumerate(self.weight_shifts))
+        return tuple(sorted(((8 * (limbs - 1 - d) + s, d, e) for d in range(limbs) for e, s in weights), reverse=True))
+
+    @cached_property
+    def weight_shifts(self) -> tuple[int, ...]:
+        """By what power of two each digit of weights is worth more than the last one."""
+        if self.words:
+            return (0,)
+        tables = self.magnitudes
+        digits, base = (len(tables.digits), tables.shift) if tables else (len(self.levels.digits), DIGIT_BITS)
+        return tuple(base * e for e in reversed(range(digits)))
 
     @cached_property
     def half_factor(self) -> float | None:
@@ -380,13 +387,14 @@ def level_magnitudes(levels: IntegerLevels) -> Magnitudes | None:
     return Magnitudes(low, tuple(i >> shift for i in high), shift)
 
 
-def short_steps(spec: KernelSpec, found: Magnitudes | None = None) -> int:
-    """How many pairs of products with int8 digits have a sum below 2**15, as a power of two; 0 for less than two."""
+def short_steps(spec: KernelSpec, found: Magnitudes | None = None) -> tuple[int, ...]:
+    """How many pairs of products of each digit of weights with int8 digits have a sum below 2**15, as a power of two;
+    none where two of some digit have not."""
     levels = spec.integer_levels
     if levels is None or not spec.limbs or spec.parts > 1:
-        return 0
-    fit = (2**15 - 1) // (2 * 128 * max(map(max, found.digits if found else levels.digits)))
-    return 1 << (fit.bit_length() - 1) if fit > 1 else 0
+        return ()
+    fit = [(2**15 - 1) // (2 * 128 * max(digit)) for digit in (found.digits if found else levels.digits)]
+    return tuple(1 << (most.bit_length() - 1) for most in fit) if min(fit) > 1 else ()
 
 
 def half_factor(spec: KernelSpec) -> float | None:

@@ -91,7 +91,7 @@ def _dot(plan: Plan, cpu: Machine) -> float:
         return cpu.word
     if plan.shorts:
         # Adding up 16-bit numbers takes one operation less, which waits for nothing, and two now and then.
-        return cpu.dot - 0.6 + 2 / plan.shorts
+        return cpu.dot - 0.6 + sum(2 / steps for steps in plan.shorts) / len(plan.shorts)
     digits = plan.magnitudes.digits if plan.magnitudes else plan.levels.digits
     return cpu.dot * (2 if cpu.halves and not cpu.full and max(map(max, digits)) > 127 else 1)
 

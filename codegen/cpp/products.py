@@ -42,9 +42,13 @@ __all__ = [
     "ShortProducts",
     "SignProducts",
     "SignedWordProducts",
+    "UnsortedWordProducts",
     "WordProducts",
     "products",
 ]
+
+
+_UNSORTED = 2  # sums of 16 rows that fit in 16 registers twice, beside decoding
 
 
 class Products(ABC):
@@ -52,7 +56,8 @@ class Products(ABC):
 
     steps: of a block. vectors: weight vectors of a step, each with sums of its own. late: scales meet sums instead of
     weights. shifts: of a sum's accumulators, each the power of two that its weights exceed the others' by; 0 first.
-    sums: what the names of those that steps add to begin with; `a` of those that chunks end with.
+    sums: what the names of those that steps add to begin with; `a` of those that chunks end with. unsorted: the two
+    vectors of a step have other rows, and sums of theirs two numbers for each row.
     """
 
     vector: str
@@ -62,6 +67,7 @@ class Products(ABC):
     steps: int
     vectors: int = 1
     late: bool = False
+    unsorted: bool = False
     sums: str = "a"
     printer: Printer
 
@@ -180,11 +186,22 @@ class MagnitudeProducts(IntProducts):
         assert plan.magnitudes is not None
         self._found = plan.magnitudes
 
+    def loads(self) -> Iterator[str]:
+        """Those of all products, and signs: `s_<vector>`, with every bit below a sign set, so that no byte that is
+        moved to have a sign on top is 0."""
+        yield from super().loads()
+        below: dict[str, int] = {}
+        for quad in range(8):
+            vector, at = self._bits(quad)[5]
+            below[vector] = below.get(vector, 0) | 1 << (at - 1)
+        for vector, bits in below.items():
+            yield f"const V s_{vector} = vor({vector}, set1(0x{bits:02x}{bits:02x}{bits:02x}{bits:02x}u));"
+
     def places(self, quad: int) -> Iterator[str]:
         """Statements for `at`, the index of low magnitudes, and `sign`, bytes with a code's sign that are not 0."""
         low, (fifth, sign) = self.printer.text(self._low_bits(self._args(quad, 0))), self._bits(quad)[4:]
         yield f"const V at = and_or({_lifted(fifth)}, set1(0x80808080u), {low});"
-        yield f"const V sign = vor({_lifted(sign)}, set1(0x01010101u));"
+        yield f"const V sign = {_lifted((f's_{sign[0]}', sign[1]))};"
 
     @property
     def high_and_low(self) -> tuple[str, str]:
@@ -315,6 +332,31 @@ class SignedWordProducts(MagnitudeProducts, WordProducts):
         return f"words_of<{1 << self._found.shift}, {step % 2}>(signed_as({high}, sign), signed_as({low}, sign))"
 
 
+class UnsortedWordProducts(SignedWordProducts):
+    """The same with words left where unpacking puts them, four columns of half of the rows in a vector: two shuffles
+    less for 32 weights, and twice as many sums."""
+
+    steps, unsorted = 8, True
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.vectors = 2
+
+    def before(self, step: int) -> Iterator[str]:
+        return self.places(step)
+
+    def weight(self, step: int, which: int = 0) -> str:
+        high, low = self.high_and_low
+        factor = 1 << self._found.shift
+        return f"unsorted_words_of<{factor}, {which}>(signed_as({high}, sign), signed_as({low}, sign))"
+
+    def activation(self, pointer: str, offset: str) -> str:
+        return f"bcast8({pointer} + {offset})"
+
+    def offset(self, step: int) -> int:
+        return 4 * step
+
+
 class FloatProducts(Products):
     """Fused multiply-adds: a step is 1 column, 16 dequantized rows against one activation."""
 
@@ -405,7 +447,10 @@ def products(plan: Plan) -> Products:
     """The products of a plan's spec."""
     if plan.integer:
         if plan.words:
-            return SignedWordProducts(plan) if plan.magnitudes else WordProducts(plan)
+            if not plan.magnitudes:
+                return WordProducts(plan)
+            few = not plan.buffered and plan.tile_m * plan.np <= _UNSORTED
+            return (UnsortedWordProducts if few else SignedWordProducts)(plan)
         if plan.magnitudes:
             return SignProducts(plan)
         return InPlaceProducts(plan) if plan.residues > 1 else (ShortProducts if plan.shorts else IntProducts)(plan)

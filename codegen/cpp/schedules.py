@@ -48,14 +48,14 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
             most = pair  # magnitudes and signs take most registers
         height = max(1, min(tokens, room // digits // pair))
         panels = [p for p in (4, 2, 1) if p <= most and p % pair == 0 and (p == pair or p * height * digits <= room)]
-        shorts = arch in SHORT_ARCHES and short_steps(spec) > 0 and not words
+        shorts = arch in SHORT_ARCHES and short_steps(spec, magnitudes(spec) if signs else None) and not words
         # Few panels are better split evenly over threads than streamed side by side.
         panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]
         for p in panels[:2]:
             accs = max(1, min(2, room // (p * height * digits) // 2))
             residues = 1 if words or signs else _residues(spec, arch, room // (p * height * digits))
             accs = 1 if residues > 1 or words == MADE else accs
-            for prefetch in (1024, 0):
+            for prefetch in (max(1024, MACHINES[arch].ahead // p), 0):
                 found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
                 found = found.with_extra(shorts=1) if shorts else found
                 if signs:
@@ -126,7 +126,7 @@ def _sums(spec: KernelSpec, arch: str, words: int) -> int:
 
 def _buffered(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
     *_, words = _words(spec, arch, max(tokens, _FEW + 1))  # decoding is shared by all
-    shorts = arch in SHORT_ARCHES and short_steps(spec) > 0 and not words
+    shorts = arch in SHORT_ARCHES and short_steps(spec) and not words
     for height, panels in (_PART_TILES if spec.limbs and spec.parts > 1 else TILES)[MACHINES[arch].sums]:
         if panels % pair == 0 or panels < pair:
             shape = (min(height, tokens), max(pair, panels) * PANEL)

@@ -66,8 +66,10 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Sc
         found = found.with_extra(residues=split[1]) if split[1] > 1 else found
         if arch in SHORT_ARCHES and split == (1, 1) and not words and short_steps(spec):
             yield found.with_extra(shorts=1)
-        if arch in SIGN_ARCHES and split == (1, 1) and not words and magnitudes(spec):
+        if arch in SIGN_ARCHES and split == (1, 1) and not words and (tables := magnitudes(spec)):
             yield found.with_extra(signs=1)
+            if arch in SHORT_ARCHES and short_steps(spec, tables):
+                yield found.with_extra(signs=1, shorts=1)
         yield found.with_extra(words=words) if words else found
 
 

@@ -23,6 +23,11 @@ LB_INLINE V bcast4(const void* p) {
   memcpy(&x, p, 4);
   return both(_mm256_set1_epi32(x));
 }
+LB_INLINE V bcast8(const void* p) {
+  int64_t x;
+  memcpy(&x, p, 8);
+  return both(_mm256_set1_epi64x(x));
+}
 template <int N> LB_INLINE V shr(V x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
 template <int N> LB_INLINE V shl(V x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
 template <int N> LB_INLINE V sra(V x) { return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)}; }
@@ -153,13 +158,15 @@ LB_INLINE V dot_pairs(V acc, V codes, V x) {
   return kept({_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(codes.a, x.a)),
                _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(codes.b, x.b))});
 }
-LB_INLINE V add_pairs(V acc, V sums) { return vadd(acc, madd16(sums, set1(0x00010001u))); }
+template <int BY = 1> LB_INLINE V add_pairs(V acc, V sums) { return vadd(acc, madd16(sums, set1(BY << 16 | BY))); }
 #endif
 // acc + sum of 4 unsigned codes x 4 signed activations in each 32-bit lane, exact.
 LB_INLINE V dot(V acc, V codes, V x) { return kept({dot_half(acc.a, codes.a, x.a), dot_half(acc.b, codes.b, x.b)}); }
 // The even or odd bytes as 16-bit numbers; the entry of a table of 32 that the lowest five bits of each choose, and
 // this negated where bit BIT is set; acc + sum of 2 products in each 32-bit lane, exact.
-template <int ODD> LB_INLINE V word(V x) { return vand(ODD ? shr<8>(x) : x, set1(0x00ff00ffu)); }
+template <int ODD> LB_INLINE V word(V x) {
+  return ODD ? V{_mm256_srli_epi16(x.a, 8), _mm256_srli_epi16(x.b, 8)} : vand(x, set1(0x00ff00ffu));
+}
 template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
   uint16_t codes[32];
   int16_t y[32];
@@ -167,17 +174,23 @@ template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
   for (int i = 0; i < 32; ++i) y[i] = int16_t(codes[i] >> BIT & 1 ? -table[codes[i] & 31] : table[codes[i] & 31]);
   return vload(y);
 }
-// The 16-bit numbers FACTOR * high + low of signed bytes, of the first two (HALF 0) or the last two columns of every row.
-// Unpacking leaves four columns of rows 0, 1, 4 and 5 in one register, and those of 2, 3, 6 and 7 in the other.
-template <int FACTOR, int HALF> LB_INLINE __m256i word_half(__m256i high, __m256i low) {
+// The 16-bit numbers FACTOR * high + low of signed bytes, as unpacking leaves them: four columns of rows 0, 1, 4 and 5 of
+// each register, or of rows 2, 3, 6 and 7 (REST); then the first two (HALF 0) or the last two columns of every row.
+template <int FACTOR, int REST> LB_INLINE V unsorted_words_of(V high, V low) {
   const __m256i factors = _mm256_set1_epi16(FACTOR << 8 | 1);
-  const __m256i first = _mm256_maddubs_epi16(factors, _mm256_unpacklo_epi8(low, high));
-  const __m256i second = _mm256_maddubs_epi16(factors, _mm256_unpackhi_epi8(low, high));
-  return _mm256_castps_si256(
-      _mm256_shuffle_ps(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second), HALF ? 0xdd : 0x88));
+  const auto words = [&](__m256i h, __m256i l) __attribute__((always_inline)) {
+    return _mm256_maddubs_epi16(factors, REST ? _mm256_unpackhi_epi8(l, h) : _mm256_unpacklo_epi8(l, h));
+  };
+  return {words(high.a, low.a), words(high.b, low.b)};
 }
 template <int FACTOR, int HALF> LB_INLINE V words_of(V high, V low) {
-  return {word_half<FACTOR, HALF>(high.a, low.a), word_half<FACTOR, HALF>(high.b, low.b)};
+  const F first = bitcast(unsorted_words_of<FACTOR, 0>(high, low)), rest = bitcast(unsorted_words_of<FACTOR, 1>(high, low));
+  return {_mm256_castps_si256(_mm256_shuffle_ps(first.a, rest.a, HALF ? 0xdd : 0x88)),
+          _mm256_castps_si256(_mm256_shuffle_ps(first.b, rest.b, HALF ? 0xdd : 0x88))};
+}
+// Sums of unsorted words, two of 32 bits a row: what they add up to, in the order of rows.
+LB_INLINE V sorted_sums(V first, V rest) {
+  return {_mm256_hadd_epi32(first.a, rest.a), _mm256_hadd_epi32(first.b, rest.b)};
 }
 LB_INLINE V word_of(V x, const int16_t* table) { return signed_word_of<15>(x, table); }
 LB_INLINE V dot16(V acc, V codes, V x) {

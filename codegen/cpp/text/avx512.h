@@ -127,7 +127,7 @@ LB_INLINE V dot16(V acc, V codes, V x) {
 #if LB_CODE_TOP < 128
 // acc + sums of 2 products in each 16-bit lane; acc + sums of 2 such sums in each 32-bit lane.
 LB_INLINE V dot_pairs(V acc, V codes, V x) { return kept(_mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x))); }
-LB_INLINE V add_pairs(V acc, V sums) { return vadd(acc, madd16(sums, set1(0x00010001u))); }
+template <int BY = 1> LB_INLINE V add_pairs(V acc, V sums) { return vadd(acc, madd16(sums, set1(BY << 16 | BY))); }
 #endif
 // acc + sum of 4 unsigned codes x 4 signed activations in each 32-bit lane, exact.
 LB_INLINE V dot(V acc, V codes, V x) {

@@ -21,18 +21,19 @@ needs_avx2 = pytest.mark.skipif(
     BACKEND.available(AVX2) is not None or not isa_runs_here("avx2"), reason=str(BACKEND.available(AVX2))
 )
 EVERY = ("bias", "silu_mul", "residual")
-FEW, MANY = Schedule(2, 32), Schedule(4, 32).with_extra(buffered=1, tokens=8)
+ONE, FEW, MANY = Schedule(1, 16), Schedule(2, 32), Schedule(4, 32).with_extra(buffered=1, tokens=8)
 LOADED = Schedule(2, 16).with_extra(vectors=8)
 SHORTS, WORDS, DIGITS, MADE, SIGNS = {"shorts": 1}, {"words": 1}, {"words": 2}, {"words": 3}, {"signs": 1}
 # Format, products, segments, K, tiles, the ways that run them, more of the spec. Between them: sums of 2, 4 and 8 pairs
 # and of more than a pass has, integers of a byte and of two digits, one and two digits an activation, magnitudes of one
-# and of two digits, whole and odd groups, several scales in a block, a last chunk of every length, ragged rows; and
-# codebooks of bytes, loaded and permuted.
+# and of two digits, sorted as words and as sums, whole and odd groups, several scales in a block, a last chunk of every
+# length, ragged rows; and codebooks of bytes, loaded and permuted.
 CASES: list[tuple[str, str, tuple[int, ...], int, Schedule, tuple[dict[str, int], ...], dict[str, Any]]] = [
     ("int4.g128.asym", "int8", (257,), 601, MANY, (SHORTS,), {}),
     ("int8.ch.sym", "int8", (83, 83), 900, MANY, (WORDS,), {"epilogue": EVERY, "out_dtype": "f16"}),
     ("e3m2.g64", "int8", (33,), 333, FEW, (SIGNS, SIGNS | SHORTS, DIGITS, MADE), {}),
     ("e3m2.ch", "int16", (70,), 160, MANY, (DIGITS, MADE), {}),
+    ("e3m2.g64", "int16", (33,), 333, ONE, (DIGITS, MADE), {}),
     ("mxfp6_e3m2", "int16", (40, 40), 300, FEW, (DIGITS, MADE), {"epilogue": EVERY, "out_dtype": "bf16"}),
     ("int6.g48.asym", "int16", (40,), 160, MANY, (SHORTS, WORDS), {"x_dtype": "bf16", "out_dtype": "bf16"}),
     ("int2.g64.fz", "int16", (131, 17), 577, MANY, (SHORTS, WORDS), {"epilogue": ("residual", "bias")}),
@@ -44,7 +45,7 @@ CASES: list[tuple[str, str, tuple[int, ...], int, Schedule, tuple[dict[str, int]
     ("vq.d3.k16.rn.s8", "int8", (41,), 67, Schedule(1, 48).with_extra(permute=64), (WORDS,), {}),
     ("vq.d12.k512.r16.s8", "int16", (150, 17), 201, MANY, (WORDS,), {"x_dtype": "f16"}),
 ]
-QUICK = 4
+QUICK = 5
 TOKENS = (0, 1, 2, 3, 5, 19)
 
 
@@ -70,7 +71,11 @@ def test_extreme_codes_and_activations_sum_exactly() -> None:
     """The largest magnitudes and activations everywhere: sums of 16 and of 32 bits reach their bounds."""
     cases = [("e3m2.ch.f32", "int8", FEW, SIGNS | SHORTS), ("int4.ch.sym.f32", "int8", MANY, SHORTS)]
     cases += [("int8.ch.sym.f32", "int16", MANY, WORDS), ("e3m2.ch.f32", "int16", MANY, DIGITS)]
-    cases += [("e3m2.ch.f32", "int16", FEW, MADE), ("e3m2.ch.f32", "int8", MANY, MADE)]
+    cases += [
+        ("e3m2.ch.f32", "int16", FEW, MADE),
+        ("e3m2.ch.f32", "int16", ONE, MADE),
+        ("e3m2.ch.f32", "int8", MANY, MADE),
+    ]
     jobs = [Job(spec_of(f, c, (32,), 256), "avx2", 1, tiles.with_extra(**way)) for f, c, tiles, way in cases]
     for job, run in zip(jobs, build(jobs), strict=True):
         (weight,) = tensors_of(job.spec)
