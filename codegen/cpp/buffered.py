@@ -158,7 +158,11 @@ def _decode(plan: Plan, form: Products, width: int, i: int) -> list[str]:
     if not plan.integer and plan.spec.parts == 1:
         lines += decode_sides(plan, i)
     code = "uint8_t" if plan.integer else "float"
-    lines += [f"{code}* to = buffer + {i * items};", "for (int64_t b = 0; b < blocks; ++b) {", *form.loads()]
+    lines += [
+        f"{code}* to = buffer + {i * items};",
+        "for (int64_t b = 0; b < blocks; ++b) {",
+        *(load for _, load in form.loads()),
+    ]
     for part in range(plan.spec.parts):
         lines += ["{", *_part_sides(plan, width, i, part)]
         for step in range(form.steps):

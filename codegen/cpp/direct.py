@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from lowbit.codegen.cpp.plan import Plan
@@ -23,13 +24,13 @@ from lowbit.codegen.cpp.sides import (
 __all__ = [
     "Chunk",
     "activations",
+    "block_at",
     "blocks_loop",
     "collect",
     "direct_chunk",
     "direct_text",
     "group_sums",
     "jump",
-    "load_block",
 ]
 
 Chunk = Callable[[Plan, Products, int, int], list[str]]
@@ -80,7 +81,7 @@ def _parts(plan: Plan, form: Products, width: int, height: int) -> list[str]:
     """The loop over blocks of several groups: a block is a chunk, and every part of it a sum with its own scale."""
     lines = ["for (int64_t c = 0; c < kChunks; ++c) {", *activations(plan, form), *jump(plan, width)]
     for i in range(width):
-        lines += ["{", *load_block(plan, form, i)]
+        lines += ["{", *block_at(plan, i), *(load for _, load in form.loads())]
         for part in range(plan.spec.parts):
             lines += ["{", *scale_and_zero(plan, width, part_group(plan, "c", part), (i,))]
             lines += _sums(plan, form, i, height, part)
@@ -162,9 +163,9 @@ def direct_chunk(plan: Plan, form: Products, width: int, height: int) -> list[st
         lines += [*_sums(plan, form, i, height), *_short_sums(plan, form, i, height)]
     lines += blocks_loop(plan)
     for i in range(width):
-        lines += ["{", *load_block(plan, form, i), *([] if form.late else decode_sides(plan, i))]
-        for step in range(form.steps):
-            lines += [*_step(plan, form, i, height, step), *_lengthen(plan, form, i, height, step)]
+        lines += ["{", *block_at(plan, i), *([] if form.late else decode_sides(plan, i))]
+        steps = [[*_step(plan, form, i, height, s), *_lengthen(plan, form, i, height, s)] for s in range(form.steps)]
+        lines += _loaded_when_read(form, steps)
         lines += [*(f"p{i}w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}"]
     lines += ["x += 32;", "}"]
     for i in range(width):
@@ -194,8 +195,20 @@ def _rounds(plan: Plan, width: int, chunk: list[str]) -> list[str]:
     return [*head, *chunk, *back, "}"]
 
 
-def load_block(plan: Plan, form: Products, i: int) -> list[str]:
-    """The words of one block of one panel."""
+def _loaded_when_read(form: Products, steps: list[list[str]]) -> list[str]:
+    """A block's steps, each behind the loads of what it is the first to read: what is loaded before takes registers."""
+    lines, left = [], dict(form.loads())
+    for step in steps:
+        read = set(re.findall(r"\w+", " ".join(step)))
+        for name, load in reversed(left.items()):
+            read |= set(re.findall(r"\w+", load)) if name in read else set()
+        lines += [left.pop(name) for name in tuple(left) if name in read]
+        lines += step
+    return lines
+
+
+def block_at(plan: Plan, i: int) -> list[str]:
+    """Where the words of one block of one panel are; fetches those of another."""
     lines = [f"const uint8_t* w{j} = p{i}w{j};" for j in range(len(plan.planes))]
     if plan.ahead:
         lines += [
@@ -203,7 +216,7 @@ def load_block(plan: Plan, form: Products, i: int) -> list[str]:
             for j, bits in enumerate(plan.planes)
             for v in range(bits)
         ]
-    return [*lines, *form.loads()]
+    return lines
 
 
 def jump(plan: Plan, width: int) -> list[str]:

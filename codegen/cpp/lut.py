@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 
-from lowbit.codegen.cpp.direct import activations, blocks_loop, collect, group_sums, jump, load_block
+from lowbit.codegen.cpp.direct import activations, block_at, blocks_loop, collect, group_sums, jump
 from lowbit.codegen.cpp.lut_plan import (
     LOW_BITS,
     OFFSET,
@@ -79,7 +79,8 @@ def lut_chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
 def _indices(plan: Plan, form: Products, i: int) -> list[str]:
     """`k<panel>_<plane>_<vector>`: the vectors of one block of one panel, sorted by column."""
     vectors = [(p, v) for p, bits in enumerate(plan.planes) for v in range(bits)]
-    lines = [f"V {_list(f'k{i}_{p}_{v}' for p, v in vectors)};", "{", *load_block(plan, form, i)]
+    lines = [f"V {_list(f'k{i}_{p}_{v}' for p, v in vectors)};", "{", *block_at(plan, i)]
+    lines += [load for _, load in form.loads()]
     lines += [f"k{i}_{p}_{v} = by_column(w{p}_{v});" for p, v in vectors]
     return [*lines, *(f"p{i}w{p} += {64 * bits};" for p, bits in enumerate(plan.planes)), "}"]
 

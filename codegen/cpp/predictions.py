@@ -26,10 +26,11 @@ def predict(plan: Plan, arch: str, m: int) -> float:
     read = weights * fmt.bits / 8 + spec.rows * spec.groups * sides
     # One stream leaves the memory system a fifth idle; fetching ahead bridges page boundaries.
     streams, ahead = plan.np * len(plan.planes), plan.buffered or plan.prefetch
-    memory = read / (cpu.bandwidth * 1e9 * (1 - 0.2 / streams) * (1.0 if ahead else 0.93))
+    memory = read / (cpu.bandwidth * 1e9 * (1 - (0.25 if cpu.halves else 0.2) / streams) * (1.0 if ahead else 0.93))
     compute = _cycles(plan, cpu, m, weights) / (cpu.ghz * 1e9)
     # Decoding into a buffer waits for memory, more or less; registers are filled while it works.
     overlap = (0.6 if cpu.halves else 1.0) if plan.buffered else cpu.overlap
+    overlap *= 0.6 if cpu.halves and plan.np == 1 and not (plan.buffered or plan.lut) else 1.0
     activations = m * spec.k * 1e-10 + (_tables(plan, cpu, m) if plan.lut else 0.0)
     return max(memory, compute) + overlap * min(memory, compute) + activations + 2e-6
 
@@ -65,7 +66,9 @@ def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
         loads = vectors * tiles * (plan.spec.fmt.bits / 8 + plan.tile_m * digits)
         end = 8.5 + 2 * (plan.residues - 1) * digits
     ends = plan.spec.rows / PANEL * plan.spec.chunks * m * (end if parts == 1 else 2 + 0.8 * end * parts)
-    return max((operations + ends) / cpu.ops, loads / cpu.loads)
+    # Sixteen registers hold one panel's codes and sums best.
+    wide = 0.25 * math.log2(plan.np) if cpu.halves and not plan.buffered and not plan.lut else 0.0
+    return max((operations * (1 + wide) + ends * (1 + 2 * wide)) / cpu.ops, loads / cpu.loads)
 
 
 def _digits(plan: Plan) -> int:
@@ -91,7 +94,8 @@ def _dot(plan: Plan, cpu: Machine) -> float:
         return cpu.word
     if plan.shorts:
         # Adding up 16-bit numbers takes one operation less, which waits for nothing, and two now and then.
-        return cpu.dot - 0.6 + sum(2 / steps for steps in plan.shorts) / len(plan.shorts)
+        # Sums that end within a block begin without an addition.
+        return cpu.dot - 0.6 + sum((1 if steps < 8 else 2) / steps for steps in plan.shorts) / len(plan.shorts)
     digits = plan.magnitudes.digits if plan.magnitudes else plan.levels.digits
     return cpu.dot * (2 if cpu.halves and not cpu.full and max(map(max, digits)) > 127 else 1)
 

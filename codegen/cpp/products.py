@@ -82,11 +82,11 @@ class Products(ABC):
         """The one of the sum's accumulators that a step adds to."""
         return step % self.plan.accs
 
-    def loads(self) -> Iterator[str]:
-        """Statements that load one block: `w<plane>_<vector>` from the pointers `w<plane>`."""
+    def loads(self) -> Iterator[tuple[str, str]]:
+        """Names and statements that load one block: `w<plane>_<vector>` from the pointers `w<plane>`."""
         for i, width in enumerate(self.plan.planes):
             for v in range(width):
-                yield f"const V w{i}_{v} = vload(w{i} + {64 * v});"
+                yield f"w{i}_{v}", f"const V w{i}_{v} = vload(w{i} + {64 * v});"
 
     def before(self, step: int) -> Iterator[str]:
         """Statements before the weights of a step."""
@@ -186,7 +186,7 @@ class MagnitudeProducts(IntProducts):
         assert plan.magnitudes is not None
         self._found = plan.magnitudes
 
-    def loads(self) -> Iterator[str]:
+    def loads(self) -> Iterator[tuple[str, str]]:
         """Those of all products, and signs: `s_<vector>`, with every bit below a sign set, so that no byte that is
         moved to have a sign on top is 0."""
         yield from super().loads()
@@ -195,7 +195,7 @@ class MagnitudeProducts(IntProducts):
             vector, at = self._bits(quad)[5]
             below[vector] = below.get(vector, 0) | 1 << (at - 1)
         for vector, bits in below.items():
-            yield f"const V s_{vector} = vor({vector}, set1(0x{bits:02x}{bits:02x}{bits:02x}{bits:02x}u));"
+            yield f"s_{vector}", f"const V s_{vector} = vor({vector}, set1(0x{f'{bits:02x}' * 4}u));"
 
     def places(self, quad: int) -> Iterator[str]:
         """Statements for `at`, the index of low magnitudes, and `sign`, bytes with a code's sign that are not 0."""

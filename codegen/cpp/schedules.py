@@ -51,11 +51,13 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
         shorts = arch in SHORT_ARCHES and short_steps(spec, magnitudes(spec) if signs else None) and not words
         # Few panels are better split evenly over threads than streamed side by side.
         panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]
-        for p in panels[:2]:
+        # Sixteen registers hold one panel best, and several read memory faster; predictions weigh the two.
+        for p in panels if MACHINES[arch].halves else panels[:2]:
             accs = max(1, min(2, room // (p * height * digits) // 2))
             residues = 1 if words or signs else _residues(spec, arch, room // (p * height * digits))
-            accs = 1 if residues > 1 or words == MADE else accs
-            for prefetch in (max(1024, MACHINES[arch].ahead // p), 0):
+            accs = 1 if residues > 1 or MACHINES[arch].halves else accs
+            ahead = max(1024, MACHINES[arch].ahead // p)
+            for prefetch in (ahead,) if MACHINES[arch].halves else (ahead, 0):
                 found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
                 found = found.with_extra(shorts=1) if shorts else found
                 if signs:
