@@ -14,8 +14,8 @@ class Machine:
     ghz: clock under vector load. bandwidth: GB/s from memory with four or more streams. ops, loads: vector operations
     and loads a cycle, in 64-byte units. dot: operations one dot product of bytes takes; word: one of 16-bit numbers;
     fma: one fused multiply-add of a kernel for many tokens. overlap: what the shorter of waiting for memory and
-    computing adds to the other in kernels for few tokens. end: operations that bring the sums of a chunk to the result.
-    unpack: operations that take one vector's codes out of a plane.
+    computing adds to the other in kernels for few tokens (with `halves` in those that look sums up). end: operations
+    that bring the sums of a chunk to the result. unpack: operations that take one vector's codes out of a plane.
     sums: running sums that fit in registers beside what decoding needs. full: byte dot products take one instruction,
     with unsigned bytes of any size. halves: a 64-byte vector is two registers, of which there are 16; byte dot products
     that are not full take twice as many operations with bytes above 127. ahead: bytes that direct kernels fetch ahead,
@@ -44,9 +44,9 @@ MACHINES = {
     "avx512vnni": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True),
     "avx512": Machine(3.1, 13.0, 2.0, 2.0, 5.0, 5.0, 16),
     # Measured on Zen 3 cores.
-    "avx2": Machine(3.2, 22.5, 1.52, 1.0, 2.7, 2.3, 4, False, True, 2.5, 0.3, 6.0, 1.2, ahead=4096),
+    "avx2": Machine(3.2, 22.5, 1.52, 1.0, 2.7, 2.3, 4, False, True, 2.5, 0.5, 6.0, 1.2, ahead=4096),
     # The same cores' numbers with the dot products of VNNI, counted.
-    "avx2vnni": Machine(3.2, 22.5, 1.52, 1.0, 1.0, 1.3, 4, True, True, 2.5, 0.3, 6.0, 1.2, ahead=4096),
+    "avx2vnni": Machine(3.2, 22.5, 1.52, 1.0, 1.0, 1.3, 4, True, True, 2.5, 0.5, 6.0, 1.2, ahead=4096),
     # Two or four 16-byte pipes; not measured.
     "neondot": Machine(2.8, 12.0, 0.75, 0.5, 1.0, 4.0, 4),
     "neon": Machine(2.8, 12.0, 0.75, 0.5, 6.0, 4.0, 4),

@@ -26,13 +26,19 @@ def predict(plan: Plan, arch: str, m: int) -> float:
     read = weights * fmt.bits / 8 + spec.rows * spec.groups * sides
     # One stream leaves the memory system a fifth idle; fetching ahead bridges page boundaries.
     streams, ahead = plan.np * len(plan.planes), plan.buffered or plan.prefetch
-    memory = read / (cpu.bandwidth * 1e9 * (1 - (0.25 if cpu.halves else 0.2) / streams) * (1.0 if ahead else 0.93))
+    memory = read / (cpu.bandwidth * 1e9 * (1 - 0.2 / streams) * (1.0 if ahead else 0.93))
     compute = _cycles(plan, cpu, m, weights) / (cpu.ghz * 1e9)
+    activations = m * spec.k * 1e-10 + (_tables(plan, cpu, m) if plan.lut else 0.0)
+    return _together(plan, cpu, memory, compute) + activations + 2e-6
+
+
+def _together(plan: Plan, cpu: Machine, memory: float, compute: float) -> float:
+    """Seconds of waiting for memory and of computing, of which the one hides most of the other."""
+    if cpu.halves and not plan.buffered and not plan.lut:
+        return float((memory**3 + (1.1 * compute) ** 3) ** (1 / 3))  # what is fetched far ahead hides more
     # Decoding into a buffer waits for memory, more or less; registers are filled while it works.
     overlap = (0.6 if cpu.halves else 1.0) if plan.buffered else cpu.overlap
-    overlap *= 0.6 if cpu.halves and plan.np == 1 and not (plan.buffered or plan.lut) else 1.0
-    activations = m * spec.k * 1e-10 + (_tables(plan, cpu, m) if plan.lut else 0.0)
-    return max(memory, compute) + overlap * min(memory, compute) + activations + 2e-6
+    return max(memory, compute) + overlap * min(memory, compute)
 
 
 def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
@@ -67,7 +73,7 @@ def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
         end = 8.5 + 2 * (plan.residues - 1) * digits
     ends = plan.spec.rows / PANEL * plan.spec.chunks * m * (end if parts == 1 else 2 + 0.8 * end * parts)
     # Sixteen registers hold one panel's codes and sums best.
-    wide = 0.25 * math.log2(plan.np) if cpu.halves and not plan.buffered and not plan.lut else 0.0
+    wide = 0.15 * math.log2(plan.np) if cpu.halves and not plan.buffered and not plan.lut else 0.0
     return max((operations * (1 + wide) + ends * (1 + 2 * wide)) / cpu.ops, loads / cpu.loads)
 
 
