@@ -1,16 +1,21 @@
 """The C++ implementation of the operator `lowbit::linear` for torch's dispatcher: its source, and its entry points.
 
 A call from Python costs far less when nothing of it is Python: torch hands the arguments over, a table says which
-kernel it is, and that is called with an output from torch's allocator. The text is compiled against the headers of the
-torch that is installed, so its key has torch's version.
+kernel it is, and that is called with an output from torch's allocator. Layers go past the dispatcher, too, through a
+function for Python that declines calls which somebody may want to see. The text is compiled against the headers of the
+torch and the Python that are installed, so its key has their versions.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,17 +27,20 @@ __all__ = ["LinearOperator", "OperatorSpec", "load_operator", "operator_problem"
 
 _TORCH = Path(torch.__file__).parent
 _HEADER = _TORCH / "include" / "torch" / "library.h"
+_PYTHON = Path(sysconfig.get_paths()["include"])
 
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """What decides the operator besides its text: the torch that it is for."""
+    """What decides the operator besides its text: the torch that it is for, and the Python; empty for none, where its
+    headers are missing: then every call goes through torch's dispatcher."""
 
     torch: str = f"{torch.__version__} {torch.version.git_version}"
+    python: str = field(default_factory=lambda: sys.version if (_PYTHON / "Python.h").is_file() else "")
 
     def key(self) -> str:
         """Canonical text: equal specs, equal text."""
-        return f"lowbit::linear for torch {self.torch}"
+        return f"lowbit::linear for torch {self.torch}, Python {' '.join(self.python.split()) or 'without headers'}"
 
 
 class _Kernel(ctypes.Structure):
@@ -52,6 +60,12 @@ class LinearOperator:
         self._install, self._enter, self._forget = library.lb_install, library.lb_enter, library.lb_forget
         self._install.restype = ctypes.c_char_p
         self._enter.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Kernel)]
+        self.direct: Callable[..., Any] | None = None
+        """`lowbit::linear` without torch's dispatcher; returns NotImplemented for calls that are the operator's."""
+        if hasattr(library, "lb_python"):
+            library.lb_python.restype, sample = ctypes.py_object, torch.empty(1)
+            library.lb_python.argtypes = [ctypes.py_object] * 3 + [ctypes.c_void_p]
+            self.direct = library.lb_python(torch.Tensor, torch.nn.Parameter, sample, sample._cdata)
 
     def install(self) -> None:
         """Become the operator's implementation on CPUs; raises KernelError (LB0414) where torch refuses."""
@@ -79,11 +93,14 @@ def operator_problem() -> str | None:
 
 def operator_source(spec: OperatorSpec) -> Source:
     """The text and how it is compiled. torch's libraries are those that are loaded already, by their names."""
-    text = files("lowbit.codegen.cpp").joinpath("text", "linear_op.cpp").read_text()
+    names = ["linear_op.cpp", *(["linear_call.cpp"] if spec.python else [])]
+    texts = [files("lowbit.codegen.cpp").joinpath("text", name).read_text() for name in names]
     abi = int(torch.compiled_with_cxx11_abi())
     flags = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", f"-D_GLIBCXX_USE_CXX11_ABI={abi}")
-    libraries = ("-Wl,--no-as-needed", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-lstdc++", "-lgcc_s")
-    return Source(f"// {spec.key()}\n{text}", ".so", (*flags, f"-I{_TORCH / 'include'}", *libraries))
+    folders = [f"-I{_TORCH / 'include'}", *([f"-I{_PYTHON}"] if spec.python else [])]
+    needed = ["-ltorch_cpu", "-lc10", *(["-ltorch_python"] if spec.python else []), "-lstdc++", "-lgcc_s"]
+    libraries = ("-Wl,--no-as-needed", f"-L{_TORCH / 'lib'}", *needed)
+    return Source("\n".join([f"// {spec.key()}", *texts]), ".so", (*flags, *folders, *libraries))
 
 
 def load_operator(artifact: Path) -> LinearOperator:

@@ -182,8 +182,13 @@ class PackedLinear(nn.Module):
         """[..., K] -> [..., n_out]."""
         x = rotate(x, self.rotate) if self._rotates_first else x
         compiling = is_compiling()
-        if not compiling and not (native_op.installed and x.is_cpu and _constant(bias, residual)) and unwatched(x):
-            return run_packed(x, self.packed(), bias, residual, self.key)
+        if not compiling:
+            if native_op.direct is not None:
+                found = native_op.direct(x, self.operands(), bias, residual, self.key)
+                if found is not NotImplemented:
+                    return cast(torch.Tensor, found)
+            if not (native_op.installed and x.is_cpu and _constant(bias, residual)) and unwatched(x):
+                return run_packed(x, self.packed(), bias, residual, self.key)
         out: torch.Tensor = _LINEAR(x, self.operands(), bias, residual, self.key)
         if not compiling and out.requires_grad:
             out.register_hook(_no_gradient)  # the operator alone would end the way back with a warning

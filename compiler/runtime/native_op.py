@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +46,9 @@ _problem: KernelError | None = None
 installed = False
 """Whether calls of the operator on CPUs arrive in C++ in this process. Once they do, it stays so."""
 
+direct: Callable[..., Any] | None = None
+"""The operator for layers, without torch's dispatcher (see `LinearOperator.direct`); None before it is installed."""
+
 
 def switched_off() -> bool:
     """Whether `$LOWBIT_NATIVE_OPERATOR` is 0: calls of kernels go through Python."""
@@ -73,11 +78,11 @@ def prepare(kernel: BuiltKernel) -> bool:
 
 
 def _install() -> None:
-    global _operator, _problem, installed
+    global _operator, _problem, installed, direct
     try:
         found = load_operator(_artifact())
         found.install()
-        _operator, installed = found, True
+        _operator, installed, direct = found, True, found.direct
     except KernelError as e:
         _problem = e
         say_once(f"calls of CPU kernels go through Python, which takes some microseconds more: {e.message}")

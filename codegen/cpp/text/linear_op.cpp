@@ -8,10 +8,9 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <limits>
 #include <memory>
 #include <string>
-#include <vector>
+#include <string_view>
 
 #define LB_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -40,13 +39,15 @@ struct Entry {
 constexpr size_t kHeads = 1024;
 std::atomic<const Entry*> heads[kHeads];
 
-std::atomic<const Entry*>& head_of(const std::string& spec) { return heads[std::hash<std::string>()(spec) % kHeads]; }
+std::atomic<const Entry*>& head_of(std::string_view spec) {
+  return heads[std::hash<std::string_view>()(spec) % kHeads];
+}
 
 at::ScalarType dtype_of(const std::string& name) {
   return name == "f32" ? at::kFloat : name == "f16" ? at::kHalf : at::kBFloat16;
 }
 
-const Kernel* find(const std::string& spec, at::ScalarType dtype, int64_t m) {
+const Kernel* find(std::string_view spec, at::ScalarType dtype, int64_t m) {
   for (const Entry* e = head_of(spec).load(std::memory_order_acquire); e != nullptr; e = e->next) {
     if (e->dtype == dtype && m >= e->kernel.first && m <= e->kernel.last && e->spec == spec) return &e->kernel;
   }
@@ -65,51 +66,66 @@ void* scratch(int64_t bytes) {
   return room.get();
 }
 
-// float32 and contiguous, as kernels take it; undefined for none.
-at::Tensor floats(const c10::IValue& bias) {
-  if (bias.isNone()) return {};
-  const at::Tensor& given = bias.toTensor();
-  return given.scalar_type() == at::kFloat && given.is_contiguous() ? given : given.to(at::kFloat).contiguous();
+// The arguments of a call; undefined tensors for none.
+constexpr size_t kOperands = 16;
+struct Call {
+  const at::Tensor& x;
+  const void* weight[kOperands];
+  size_t operands;
+  const at::Tensor &bias, &residual;
+  std::string_view spec;
+};
+
+// float32 and contiguous, as kernels take it.
+at::Tensor floats(const at::Tensor& bias) {
+  if (!bias.defined() || (bias.scalar_type() == at::kFloat && bias.is_contiguous())) return bias;
+  return bias.to(at::kFloat).contiguous();
 }
 
 bool addable(const at::Tensor& residual, const at::Tensor& x, int64_t numel) {
   return residual.scalar_type() == x.scalar_type() && residual.is_contiguous() && residual.numel() == numel;
 }
 
+const void* data_of(const at::Tensor& given) { return given.defined() ? given.const_data_ptr() : nullptr; }
+
 // The product, or an undefined tensor where Python has to look at the call.
-at::Tensor product(const at::Tensor& x, c10::ArrayRef<c10::IValue> weight, const c10::IValue& bias,
-                   const c10::IValue& residual, const std::string& spec) {
-  constexpr size_t kOperands = 16;
+at::Tensor product(const Call& call) {
+  const at::Tensor& x = call.x;
   const int64_t dims = x.dim(), k = dims > 0 ? x.size(-1) : 0;
   if (k == 0 || x.numel() == 0 || !x.is_contiguous()) return {};
   const int64_t m = x.numel() / k;
-  const Kernel* const kernel = find(spec, x.scalar_type(), m);
-  if (kernel == nullptr || kernel->k != k || weight.size() != size_t(kernel->operands) || weight.size() > kOperands)
-    return {};
-  if ((kernel->bias && bias.isNone()) || (kernel->residual && residual.isNone())) return {};
-  const void* pointers[kOperands];
-  for (size_t i = 0; i < weight.size(); ++i) pointers[i] = weight[i].toTensor().const_data_ptr();
-  const at::Tensor offset = floats(bias);
-  const void* added = nullptr;
-  if (!residual.isNone()) {
-    if (!addable(residual.toTensor(), x, m * kernel->n)) return {};
-    added = residual.toTensor().const_data_ptr();
-  }
+  const Kernel* const kernel = find(call.spec, x.scalar_type(), m);
+  if (kernel == nullptr || kernel->k != k || call.operands != size_t(kernel->operands)) return {};
+  if ((kernel->bias && !call.bias.defined()) || (kernel->residual && !call.residual.defined())) return {};
+  if (call.residual.defined() && !addable(call.residual, x, m * kernel->n)) return {};
+  const at::Tensor offset = floats(call.bias);
   c10::SmallVector<int64_t, 8> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = kernel->n;
   at::Tensor out = at::detail::empty_cpu(shape, x.scalar_type());
   const int threads = at::get_num_threads();
   const int64_t bytes = kernel->shared_bytes + kernel->token_bytes * m + kernel->thread_bytes * threads + 256;
-  const int status =
-      kernel->run(x.const_data_ptr(), m, pointers, offset.defined() ? offset.const_data_ptr<float>() : nullptr, added,
-                  out.mutable_data_ptr(), scratch(bytes), bytes, threads);
+  const int status = kernel->run(x.const_data_ptr(), m, call.weight, static_cast<const float*>(data_of(offset)),
+                                 data_of(call.residual), out.mutable_data_ptr(), scratch(bytes), bytes, threads);
   return status == 0 ? out : at::Tensor();
 }
 
-void linear(const c10::OperatorHandle&, Stack* stack) {
+// The product of a call of the operator, likewise.
+at::Tensor product_of(const Stack& stack) {
   using torch::jit::peek;
-  at::Tensor out = product(peek(*stack, 0, 5).toTensor(), peek(*stack, 1, 5).toListRef(), peek(*stack, 2, 5),
-                           peek(*stack, 3, 5), peek(*stack, 4, 5).toStringRef());
+  const auto optional = [&](size_t at) {
+    const c10::IValue& given = peek(stack, at, 5);
+    return given.isNone() ? at::Tensor() : given.toTensor();
+  };
+  const c10::ArrayRef<c10::IValue> weight = peek(stack, 1, 5).toListRef();
+  if (weight.size() > kOperands) return {};
+  const at::Tensor bias = optional(2), residual = optional(3);
+  Call call{peek(stack, 0, 5).toTensor(), {}, weight.size(), bias, residual, peek(stack, 4, 5).toStringRef()};
+  for (size_t i = 0; i < weight.size(); ++i) call.weight[i] = weight[i].toTensor().const_data_ptr();
+  return product(call);
+}
+
+void linear(const c10::OperatorHandle&, Stack* stack) {
+  at::Tensor out = product_of(*stack);
   if (out.defined()) {
     torch::jit::drop(*stack, 5);
     torch::jit::push(*stack, std::move(out));

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from _models import random_qtensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.codegen.cpp.torch_op import operator_problem
@@ -199,6 +202,81 @@ def test_torch_sees_the_operator_as_before(in_python: list[tuple[int, ...]]) -> 
     with torch.inference_mode():
         assert layer(x).is_inference()
     assert not in_python
+
+
+class _Ops(TorchDispatchMode):
+    """Notes the operators that arrive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    """Notes the functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Named(torch.Tensor):
+    pass
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning")
+def test_calls_past_the_dispatcher_are_those_nobody_wants_to_see() -> None:
+    inner = inner_of("e3m2.ch", ("bias", "residual"))
+    x, bias, residual = torch.randn(2, 64).half(), torch.randn(24), torch.randn(2, 24).half()
+    weight, key = inner.operands(), inner.key
+    want = NATIVE(x, weight, bias, residual, key)
+    direct = native_op.direct
+    assert direct is not None
+
+    def declined(*args: Any) -> bool:
+        return direct(*args) is NotImplemented
+
+    call = (x, weight, bias, residual, key)
+    assert torch.equal(direct(*call), want)
+    assert torch.equal(direct(torch.nn.Parameter(x), weight, torch.nn.Parameter(bias), residual, key), want)
+    with torch.inference_mode():
+        assert direct(*call).is_inference()
+    for mode in (_Ops(), _Functions()):
+        with mode:
+            assert declined(*call)
+            assert torch.equal(inner(x, bias, residual), want)
+        assert any("lowbit.linear" in name for name in mode.seen)
+    with torch.profiler.profile():
+        assert declined(*call)
+    with torch.enable_grad():
+        assert torch.equal(direct(*call), want)
+        assert declined(x.clone().requires_grad_(), *call[1:])
+        assert declined(x, weight, torch.nn.Parameter(bias), residual, key)
+    with FakeTensorMode() as fakes:
+        assert declined(fakes.from_tensor(x), *call[1:])
+    watched: list[bool] = []
+    torch.vmap(lambda row: (watched.append(declined(row, *call[1:])), row)[1])(x)
+    torch.jit.trace(lambda row: (watched.append(declined(row, *call[1:])), row + 1)[1], (x,), check_trace=False)
+    assert watched == [True, True]
+    rest = call[1:]
+    for other in (x.as_subclass(_Named), x.to("meta"), x.to_sparse(), x.T, x[:0], x.double(), x[:, :63], None, "x"):
+        assert declined(other, *rest)
+    assert declined(*call[:4])
+    assert declined(x, tuple(weight), *call[2:])
+    assert declined(x, [*weight] * 9, *call[2:])
+    assert declined(x, [w.to("meta") for w in weight], *call[2:])
+    assert declined(*call[:4], key + " ")
+    assert declined(*call[:4], "\ud800")
+    assert declined(*call[:4], 1)
 
 
 @pytest.mark.filterwarnings("ignore:lowbit..linear. an autograd kernel was not registered")
