@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 __all__ = ["LUT_ARCHES", "MACHINES", "SHORT_ARCHES", "SIGN_ARCHES", "WORD_ARCHES", "Machine"]
 
@@ -38,15 +39,18 @@ class Machine:
     ahead: int = 1024
 
 
+_ZEN3 = partial(
+    Machine, 3.2, 22.5, 1.52, 1.0, sums=4, halves=True, fma=2.5, overlap=0.5, end=6.0, unpack=1.2, ahead=4096
+)
 MACHINES = {
     # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
     "avx512vbmi": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True),
     "avx512vnni": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True),
     "avx512": Machine(3.1, 13.0, 2.0, 2.0, 5.0, 5.0, 16),
     # Measured on Zen 3 cores.
-    "avx2": Machine(3.2, 22.5, 1.52, 1.0, 2.7, 2.3, 4, False, True, 2.5, 0.5, 6.0, 1.2, ahead=4096),
+    "avx2": _ZEN3(dot=2.7, word=2.3),
     # The same cores' numbers with the dot products of VNNI, counted.
-    "avx2vnni": Machine(3.2, 22.5, 1.52, 1.0, 1.0, 1.3, 4, True, True, 2.5, 0.5, 6.0, 1.2, ahead=4096),
+    "avx2vnni": _ZEN3(dot=1.0, word=1.3, full=True),
     # Two or four 16-byte pipes; not measured.
     "neondot": Machine(2.8, 12.0, 0.75, 0.5, 1.0, 4.0, 4),
     "neon": Machine(2.8, 12.0, 0.75, 0.5, 6.0, 4.0, 4),
