@@ -328,8 +328,11 @@ class SignedWordProducts(MagnitudeProducts, WordProducts):
         return self.places(step // 2)
 
     def weight(self, step: int, which: int = 0) -> str:
+        return self._made("words_of", step % 2)
+
+    def _made(self, by: str, part: int) -> str:
         high, low = self.high_and_low
-        return f"words_of<{1 << self._found.shift}, {step % 2}>(signed_as({high}, sign), signed_as({low}, sign))"
+        return f"{by}<{1 << self._found.shift}, {part}>(signed_as({high}, sign), signed_as({low}, sign))"
 
 
 class UnsortedWordProducts(SignedWordProducts):
@@ -346,9 +349,7 @@ class UnsortedWordProducts(SignedWordProducts):
         return self.places(step)
 
     def weight(self, step: int, which: int = 0) -> str:
-        high, low = self.high_and_low
-        factor = 1 << self._found.shift
-        return f"unsorted_words_of<{factor}, {which}>(signed_as({high}, sign), signed_as({low}, sign))"
+        return self._made("unsorted_words_of", which)
 
     def activation(self, pointer: str, offset: str) -> str:
         return f"bcast8({pointer} + {offset})"

@@ -38,7 +38,8 @@ def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
 
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
-    signs, room = _signs(spec, arch, tokens), MACHINES[arch].sums
+    signs, cpu = _signs(spec, arch, tokens), MACHINES[arch]
+    room = cpu.sums
     for words in _words(spec, arch, tokens):
         digits, most = _sums(spec, arch, words), 4
         if not spec.limbs and half_factor(spec) is not None:
@@ -52,12 +53,12 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
         # Few panels are better split evenly over threads than streamed side by side.
         panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]
         # Sixteen registers hold one panel best, and several read memory faster; predictions weigh the two.
-        for p in panels if MACHINES[arch].halves else panels[:2]:
+        for p in panels if cpu.halves else panels[:2]:
             accs = max(1, min(2, room // (p * height * digits) // 2))
             residues = 1 if words or signs else _residues(spec, arch, room // (p * height * digits))
-            accs = 1 if residues > 1 or MACHINES[arch].halves else accs
-            ahead = max(1024, MACHINES[arch].ahead // p)
-            for prefetch in (ahead,) if MACHINES[arch].halves else (ahead, 0):
+            accs = 1 if residues > 1 or cpu.halves else accs
+            ahead = max(1024, cpu.ahead // p)
+            for prefetch in (ahead,) if cpu.halves else (ahead, 0):
                 found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
                 found = found.with_extra(shorts=1) if shorts else found
                 if signs:

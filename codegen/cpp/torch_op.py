@@ -28,19 +28,20 @@ __all__ = ["LinearOperator", "OperatorSpec", "load_operator", "operator_problem"
 _TORCH = Path(torch.__file__).parent
 _HEADER = _TORCH / "include" / "torch" / "library.h"
 _PYTHON = Path(sysconfig.get_paths()["include"])
+_BOUND = (_PYTHON / "Python.h", _TORCH / "lib" / "libtorch_python.so")  # what the function for Python is built with
 
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """What decides the operator besides its text: the torch that it is for, and the Python; empty for none, where its
-    headers are missing: then every call goes through torch's dispatcher."""
+    """What decides the operator besides its text: the torch that it is for, and the Python; empty for none, where the
+    headers or torch's library for it are missing: then every call goes through torch's dispatcher."""
 
     torch: str = f"{torch.__version__} {torch.version.git_version}"
-    python: str = field(default_factory=lambda: sys.version if (_PYTHON / "Python.h").is_file() else "")
+    python: str = field(default_factory=lambda: sys.version if all(p.is_file() for p in _BOUND) else "")
 
     def key(self) -> str:
         """Canonical text: equal specs, equal text."""
-        return f"lowbit::linear for torch {self.torch}, Python {' '.join(self.python.split()) or 'without headers'}"
+        return f"lowbit::linear for torch {self.torch}, Python {' '.join(self.python.split()) or 'left out'}"
 
 
 class _Kernel(ctypes.Structure):

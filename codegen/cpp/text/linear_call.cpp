@@ -1,4 +1,4 @@
-// The operator's product for Python, without torch's dispatcher: half of what a call costs is finding out that nobody
+// The operator's product for Python, without torch's dispatcher: most of what a call costs is finding out that nobody
 // wants to see it. Calls that somebody may want to see (modes, transforms, gradients, traces, profilers) are declined.
 // The header that says what a tensor is for Python takes 20 s to compile (torch/csrc/autograd/python_variable.h), so where
 // the tensor lies in the object is looked up in one, and what a library may lack is weak.
@@ -7,6 +7,8 @@
 #include <Python.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <cstring>
 
 PyObject* THPVariable_Wrap(const at::TensorBase& tensor) __attribute__((weak));
 
@@ -54,7 +56,7 @@ PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyThreadState* const thread = PyEval_SaveThread();  // the caller holds the arguments
   try {
     out = product(call);
-  } catch (const std::exception&) {
+  } catch (...) {
     out = at::Tensor();  // the operator meets the same, and says it
   }
   PyEval_RestoreThread(thread);

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowbit.codegen.cpp.backend import CppBackend
 from lowbit.codegen.cpp.toolchain import find_compiler
-from lowbit.codegen.cpp.torch_op import operator_problem
+from lowbit.codegen.cpp.torch_op import OperatorSpec, load_operator, operator_problem, operator_source
 from lowbit.codegen.select import say_once
 from lowbit.compiler.errors import KernelError, RunError
 from lowbit.compiler.ir.layout import LAYOUTS
@@ -204,28 +206,24 @@ def test_torch_sees_the_operator_as_before(in_python: list[tuple[int, ...]]) -> 
     assert not in_python
 
 
-class _Ops(TorchDispatchMode):
-    """Notes the operators that arrive."""
+class _Notes:
+    """Notes what is called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def note(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class _Functions(TorchFunctionMode):
-    """Notes the functions that are called."""
+class _Ops(_Notes, TorchDispatchMode):
+    __torch_dispatch__ = _Notes.note
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+class _Functions(_Notes, TorchFunctionMode):
+    __torch_function__ = _Notes.note
 
 
 class _Named(torch.Tensor):
@@ -277,6 +275,15 @@ def test_calls_past_the_dispatcher_are_those_nobody_wants_to_see() -> None:
     assert declined(*call[:4], key + " ")
     assert declined(*call[:4], "\ud800")
     assert declined(*call[:4], 1)
+
+
+@pytest.mark.slow
+def test_without_pythons_headers_there_is_only_the_operator(tmp_path: Path) -> None:
+    source = operator_source(OperatorSpec(python=""))
+    assert "Python.h" not in source.text
+    assert "-ltorch_python" not in source.flags
+    CppBackend().compile(source, tmp_path / "operator.so")
+    assert load_operator(tmp_path / "operator.so").direct is None
 
 
 @pytest.mark.filterwarnings("ignore:lowbit..linear. an autograd kernel was not registered")
