@@ -313,7 +313,7 @@ def computes(fmt: str, rounded: bool = False) -> tuple[str, ...]:
 
 def spec_of(fmt: str, compute: str, n: int, k: int, activation: str = "") -> KernelSpec:
     """One layer, with numbers in bfloat16 outside."""
-    layout = str(LAYOUTS[BACKEND.layout_of(parse_format(fmt))])
+    layout = str(LAYOUTS[BACKEND.layout_of(parse_format(fmt), host_target())])
     return KernelSpec((n,), k, fmt, layout, compute, "bf16", "bf16", activation=activation)  # type: ignore[arg-type]
 
 

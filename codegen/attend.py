@@ -34,7 +34,7 @@ MAX_QUERIES = 8
 def side_program(bits: int) -> Program:
     """The number behind a code of keys or values: `value(extract(words)) * scale + offset`, a group's minimum being the
     offset. Kernels that multiply codes as integers stop after the first step."""
-    extract = extract_program(bits)
+    extract = extract_program(*plane_bits(bits))
     p = program(*extract.args, "scale", "offset")
     code = p.inline(extract, {name: p.arg(name) for name in extract.args})
     value = p.inline(KVSide(bits).element.decode(), {"code": code})

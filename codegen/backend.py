@@ -13,6 +13,7 @@ import torch
 
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import VectorFormat, WeightFormat
 from lowbit.quantizers.qtensor import PackedWeight
@@ -70,11 +71,15 @@ class Backend(ABC):
     any_layout: bool = False
     invariant: bool = False
 
-    def layout_of(self, fmt: WeightFormat) -> str:
-        """Name of the packed layout its kernels read for `fmt`."""
+    def layout_of(self, fmt: WeightFormat, target: Target | None = None) -> str:
+        """Name of the packed layout its kernels read for `fmt`: the best one for `target`."""
         if not isinstance(fmt, VectorFormat):
             return self.layout
         return (self.input_layout if fmt.axis == "in" else "") or self.vector_layout
+
+    def reads(self, spec: KernelSpec) -> bool:
+        """Whether its kernels read the packed layout of `spec`."""
+        return self.any_layout or spec.layout_ == LAYOUTS[self.layout_of(spec.weight_format)]
 
     def serves(self, fmt: WeightFormat, activation: str = "") -> str | None:
         """None when there are kernels at all for `fmt` and activations in `activation` (text of an ActivationFormat, or

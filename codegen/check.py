@@ -11,7 +11,6 @@ from lowbit.codegen.backend import Launcher
 from lowbit.codegen.reference.backend import decode_stored, prepare_activations, run_reference
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.layout import plane_bits
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import Format, scalar_format
 from lowbit.quantizers.qtensor import PackedWeight, QTensor
@@ -71,7 +70,7 @@ def random_words(spec: KernelSpec, device: str, seed: int = 0) -> PackedWeight |
         f"plane{i}": torch.randint(
             -(2**31), 2**31 - 1, (k * bits // 32 * n,), generator=rng, device=device, dtype=torch.int32
         )
-        for i, bits in enumerate(plane_bits(fmt.bits))
+        for i, bits in enumerate(layout.widths(fmt.bits))
     }
     groups, tile = fmt.granularity.groups(k), layout.row_tile
     side = (groups, n) if tile == 1 else (n // tile, groups, tile)

@@ -1,6 +1,6 @@
 """The decode program of a format: packed words -> one dequantized number.
 
-For scalar formats three steps, composed here once for every backend: *extract* the code's bits from its planes (a
+For scalar formats three steps, composed here once for every backend: *extract* the code's bits from its parts (a
 matter of layout), map the *code to its value* (a matter of the element, `Element.decode`), and apply *zero point or
 offset, and scale*. Backends that multiply integers stop after the first step and apply the affine part to the sums.
 For vector formats: the sum of the centroids' elements, each gathered from a codebook.
@@ -18,13 +18,13 @@ __all__ = ["decode_program", "extract_program", "outlier_program", "scalar_progr
 
 
 @cache
-def extract_program(bits: int) -> Program:
-    """Bits of one code out of its planes: arguments `w0, s0, w1, s1 ...` (word, shift), an integer out.
+def extract_program(*widths: int) -> Program:
+    """A code out of parts of so many bits each, low ones first: arguments `w0, s0, w1, s1 ...` (the word that a part is
+    in, and its shift there), an integer out.
 
-    >>> extract_program(3).args
+    >>> extract_program(2, 1).args
     ('w0', 's0', 'w1', 's1')
     """
-    widths = plane_bits(bits)
     names = [f"{letter}{i}" for i in range(len(widths)) for letter in "ws"]
     p = program(*names)
     code, low = None, 0
@@ -40,11 +40,11 @@ def extract_program(bits: int) -> Program:
 
 
 def decode_program(fmt: WeightFormat) -> Program:
-    """The decode program of any format: `scalar_program` or `vector_program`."""
+    """The decode program of any format: `scalar_program`, of codes in planes, or `vector_program`."""
     if isinstance(fmt, VectorFormat):
         return vector_program(fmt)
     assert isinstance(fmt, Format)
-    return scalar_program(fmt)
+    return scalar_program(fmt, plane_bits(fmt.bits))
 
 
 @cache
@@ -68,10 +68,10 @@ def outlier_program() -> Program:
 
 
 @cache
-def scalar_program(fmt: Format) -> Program:
-    """`(value(extract(words)) - zero) * scale`, or `value * scale + offset`: arguments of `extract_program`, then
-    `scale` and, if stored, `zero` or `offset`."""
-    extract = extract_program(fmt.bits)
+def scalar_program(fmt: Format, widths: tuple[int, ...]) -> Program:
+    """`(value(extract(words)) - zero) * scale`, or `value * scale + offset`, of codes in parts of `widths` bits:
+    arguments of `extract_program`, then `scale` and, if stored, `zero` or `offset`."""
+    extract = extract_program(*widths)
     p = program(*extract.args, "scale", *(["zero"] if fmt.zero else ["offset"] if fmt.offset else []))
     code = p.inline(extract, {name: p.arg(name) for name in extract.args})
     value = p.inline(fmt.element.decode(), {"code": code})

@@ -59,7 +59,7 @@ def layout_name(fmt: WeightFormat, target: Target, activation: str = "") -> str:
     found = list(serving(fmt, target.kind, activation))
     usable = (b for b in found if (b.name, str(target)) in _PREBUILT or b.available(target) is None)
     backend = next((b for b in usable if b.name != "reference"), found[0])
-    return backend.layout_of(fmt)
+    return backend.layout_of(fmt, target)
 
 
 def kernel_layout(fmt: WeightFormat, target: Target, activation: str = "") -> Layout:
@@ -86,9 +86,7 @@ def able(spec: KernelSpec, target: Target, ahead: bool = False) -> Iterator[Back
     for a target that may be another machine's."""
     for name in _names():
         backend = load_backend(name)
-        if target.kind not in backend.kinds or (
-            not backend.any_layout and spec.layout_ != LAYOUTS[backend.layout_of(spec.weight_format)]
-        ):
+        if target.kind not in backend.kinds or not backend.reads(spec):
             continue
         if why := (backend.builds if ahead else backend.available)(target) or backend.supports(spec, target):
             if not (ahead or backend.any_layout):  # those serve beside a backend with kernels, where they can
@@ -102,7 +100,7 @@ def supporting(spec: KernelSpec, target: Target) -> Iterator[Backend]:
     layout stand beside them and do not count."""
     for name in _names():
         backend = load_backend(name)
-        fits = not backend.any_layout and spec.layout_ == LAYOUTS[backend.layout_of(spec.weight_format)]
+        fits = not backend.any_layout and backend.reads(spec)
         if target.kind in backend.kinds and fits and backend.supports(spec, target) is None:
             yield backend
 

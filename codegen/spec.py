@@ -13,7 +13,7 @@ import torch
 
 from lowbit.codegen.rounded import ROUNDED, RoundedRows, unroundable, unstored
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.layout import Layout, plane_bits
+from lowbit.compiler.ir.layout import Layout
 from lowbit.quantizers.formats import (
     K_ALIGN,
     SCALE_DTYPES,
@@ -172,7 +172,7 @@ class KernelSpec:
     def operands(self) -> tuple[str, ...]:
         """Names of the weight's tensors, in the order in which the operator passes them (see `PackedWeight`)."""
         if (v := self.vector) is None:
-            planes = tuple(f"plane{i}" for i in range(len(plane_bits(self.fmt.bits))))
+            planes = tuple(f"plane{i}" for i in range(len(self.layout_.widths(self.fmt.bits))))
             sides = ["zero"] * self.fmt.zero + ["offset"] * self.fmt.offset + ["tensor_scale"] * self.fmt.tensor
             sides += ["channel_scale"] * self.fmt.channel + ["columns"] * self.fmt.ordered
             sides += ["input_scale"] * (self.rounding is not None and self.rounding.static)

@@ -40,9 +40,11 @@ class Job:
         return self.schedule or next(iter(BACKEND.schedules(self.spec, Target("cpu", self.arch), self.m)))
 
 
-def spec_of(fmt: str, compute: str, segments: tuple[int, ...], k: int, **rest: object) -> KernelSpec:
-    """A spec in the layout that the C++ backend reads."""
-    layout = LAYOUTS[BACKEND.layout_of(parse_format(fmt))]
+def spec_of(
+    fmt: str, compute: str, segments: tuple[int, ...], k: int, arch: str = "generic", **rest: object
+) -> KernelSpec:
+    """A spec in the layout that the C++ backend's kernels for `arch` read best; all of them read it."""
+    layout = LAYOUTS[BACKEND.layout_of(parse_format(fmt), Target("cpu", arch))]
     return KernelSpec(segments, k, fmt, str(layout), compute, **rest)  # type: ignore[arg-type]
 
 

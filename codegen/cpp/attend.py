@@ -102,7 +102,7 @@ def _constants(spec: AttendSpec) -> str:
 
 def _dot(label: str, side: KVSide) -> str:
     """`key_dot`, `value_dot`: one block of 16 rows x 32 columns times the digits of ROWS vectors."""
-    planes, printer, extract = plane_bits(side.bits), Printer("bytes"), extract_program(side.bits)
+    planes, printer, extract = plane_bits(side.bits), Printer("bytes"), extract_program(*plane_bits(side.bits))
     if not (side.element.integer and side.element.bias == 0 and len(planes) == 1):
         raise KernelError("LB0425", f"no kernel reads {side.element.name} keys or values")
     lines = [

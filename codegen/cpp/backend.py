@@ -11,7 +11,8 @@ from lowbit.codegen.cpp.assemble import ISA_FLAGS
 from lowbit.codegen.cpp.bytes_plan import vector_plan
 from lowbit.codegen.cpp.emit import emit_text
 from lowbit.codegen.cpp.launch import load_kernel
-from lowbit.codegen.cpp.plan import Plan
+from lowbit.codegen.cpp.machines import WHOLE_ARCHES
+from lowbit.codegen.cpp.plan import PANELS, Plan, level_magnitudes
 from lowbit.codegen.cpp.predictions import predict
 from lowbit.codegen.cpp.rounding import rounding_problem
 from lowbit.codegen.cpp.schedules import schedules
@@ -21,8 +22,9 @@ from lowbit.codegen.cpp.vector_emit import emit_vector_text
 from lowbit.codegen.cpp.vector_schedules import vector_predict, vector_schedules
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
-from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
 from lowbit.compiler.ir.target import Target, isa_compiles_here, isa_runs_here
+from lowbit.quantizers.formats import Format, WeightFormat, exact_integers
 
 __all__ = ["CppBackend"]
 
@@ -43,6 +45,16 @@ class CppBackend(Backend):
         ("buffered", "words", "lut", "permute", "sums", "tile_m", "tile_n", "prefetch", "tokens", "vectors"),
     )
 
+    def layout_of(self, fmt: WeightFormat, target: Target | None = None) -> str:
+        split = isinstance(fmt, Format) and len(plane_bits(fmt.bits)) > 1
+        if not (split and target and target.arch in WHOLE_ARCHES):
+            return super().layout_of(fmt)
+        levels = exact_integers(fmt)
+        return "signs16" if levels and level_magnitudes(levels) else "whole16"
+
+    def reads(self, spec: KernelSpec) -> bool:
+        return super().reads(spec) or (not spec.vector and spec.layout_ in map(LAYOUTS.__getitem__, PANELS))
+
     def available(self, target: Target) -> str | None:
         if target.kind != "cpu":
             return f"C++ kernels run on CPUs, not {target.kind}"
@@ -56,8 +68,8 @@ class CppBackend(Backend):
         return None if find_compiler() else "no C++ compiler was found; install g++ or set CXX"
 
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
-        if spec.layout_ != (layout := LAYOUTS[self.layout_of(spec.weight_format)]):
-            return f"the C++ kernels read layout {layout}"
+        if not self.reads(spec):
+            return f"the C++ kernels read layout {LAYOUTS[self.layout_of(spec.weight_format, target)]}"
         if spec.uses_rows:
             return NO_ROWS
         if why := _vector_problem(spec) if spec.vector else rounding_problem(spec):

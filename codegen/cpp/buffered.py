@@ -11,6 +11,7 @@ from lowbit.codegen.cpp.products import Products
 from lowbit.codegen.cpp.sides import (
     decode_sides,
     dispatch,
+    fetched,
     indent,
     panel_of,
     part_group,
@@ -161,6 +162,7 @@ def _decode(plan: Plan, form: Products, width: int, i: int) -> list[str]:
     lines += [
         f"{code}* to = buffer + {i * items};",
         "for (int64_t b = 0; b < blocks; ++b) {",
+        *fetched(plan),
         *(load for _, load in form.loads()),
     ]
     for part in range(plan.spec.parts):

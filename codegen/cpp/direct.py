@@ -10,6 +10,7 @@ from lowbit.codegen.cpp.products import Products
 from lowbit.codegen.cpp.sides import (
     decode_sides,
     dispatch,
+    fetched,
     indent,
     panel_of,
     part_group,
@@ -209,14 +210,7 @@ def _loaded_when_read(form: Products, steps: list[list[str]]) -> list[str]:
 
 def block_at(plan: Plan, i: int) -> list[str]:
     """Where the words of one block of one panel are; fetches those of another."""
-    lines = [f"const uint8_t* w{j} = p{i}w{j};" for j in range(len(plan.planes))]
-    if plan.ahead:
-        lines += [
-            f"prefetch(w{j} + (jump + {plan.ahead}) * {64 * bits} + {64 * v});"
-            for j, bits in enumerate(plan.planes)
-            for v in range(bits)
-        ]
-    return lines
+    return [*(f"const uint8_t* w{j} = p{i}w{j};" for j in range(len(plan.planes))), *fetched(plan, "jump + ")]
 
 
 def jump(plan: Plan, width: int) -> list[str]:

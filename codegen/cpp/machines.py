@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-__all__ = ["LUT_ARCHES", "MACHINES", "SHORT_ARCHES", "SIGN_ARCHES", "WORD_ARCHES", "Machine"]
+__all__ = ["LUT_ARCHES", "MACHINES", "SHORT_ARCHES", "SIGN_ARCHES", "WHOLE_ARCHES", "WORD_ARCHES", "Machine"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Machine:
     sums: running sums that fit in registers beside what decoding needs. full: byte dot products take one instruction,
     with unsigned bytes of any size. halves: a 64-byte vector is two registers, of which there are 16; byte dot products
     that are not full take twice as many operations with bytes above 127. ahead: bytes that direct kernels fetch ahead,
-    all panels together, but at least 1024 in each.
+    all panels together, but at least 1024 in each; decode_ahead: those that decoding into a buffer fetches ahead.
     """
 
     ghz: float
@@ -37,10 +37,23 @@ class Machine:
     end: float = 4.4
     unpack: float = 1.7
     ahead: int = 1024
+    decode_ahead: int = 0
 
 
 _ZEN3 = partial(
-    Machine, 3.2, 22.5, 1.52, 1.0, sums=4, halves=True, fma=2.5, overlap=0.5, end=6.0, unpack=1.2, ahead=4096
+    Machine,
+    3.2,
+    22.5,
+    1.52,
+    1.0,
+    sums=4,
+    halves=True,
+    fma=2.5,
+    overlap=0.5,
+    end=6.0,
+    unpack=1.2,
+    ahead=4096,
+    decode_ahead=2048,
 )
 MACHINES = {
     # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
@@ -64,3 +77,6 @@ LUT_ARCHES = ("avx2vnni", "avx2")
 """Instruction sets with the lookups of `text/lut_avx2.h`."""
 SIGN_ARCHES = ("avx2vnni", "avx2")
 """Instruction sets with `signed_as`, which negates bytes by the signs of others."""
+WHOLE_ARCHES = ("avx2vnni", "avx2")
+"""Instruction sets for which codes are packed whole (see `compiler.ir.layout`): others put planes together with logic
+of three operands, and nobody measured them with whole codes."""

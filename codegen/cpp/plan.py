@@ -13,13 +13,14 @@ from lowbit.codegen.cpp.rounding import extra_columns
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.layout import plane_bits
+from lowbit.compiler.ir.parts import Part
 from lowbit.quantizers.formats import IntegerLevels
 from lowbit.quantizers.formats.scaled import DIGIT_BITS
 
 __all__ = [
     "MADE",
     "PANEL",
+    "PANELS",
     "KernelPlan",
     "Plan",
     "align",
@@ -31,6 +32,8 @@ __all__ = [
 
 PANEL = 16
 """Rows of a panel: the int32 lanes of one 64-byte vector."""
+PANELS = ("panel16", "whole16", "signs16")
+"""Layouts of such panels."""
 MADE = 3
 """`words` made of magnitudes and signs (see `Plan`)."""
 _WORDS = 32  # 16-bit numbers of a vector
@@ -110,8 +113,8 @@ class KernelPlan(ABC):
 class Plan(KernelPlan):
     """Sizes of one kernel of a scalar format. Schedule fields it reads, besides those of every kernel:
 
-    extra `accs`: independent accumulators per sum (direct kernels). extra `prefetch`: bytes fetched ahead (direct
-    kernels, 0 = none). extra `words`: above 0 to multiply integers as 16-bit numbers, half as many at once, instead of
+    extra `accs`: independent accumulators per sum (direct kernels). extra `prefetch`: bytes fetched ahead (0 =
+    none). extra `words`: above 0 to multiply integers as 16-bit numbers, half as many at once, instead of
     as 8-bit digits: better where several pairs of digits make one product, where short sums end often, or where bytes
     of full range have no dot products; integers of several digits are looked up as words (1) or put together, of digits
     (2) or of magnitudes' digits and signs (3). extra `residues`: accumulators per sum for codes that are multiplied
@@ -167,7 +170,7 @@ class Plan(KernelPlan):
 
     @property
     def prefetch(self) -> int:
-        """Bytes ahead of the current position that a direct kernel fetches."""
+        """Bytes ahead of the current position that are fetched."""
         return self.schedule.get("prefetch", 0)
 
     @property
@@ -249,7 +252,17 @@ class Plan(KernelPlan):
     @property
     def planes(self) -> tuple[int, ...]:
         """Bits of each plane."""
-        return plane_bits(self.spec.fmt.bits)
+        return self.spec.layout_.widths(self.spec.fmt.bits)
+
+    @property
+    def parts(self) -> tuple[tuple[Part, ...], ...]:
+        """Where the codes of each 4 columns of a block are: containers are bytes of so many vectors."""
+        return self.spec.layout_.parts(self.spec.fmt.bits)
+
+    @property
+    def containers(self) -> float:
+        """Vectors that a vector of codes is taken out of, on average."""
+        return sum(len({part[:2] for part in parts}) for parts in self.parts) / len(self.parts)
 
     @property
     def chunk_cols(self) -> int:
@@ -310,7 +323,7 @@ class Plan(KernelPlan):
 
     @property
     def ahead(self) -> int:
-        """Blocks ahead of the current one that a direct kernel fetches, 0 for none."""
+        """Blocks ahead of the current one that are fetched, 0 for none."""
         return max(1, self.prefetch // (64 * sum(self.planes))) if self.prefetch else 0
 
     @property

@@ -35,9 +35,10 @@ def predict(plan: Plan, arch: str, m: int) -> float:
 def _together(plan: Plan, cpu: Machine, memory: float, compute: float) -> float:
     """Seconds of waiting for memory and of computing, of which the one hides most of the other."""
     if cpu.halves and not plan.buffered and not plan.lut:
-        return float((memory**3 + (1.1 * compute) ** 3) ** (1 / 3))  # what is fetched far ahead hides more
-    # Decoding into a buffer waits for memory, more or less; registers are filled while it works.
-    overlap = (0.6 if cpu.halves else 1.0) if plan.buffered else cpu.overlap
+        return float((memory**3 + compute**3) ** (1 / 3))  # what is fetched far ahead hides more
+    # Decoding into a buffer waits for memory, less where it is fetched ahead; registers are filled while it works.
+    decoding = 0.3 if plan.prefetch else 0.6 if cpu.halves else 1.0
+    overlap = decoding if plan.buffered else cpu.overlap
     return max(memory, compute) + overlap * min(memory, compute)
 
 
@@ -90,7 +91,7 @@ def _held(plan: Plan, cpu: Machine) -> int:
     AVX-512, which are looked up, and where there are 16 registers for codes of two planes."""
     if not plan.integer or not cpu.halves:
         return _digits(plan)
-    crowded = len(plan.planes) > 1 and not plan.magnitudes
+    crowded = plan.containers > 1 and not plan.magnitudes
     return (1 if plan.words else _digits(plan)) * (1 + crowded)
 
 
@@ -117,12 +118,13 @@ def _tables(plan: Plan, cpu: Machine, m: int) -> float:
 
 def _decode(plan: Plan, cpu: Machine) -> float:
     """Operations that turn words into one vector of weights."""
-    planes, wide = len(plan.planes), not cpu.halves
+    planes, wide = plan.containers, not cpu.halves
     if not plan.integer:
         return (2.0 * planes + 0.3) * (1.0 if wide or plan.buffered else 2.2)
     unpacked = (cpu.unpack - 0.5 * (plan.residues > 1)) * planes
     if plan.magnitudes:
-        return unpacked + 3.0 + 2.0 * len(plan.magnitudes.digits) + 6.0 * plan.words
+        index = 2.0 if plan.spec.layout_.whole else 3.0  # most whole codes are their own
+        return unpacked + index + 2.0 * len(plan.magnitudes.digits) + 6.0 * plan.words
     # Halves of larger tables are looked up and picked from; words are put together from digits.
     bits = plan.spec.fmt.bits
     each = 0.6 if wide or bits < 5 else 2.0 if bits == 5 else 4.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import combinations
 
 from lowbit.codegen.cpp.expr import (
@@ -25,8 +24,8 @@ from lowbit.codegen.cpp.expr import (
     shifts_of,
 )
 from lowbit.codegen.cpp.plan import Plan
-from lowbit.codegen.decode import decode_program, extract_program
-from lowbit.compiler.ir.program import Program
+from lowbit.codegen.decode import extract_program, scalar_program
+from lowbit.compiler.ir.parts import Part
 from lowbit.quantizers.formats.scaled import DIGIT_BITS
 
 __all__ = [
@@ -108,13 +107,20 @@ class Products(ABC):
     def offset(self, step: int) -> int:
         """Columns from the start of a block to the step's first activation."""
 
-    def _args(self, quad: int, shift: int) -> dict[str, Node]:
+    def _args(self, quad: int, shift: int = 0) -> dict[str, Node]:
         """Arguments of the extract program for columns 4 * quad to 4 * quad + 3: words and constant shifts."""
         args = {}
-        for i, width in enumerate(self.plan.planes):
-            vector, slot = divmod(quad, 8 // width)
-            args[f"w{i}"], args[f"s{i}"] = name(f"w{i}_{vector}"), number(slot * width + shift)
+        for i, part in enumerate(self.plan.parts[quad]):
+            args[f"w{i}"], args[f"s{i}"] = name(_vector(part)), number(part.shift + shift)
         return args
+
+    def _widths(self, quad: int) -> tuple[int, ...]:
+        """Bits of the parts that the codes of these columns have."""
+        return tuple(part.width for part in self.plan.parts[quad])
+
+    def _codes(self, quad: int, shift: int = 0) -> Node:
+        """The codes of these columns."""
+        return build(extract_program(*self._widths(quad)), self._args(quad, shift))
 
 
 class IntProducts(Products):
@@ -131,31 +137,26 @@ class IntProducts(Products):
         self.printer = Printer("bytes")
         self.vectors = len(plan.levels.digits)
 
-    @cached_property
-    def _extract(self) -> Program:
-        return extract_program(self.plan.spec.fmt.bits)
-
     def weight(self, step: int, which: int = 0) -> str:
-        args, levels = self._args(step, 0), self.plan.levels
+        levels = self.plan.levels
         if levels.plain:
-            return self.printer.text(build(self._extract, args))
-        low, bits = self._low_bits(args), self._bits(step)
-        found = by_table(levels.digits[which], low, bits[4:])
-        return self.printer.text(at_once(levels.digits[which], build(self._extract, args), found))
+            return self.printer.text(self._codes(step))
+        found = by_table(levels.digits[which], self._low_bits(step), self._bits(step)[4:])
+        return self.printer.text(at_once(levels.digits[which], self._codes(step), found))
 
-    def _low_bits(self, args: dict[str, Node]) -> Node:
-        """The code's lowest four bits, or the code where it has no more."""
-        if self.plan.spec.fmt.bits < 4:
-            return build(self._extract, args)
-        return build(extract_program(4), {"w0": args["w0"], "s0": args["s0"]})
+    def _low_bits(self, quad: int) -> Node:
+        """The codes' lowest four bits, or the codes where they have no more."""
+        widths, left = [], 4
+        for width in self._widths(quad):
+            widths.append(min(width, left))
+            left -= widths[-1]
+        widths = [width for width in widths if width]
+        args = self._args(quad)
+        return build(extract_program(*widths), {f"{a}{i}": args[f"{a}{i}"] for i in range(len(widths)) for a in "ws"})
 
-    def _bits(self, step: int) -> list[Bit]:
-        """Where each bit of the code stands."""
-        found = []
-        for i, width in enumerate(self.plan.planes):
-            vector, slot = divmod(step, 8 // width)
-            found += [(f"w{i}_{vector}", slot * width + b) for b in range(width)]
-        return found
+    def _bits(self, quad: int) -> list[Bit]:
+        """Where each bit of the codes stands."""
+        return [(_vector(part), part.shift + b) for part in self.plan.parts[quad] for b in range(part.width)]
 
     def activation(self, pointer: str, offset: str) -> str:
         return f"bcast4({pointer} + {offset})"
@@ -187,20 +188,24 @@ class MagnitudeProducts(IntProducts):
         self._found = plan.magnitudes
 
     def loads(self) -> Iterator[tuple[str, str]]:
-        """Those of all products, and signs: `s_<vector>`, with every bit below a sign set, so that no byte that is
-        moved to have a sign on top is 0."""
+        """Those of all products, and signs: `s_<vector>`, with every other bit set, so that no byte that is moved to
+        have a sign on top is 0."""
         yield from super().loads()
-        below: dict[str, int] = {}
+        others: dict[str, int] = {}
         for quad in range(8):
             vector, at = self._bits(quad)[5]
-            below[vector] = below.get(vector, 0) | 1 << (at - 1)
-        for vector, bits in below.items():
+            others[vector] = others.get(vector, 0xFF) & ~(1 << at)
+        for vector, bits in others.items():
             yield f"s_{vector}", f"const V s_{vector} = vor({vector}, set1(0x{f'{bits:02x}' * 4}u));"
 
     def places(self, quad: int) -> Iterator[str]:
         """Statements for `at`, the index of low magnitudes, and `sign`, bytes with a code's sign that are not 0."""
-        low, (fifth, sign) = self.printer.text(self._low_bits(self._args(quad, 0))), self._bits(quad)[4:]
-        yield f"const V at = and_or({_lifted(fifth)}, set1(0x80808080u), {low});"
+        fifth, sign = self._bits(quad)[4:]
+        first, low = self.plan.parts[quad][0], self.printer.text(self._low_bits(quad))
+        index = f"and_or({_lifted(fifth)}, set1(0x80808080u), {low})"
+        if (first.shift, first.width) == (0, 4) and fifth == (_vector(first), 7):
+            index = _vector(first)  # bits between these five do not count
+        yield f"const V at = {index};"
         yield f"const V sign = {_lifted((f's_{sign[0]}', sign[1]))};"
 
     @property
@@ -233,6 +238,11 @@ class SignProducts(MagnitudeProducts):
         return f"{'dot_pairs' if self.plan.shorts else 'dot'}({acc}, {w}, {x})"
 
 
+def _vector(part: Part) -> str:
+    """The vector of containers that a part of codes lies in: `w<plane>_<vector>`, as `Products.loads` calls it."""
+    return f"w{part.plane}_{part.container}"
+
+
 def _lifted(bit: Bit) -> str:
     """A vector with a bit of each byte in bit 7, and others below it."""
     vector, at = bit
@@ -252,7 +262,7 @@ class InPlaceProducts(IntProducts):
         self._places_of_steps = min(found, key=self._operations)
 
     def _code(self, step: int, left: int) -> Node:
-        return shifted(build(self._extract, self._args(step, 0)), left)
+        return shifted(self._codes(step), left)
 
     def _places(self, among: tuple[int, ...]) -> tuple[int, ...]:
         """How far to the left of its value each step's code is left, with as few shifts as possible."""
@@ -304,7 +314,7 @@ class WordProducts(IntProducts):
         if table is None:
             high, *low = (f"word<{odd}>({super(WordProducts, self).weight(quad, e)})" for e in range(self._digits))
             return f"vadd(shl<{DIGIT_BITS}>({high}), {low[0]})" if low else high
-        code = self.printer.text(build(self._extract, self._args(quad, 0)))
+        code = self.printer.text(self._codes(quad))
         return f"{'word_of' if table.top < 0 else f'signed_word_of<{table.top}>'}(word<{odd}>({code}), kWords)"
 
     @property
@@ -370,7 +380,7 @@ class FloatProducts(Products):
     def weight(self, step: int, which: int = 0) -> str:
         fmt = self.plan.spec.fmt
         args = self._args(step // 4, step % 4 * 8) | {side: name(side) for side in ("scale", "zero", "offset")}
-        return self.printer.text(build(decode_program(fmt), args))
+        return self.printer.text(build(scalar_program(fmt, self._widths(step // 4)), args))
 
     def activation(self, pointer: str, offset: str) -> str:
         return f"fset1({pointer}[{offset}])"
@@ -399,8 +409,7 @@ class HalfProducts(FloatProducts):
     def _floats(self, quad: int, odd: int, half: int) -> str:
         """Columns 0 and 2, or 1 and 3, of a quad as floats, of one half of the rows."""
         fmt = self.plan.spec.fmt
-        code = build(extract_program(fmt.bits), self._args(quad, odd * 8))
-        found = half_bits(build(fmt.element.decode(), {"code": code}))
+        found = half_bits(build(fmt.element.decode(), {"code": self._codes(quad, odd * 8)}))
         assert found is not None
         return f"{('half_low', 'half_high')[half]}({self.printer.text(found[0])})"
 

@@ -134,5 +134,6 @@ def _buffered(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[S
         if panels % pair == 0 or panels < pair:
             shape = (min(height, tokens), max(pair, panels) * PANEL)
             found = Schedule(*shape, spec.chunk_blocks * 32).with_extra(buffered=1, tokens=192)
+            found = found.with_extra(prefetch=ahead) if (ahead := MACHINES[arch].decode_ahead) else found
             found = found.with_extra(shorts=1) if shorts else found
             yield found.with_extra(words=words) if words else found

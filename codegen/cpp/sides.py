@@ -9,6 +9,7 @@ from lowbit.codegen.cpp.plan import Plan
 __all__ = [
     "decode_sides",
     "dispatch",
+    "fetched",
     "indent",
     "panel_of",
     "part_group",
@@ -81,6 +82,14 @@ def scale_and_zero(plan: Plan, width: int, group: str, panels: Iterable[int] | N
 def slots_of(plan: Plan, width: int) -> int:
     """Slots that a tile of `width` panels stands for."""
     return width // 2 if plan.silu else width
+
+
+def fetched(plan: Plan, blocks: str = "") -> list[str]:
+    """Fetches of the block that lies `Plan.ahead` blocks behind the one at `w<plane>`, and `blocks` more."""
+    if not plan.ahead:
+        return []
+    vectors = [(j, bits, v) for j, bits in enumerate(plan.planes) for v in range(bits)]
+    return [f"prefetch(w{j} + ({blocks}{plan.ahead}) * {64 * bits} + {64 * v});" for j, bits, v in vectors]
 
 
 def side_prefetch(plan: Plan, width: int, i: int, group: str) -> list[str]:

@@ -26,6 +26,7 @@ __all__ = ["illegal", "space"]
 _REGISTERS = {"avx512vbmi": 32, "avx512vnni": 32, "avx512": 32, "avx2vnni": 16, "avx2": 16, "neondot": 16, "neon": 16}
 _REGISTERS["generic"] = 8
 _MOST_DIRECT, _LEAST_BUFFERED = 16, 3  # tokens for which the one and the other shape are worth a look
+_FETCHING = 64  # tokens up to which buffered kernels wait for weights
 _TILE_SUMS = 8  # vectors of sums of 64 rows, as words and as wider numbers
 _MOST_PREFETCH = 4096  # bytes: what lies further ahead is evicted before it is read
 
@@ -86,9 +87,11 @@ def _word_kinds(spec: KernelSpec, arch: str) -> tuple[int, ...]:
 
 
 def _buffered(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Schedule]:
-    for height, panels, block in product((2, 4, 6, 8, 12), (1, 2, 3, 4, 6), (48, 96, 192, 384)):
+    ahead = (0, 2048) if tokens <= _FETCHING else (0,)
+    for height, panels, block, prefetch in product((2, 4, 6, 8, 12), (1, 2, 3, 4, 6), (48, 96, 192, 384), ahead):
         if height <= tokens and (block <= 2 * tokens or block == 48):
             found = Schedule(height, panels * PANEL, spec.chunk_blocks * 32).with_extra(buffered=1, tokens=block)
+            found = found.with_extra(prefetch=prefetch) if prefetch else found
             if arch in SHORT_ARCHES and not words and short_steps(spec):
                 yield found.with_extra(shorts=1)
             yield found.with_extra(words=words) if words else found

@@ -12,10 +12,11 @@ from torch import Tensor
 from lowbit.codegen.backend import Source
 from lowbit.codegen.cpp.assemble import ISA_FLAGS, prelude
 from lowbit.codegen.cpp.launch import load_openmp
+from lowbit.codegen.cpp.plan import PANELS
 from lowbit.codegen.cpp.toolchain import FLAGS
 from lowbit.codegen.table import TableSpec
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.layout import LAYOUTS, plane_bits
+from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.quantizers.formats import K_ALIGN
 from lowbit.quantizers.qtensor import padded_columns, padded_group
 
@@ -29,8 +30,8 @@ _SCALES = {"f16": ("uint16_t", "from_f16"), "f32": ("float", "float")}
 
 def table_problem(spec: TableSpec) -> str | None:
     """Why there is no C++ kernel for a table, or None."""
-    if LAYOUTS["panel16"] != spec.linear.layout_:
-        return f"the C++ kernel reads layout {LAYOUTS['panel16']}"
+    if spec.linear.layout_ not in map(LAYOUTS.__getitem__, PANELS):
+        return f"the C++ kernel reads layouts {', '.join(PANELS)}"
     return None if spec.linear.scale_dtype in _SCALES else f"it reads no scales of type {spec.linear.scale_dtype}"
 
 
@@ -45,13 +46,13 @@ def entry_text(spec: TableSpec) -> str:
     blocks = padded_columns(fmt, spec.k, layout.block) // K_ALIGN
     group, padded = min(fmt.granularity.group_size(spec.k), spec.k), padded_group(fmt, spec.k)
     code, low = [], 0
-    for i, bits in enumerate(plane_bits(fmt.bits)):
-        place, shift = layout.address(bits, tile, K_ALIGN)
+    sizes = layout.widths(fmt.bits)
+    for i, (plane, bits, place, shift) in enumerate(layout.places(fmt.bits, tile, K_ALIGN)):
         cells = ", ".join(
             str(p << 3 | s) for p, s in zip(place.flatten().tolist(), shift.flatten().tolist(), strict=True)
         )
         lines.append(f"static const uint16_t kCell{i}[{tile * K_ALIGN}] = {{{cells}}};")
-        byte = f"((const uint8_t*)w[{i}])[block * {tile * K_ALIGN * bits // 8} + (kCell{i}[cell] >> 3)]"
+        byte = f"((const uint8_t*)w[{plane}])[block * {tile * K_ALIGN * sizes[plane] // 8} + (kCell{i}[cell] >> 3)]"
         code.append(f"(({byte} >> (kCell{i}[cell] & 7)) & {2**bits - 1}u) << {low}")
         low += bits
     levels = ", ".join(

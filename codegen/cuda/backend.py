@@ -69,8 +69,8 @@ class CudaBackend(Backend):
         return no_compiler()
 
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
-        if spec.layout_ != (layout := LAYOUTS[self.layout_of(spec.weight_format)]):
-            return f"reads the layout {layout}, not {spec.layout}"
+        if not self.reads(spec):
+            return f"reads the layout {LAYOUTS[self.layout_of(spec.weight_format)]}, not {spec.layout}"
         if why := self.serves(spec.weight_format, spec.activation):
             return why
         if unknown := set(spec.operands) - KNOWN - set(VECTOR_OPERANDS):

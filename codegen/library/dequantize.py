@@ -35,8 +35,8 @@ def take_rows(weight: PackedWeight, segment: int, first: int, count: int) -> dic
     start = sum(math.ceil(n / tile) for n in weight.segments[:segment]) + first // tile
     tiles = math.ceil(count / tile)
     found = {}
-    for i, (bits, words) in enumerate(zip(plane_bits(weight.fmt.bits), weight.planes, strict=True)):
-        sizes = layout.plane_sizes(bits, weight.rows, words.numel() * (layout.container // bits) // weight.rows)
+    for i, (bits, words) in enumerate(zip(layout.widths(weight.fmt.bits), weight.planes, strict=True)):
+        sizes = layout.plane_sizes(bits, weight.rows, words.numel() * layout.container // bits // weight.rows)
         memory = layout.order(bits, sizes)[0]
         grid = words.view([sizes[d] for d in memory])
         found[f"plane{i}"] = grid.narrow(memory.index(layout.n[0][0]), start, tiles)
@@ -55,13 +55,11 @@ def row_decoder(fmt: Format, layout: Layout, k: int, dtype: torch.dtype) -> RowD
     levels = fmt.element.levels()
     affine = bool((levels == levels[0] + torch.arange(len(levels))).all())
     lowest, where, size = float(levels[0]), column_map(fmt, k), fmt.granularity.group_size(k)
-    planes = _planes(fmt, layout, k)
+    extract = _extractor(fmt, layout, k)
     dense = int(where[-1]) + 1 == k  # no padding between groups
 
     def decode(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        codes = planes[0].codes(parts["plane0"], layout.container)
-        for i, plane in enumerate(planes[1:], 1):
-            codes = codes | plane.codes(parts[f"plane{i}"], layout.container)
+        codes = extract(parts)
         codes = codes[:, :k] if dense else codes.index_select(1, where.to(codes.device))
         table = levels.to(codes.device)
         values = codes.float() + lowest if affine else table.index_select(0, codes.flatten().int()).view(codes.shape)
@@ -75,6 +73,22 @@ def row_decoder(fmt: Format, layout: Layout, k: int, dtype: torch.dtype) -> RowD
         return (values[:, parts["order"]] if "order" in parts else values).to(dtype)
 
     return decode
+
+
+def _extractor(fmt: Format, layout: Layout, k: int) -> RowDecoder:
+    """A function of what `take_rows` gives -> uint8 codes [rows, padded columns]."""
+    if layout.whole:
+        read = layout.whole_reader(fmt.bits, padded_columns(fmt, k, layout.block))
+        return lambda parts: read(parts["plane0"])
+    planes = _planes(fmt, layout, k)
+
+    def split(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        codes = planes[0].codes(parts["plane0"], layout.container)
+        for i, plane in enumerate(planes[1:], 1):
+            codes = codes | plane.codes(parts[f"plane{i}"], layout.container)
+        return codes
+
+    return split
 
 
 @dataclass(frozen=True)

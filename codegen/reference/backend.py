@@ -13,7 +13,6 @@ from lowbit.codegen.decode import outlier_program, scalar_program, vector_progra
 from lowbit.codegen.reference.torch_ops import TORCH
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
-from lowbit.compiler.ir.layout import plane_bits
 from lowbit.compiler.ir.program import Program
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import Format, VectorFormat
@@ -43,10 +42,9 @@ def decode_stored(weight: PackedWeight) -> torch.Tensor:
     fmt, layout, rows = weight.fmt, weight.layout, weight.rows
     cols = padded_columns(fmt, weight.k, layout.block)
     args: dict[str, torch.Tensor] = {}
-    for i, (bits, plane) in enumerate(zip(plane_bits(fmt.bits), weight.planes, strict=True)):
-        index, shift = layout.address(bits, rows, cols)
-        words = plane.cpu().to(torch.int64) & (2**layout.container - 1)
-        args[f"w{i}"], args[f"s{i}"] = words[index], shift
+    words, places = [plane.cpu().to(torch.int64) for plane in weight.planes], layout.places(fmt.bits, rows, cols)
+    for i, (plane, _, index, shift) in enumerate(places):
+        args[f"w{i}"], args[f"s{i}"] = words[plane][index] & (2**layout.container - 1), shift
     where = column_map(fmt, weight.k)
     group = torch.arange(weight.k) // fmt.granularity.group_size(weight.k)
     args = {name: value[:, where] for name, value in args.items()}
@@ -54,7 +52,7 @@ def decode_stored(weight: PackedWeight) -> torch.Tensor:
     for name in ("zero", "offset"):
         if name in weight.tensors:
             args[name] = layout.unpack_side(weight.tensors[name].cpu()).float()[:, group]
-    dense = scalar_program(fmt).run(TORCH, args)
+    dense = scalar_program(fmt, tuple(width for _, width, _, _ in places)).run(TORCH, args)
     tile, start, keep = layout.row_tile, 0, []
     for n in weight.segments:
         keep.append(dense[start : start + n])

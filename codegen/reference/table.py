@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit.compiler.ir.layout import plane_bits
 from lowbit.quantizers.formats import scalar_format
 from lowbit.quantizers.qtensor import PackedWeight, padded_columns, unpack
 
@@ -21,7 +20,7 @@ def gather_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     tile, cols = layout.row_tile, padded_columns(fmt, weight.k, layout.block)
     tiles, at = torch.unique(ids // tile, return_inverse=True)
     parts: dict[str, Tensor] = {}
-    for (name, tensor), bits in zip(weight.tensors.items(), plane_bits(fmt.bits), strict=False):
+    for (name, tensor), bits in zip(weight.tensors.items(), layout.widths(fmt.bits), strict=False):
         sizes = layout.plane_sizes(bits, weight.rows, cols)
         memory = layout.order(bits, sizes)[0]
         grid = tensor.view([sizes[digit] for digit in memory])

@@ -52,9 +52,8 @@ class TritonBackend(Backend):
         return None
 
     def supports(self, spec: KernelSpec, target: Target) -> str | None:
-        layout = LAYOUTS[self.layout_of(spec.weight_format)]
-        if spec.layout_ != layout:
-            return f"reads the layout {layout}, not {spec.layout}"
+        if not self.reads(spec):
+            return f"reads the layout {LAYOUTS[self.layout_of(spec.weight_format)]}, not {spec.layout}"
         if spec.uses_rows:
             return NO_ROWS
         if spec.rotate or spec.norm_eps:

@@ -225,7 +225,7 @@ class Tiles:
         """Expression [rows, blocks] of one column of every block: float32, or the signed int32 code if `integer`."""
         args = self.word_args(column)
         if self.integer:
-            code = printer.run(extract_program(self.spec.fmt.bits), args)
+            code = printer.run(extract_program(*plane_bits(self.spec.fmt.bits)), args)
             return f"({code}.to(tl.int32, bitcast=True) - {2 ** (self.spec.fmt.bits - 1)})"
         if self.spec.parts > 1:
             part = column // (K_ALIGN // self.spec.parts)

@@ -369,7 +369,7 @@ def runs_on(
         device = host if host.kind in backend.kinds else Target("cuda", "sm_90")
         words = sixteen_bit_products(fmt)
         compute = "int16" if device.kind == "cpu" and words and device.arch != "generic" else "float"
-        layout = LAYOUTS[backend.layout_of(fmt)]
+        layout = LAYOUTS[backend.layout_of(fmt, device)]
         if activation:
             compute = rounded_products(fmt, k, layout, parse_activation(activation))
         spec = KernelSpec((n,), k, str(fmt), str(layout), compute, activation=activation)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ LB_INLINE V load_u8(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128((const __m128i*)p);
   return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
 }
-// table[index] for every byte; the upper four bits of an index are zero, or bit 7 is set, and 0 is found.
+// table[index] for every byte: 0 where bit 7 of an index is set, else bits 4 to 6 do not count.
 LB_INLINE V lookup(V index, const uint8_t* table) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
   return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};

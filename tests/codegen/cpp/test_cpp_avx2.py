@@ -39,6 +39,7 @@ CASES: list[tuple[str, str, tuple[int, ...], int, Schedule, tuple[dict[str, int]
     ("int2.g64.fz", "int16", (131, 17), 577, MANY, (SHORTS, WORDS), {"epilogue": ("residual", "bias")}),
     ("int8.g64.asym", "int16", (100,), 200, FEW, (WORDS,), {}),
     ("e2m3.ch", "int8", (65, 65), 130, FEW, (SIGNS, SIGNS | SHORTS), {"epilogue": EVERY}),
+    ("int3.g48.asym", "int8", (40,), 160, MANY, (SHORTS,), {}),
     ("nvfp4", "int16", (64,), 160, Schedule(2, 16).with_extra(buffered=1, tokens=8), (WORDS,), {}),
     ("int7.ch.sym", "int8", (300,), 416, MANY, (WORDS,), {"activation": "int8.token.w32x16"}),
     ("vq.d6.k4096.c4.o2pv4k4096.s8", "int8", (97,), 133, LOADED, (WORDS,), {"epilogue": ("bias", "residual")}),
@@ -56,7 +57,7 @@ TOKENS = (0, 1, 2, 3, 5, 19)
 def test_results_are_those_of_dot_products_to_the_bit(cases: list[Any]) -> None:
     jobs = []
     for fmt, compute, segments, k, tiles, ways, rest in cases:
-        spec = spec_of(fmt, compute, segments, k, **rest)
+        spec = spec_of(fmt, compute, segments, k, "avx2", **rest)
         jobs += [(Job(spec, "avx2", 1, tiles.with_extra(**way)), way) for way in ({}, *ways)]
     for job, way in jobs:
         assert BACKEND.illegal(job.spec, job.schedule, AVX2) is None, (job.spec.format, way)
@@ -64,6 +65,18 @@ def test_results_are_those_of_dot_products_to_the_bit(cases: list[Any]) -> None:
     for (job, way), run in zip(jobs, build([job for job, _ in jobs]), strict=True):
         plain = plain if way else run
         check_same(job.spec, run, plain, TOKENS, threads=3)
+
+
+@needs_avx2
+def test_weights_packed_for_other_machines_give_the_same_to_the_bit() -> None:
+    """In planes, as AVX-512 has them, which AVX2 has not: kernels read every layout of panels."""
+    specs = [(spec_of("e3m2.g64", "int8", (33,), 333, arch), FEW.with_extra(**SIGNS)) for arch in ("avx512", "avx2")]
+    specs += [(spec_of("int3.g48.fz", "int16", (33,), 333, arch), MANY) for arch in ("avx512", "avx2")]
+    runs = build([Job(spec, "avx2", 1, tiles) for spec, tiles in specs])
+    for (planes, _), (whole, _), first, second in zip(specs[::2], specs[1::2], runs[::2], runs[1::2], strict=True):
+        assert planes.layout != whole.layout
+        weights, x = tensors_of(planes), torch.randn(5, 333, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(launch(first, planes, x, weights), launch(second, whole, x, weights))
 
 
 @needs_avx2
@@ -76,7 +89,7 @@ def test_extreme_codes_and_activations_sum_exactly() -> None:
         ("e3m2.ch.f32", "int16", ONE, MADE),
         ("e3m2.ch.f32", "int8", MANY, MADE),
     ]
-    jobs = [Job(spec_of(f, c, (32,), 256), "avx2", 1, tiles.with_extra(**way)) for f, c, tiles, way in cases]
+    jobs = [Job(spec_of(f, c, (32,), 256, "avx2"), "avx2", 1, tiles.with_extra(**way)) for f, c, tiles, way in cases]
     for job, run in zip(jobs, build(jobs), strict=True):
         (weight,) = tensors_of(job.spec)
         for code in range(2 ** parse_format(job.spec.format).bits):

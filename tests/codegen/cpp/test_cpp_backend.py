@@ -210,7 +210,7 @@ def test_extraction_is_printed_in_few_operations(bits: int) -> None:
     args = {}
     for i, width in enumerate(w for w in (8, 4, 2, 1) if bits & w):
         args[f"w{i}"], args[f"s{i}"] = name(f"w{i}"), number(8 - width)
-    text = Printer("bytes").text(build_expression(extract_program(bits), args))
+    text = Printer("bytes").text(build_expression(extract_program(*(w for w in (8, 4, 2, 1) if bits & w)), args))
     planes = bin(bits).count("1")
     assert len(re.findall(r"\b(shr|shl)<", text)) <= planes
     assert len(re.findall(r"\b(vand|and_or|vor)\(", text)) == (0 if bits == 8 else planes)

@@ -81,6 +81,17 @@ def test_every_instruction_set_this_machine_runs(arch: str) -> None:
         check(run, job.spec)
 
 
+def test_codes_are_read_whole_by_every_kind_of_product() -> None:
+    """Layouts of AVX2, by this machine's instructions and by none in particular."""
+    cases = [("int3.g48.fz", "int8", 1), ("int5.ch.asym", "int16", 1), ("int5.g16.sym", "int8", 3)]
+    cases += [("int6.g48.asym", "float", 1), ("int7.g32.asym", "int8", 17), ("int7.ch.asym", "float", 17)]
+    cases += [("e3m2.g64", "float", 1), ("e3m2.g64", "float", 17), ("e2m3.ch", "int8", 1), ("e3m2.ch", "int8", 17)]
+    jobs = [Job(spec_of(f, c, (33,), 160, "avx2"), arch, m) for f, c, m in cases for arch in {HOST, "generic"}]
+    assert all(job.spec.layout_.whole for job in jobs)
+    for job, run in zip(jobs, build(jobs), strict=True):
+        check(run, job.spec)
+
+
 def test_extreme_codes_and_activations_sum_exactly() -> None:
     """All codes at their largest and activations at +-1: sums reach the bound that must not saturate or overflow."""
     arches = [a for a in CPU_ISAS if isa_runs_here(a)]

@@ -28,7 +28,7 @@ def measured(target: str) -> Iterator[tuple[str, float]]:
         for row in table["kernels"]:
             if row["threads"] == 1 and "schedule" in row:
                 rest = {"x_dtype": "bf16", "out_dtype": "bf16", "activation": row.get("activation", "")}
-                spec = spec_of(row["format"], row["compute"], (row["N"],), row["K"], **rest)
+                spec = spec_of(row["format"], row["compute"], (row["N"],), row["K"], Target.parse(target).arch, **rest)
                 seconds = BACKEND.predict(spec, Schedule.from_dict(row["schedule"]), Target.parse(target), row["M"])
                 what = f"{path.name}: {row['format']} {row['compute']} M={row['M']} {row['N']}x{row['K']}"
                 yield what, seconds * 1e6 / row["us_p5"]

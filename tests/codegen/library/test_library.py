@@ -70,7 +70,7 @@ def test_a_matrix_is_decoded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(out, run_reference(small, x, weight), atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["fragments", "words"])
+@pytest.mark.parametrize("layout", ["fragments", "words", "whole16"])
 def test_decoding_is_one_graph(layout: str) -> None:
     """Inductor fuses it on GPUs; nothing may break the graph."""
     spec = spec_of("int3.g48.asym", layout, (40, 70), 200)

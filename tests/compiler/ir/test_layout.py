@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.layout import LAYOUTS, Layout, plane_bits
 
-CODES = ["panel16", "words", "fragments"]  # layouts of scalar codes; those of indices are tested with vector formats
+PLANES, WHOLE = (
+    ["panel16", "words", "fragments"],
+    ["whole16", "signs16"],
+)  # layouts of scalar codes; those of indices are tested with vector formats
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -32,7 +35,7 @@ def test_planes_are_powers_of_two_that_add_up(bits: int) -> None:
     assert all(8 % width == 0 for width in plane_bits(bits))
 
 
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", PLANES + WHOLE)
 @pytest.mark.parametrize("bits", range(1, 9))
 @given(tiles=st.integers(1, 3), blocks=st.integers(1, 4), seed=st.integers(0, 2**31))
 def test_unpack_inverts_pack(name: str, bits: int, tiles: int, blocks: int, seed: int) -> None:
@@ -44,7 +47,58 @@ def test_unpack_inverts_pack(name: str, bits: int, tiles: int, blocks: int, seed
     assert torch.equal(layout.unpack(planes, bits, rows, cols), codes)
 
 
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", PLANES + WHOLE)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_places_are_where_pack_put_every_bit(name: str, bits: int) -> None:
+    layout = LAYOUTS[name]
+    rows, cols = 2 * max(16, layout.row_tile), 128
+    codes = torch.randint(0, 2**bits, (rows, cols)).to(torch.uint8)
+    planes, found, low = layout.pack(codes, bits), torch.zeros(rows, cols, dtype=torch.int64), 0
+    assert len(planes) == len(layout.widths(bits))
+    for plane, width, index, shift in layout.places(bits, rows, cols):
+        words = planes[plane].to(torch.int64) & (2**layout.container - 1)
+        found |= ((words[index] >> shift) & (2**width - 1)) << low
+        low += width
+    assert torch.equal(found.to(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("name", ["panel16", *WHOLE])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_parts_are_the_places_of_one_row_and_every_fourth_column(name: str, bits: int) -> None:
+    layout, found = LAYOUTS[name], list[list[tuple[int, int, int]]]()
+    places = [
+        (plane, index[0, ::4] // 64, shift[0, ::4] + b)
+        for plane, width, index, shift in layout.places(bits, 16, 32)
+        for b in range(width)
+    ]
+    for parts in layout.parts(bits):
+        found.append([(p.plane, p.container, p.shift + b) for p in parts for b in range(p.width)])
+    assert found == [[(plane, int(at[q]), int(shift[q])) for plane, at, shift in places] for q in range(8)]
+
+
+@pytest.mark.parametrize(("bits", "masked"), [(3, 6), (5, 5), (6, 6), (7, 7)])
+def test_most_codes_stay_whole(bits: int, masked: int) -> None:
+    parts = LAYOUTS["whole16"].parts(bits)
+    assert sum(len(part) == 1 for part in parts) == masked
+    assert sum(part[0].shift == 0 and len(part) == 1 for part in parts) == bits
+
+
+def test_codes_with_signs_are_indices_of_a_shuffle_as_they_lie() -> None:
+    """The lowest four bits, the fifth in the byte's highest, the sign below it."""
+    plane = LAYOUTS["signs16"].pack(torch.full((16, 32), 0b011001, dtype=torch.uint8), 6)[0]
+    assert int(plane[0]) & 0b11001111 == 0b10001001
+    plane = LAYOUTS["signs16"].pack(torch.full((16, 32), 0b100110, dtype=torch.uint8), 6)[0]
+    assert int(plane[0]) & 0b11001111 == 0b01000110
+
+
+def test_whole_codes_have_no_planes_and_need_containers_of_their_own() -> None:
+    with pytest.raises(FormatError, match="LB0205"):
+        LAYOUTS["whole16"].address(2, 16, 32)
+    with pytest.raises(FormatError, match="LB0202"):
+        Layout.parse("n=n k=b.s mem=b.n pack=s/16 block=1 whole=8")
+
+
+@pytest.mark.parametrize("name", PLANES)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_address_agrees_with_pack(name: str, bits: int) -> None:
     layout = LAYOUTS[name]

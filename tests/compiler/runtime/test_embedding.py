@@ -33,7 +33,7 @@ def _random(text: str, n: int = 80, k: int = 72) -> QTensor:
 IDS = torch.tensor([[0, 79, 3], [16, 15, 3]])
 
 
-@pytest.mark.parametrize("layout", ["panel16", "words", "fragments"])
+@pytest.mark.parametrize("layout", ["panel16", "whole16", "signs16", "words", "fragments"])
 @pytest.mark.parametrize(
     "text", ["int3.g32.asym", "int8.ch.sym", "e2m3.t", "int4.g64.fz", "nvfp4", "int4.g32.sym.perm"]
 )

@@ -62,12 +62,12 @@ def test_extract_reassembles_every_code(bits: int) -> None:
         args[f"w{i}"] = ((codes >> low) & (2**width - 1)) << 3
         args[f"s{i}"] = torch.tensor(3)
         low += width
-    assert torch.equal(extract_program(bits).run(TORCH, args), codes)
+    assert torch.equal(extract_program(*plane_bits(bits)).run(TORCH, args), codes)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("text", FORMATS)
-@pytest.mark.parametrize("layout", ["panel16", "words"])
+@pytest.mark.parametrize("layout", ["panel16", "whole16", "signs16", "words"])
 def test_packed_decode_equals_dequantize(text: str, granularity: str, layout: str) -> None:
     fmt = scalar_format(text.replace(".ch", f".{granularity}", 1))
     q = random_qtensor(fmt, 17, 75)
