@@ -80,15 +80,25 @@ Arm = Callable[[torch.Tensor, int], None]
 
 def main() -> int:
     args = _arguments()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(max(args.counts))
     names = _names(args)
     peers = {name: _peer_file(name.partition(":")[2], args) for name in names if name.startswith("llama.cpp")}
     names = [name for name in names if peers.get(name, True)]
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     arms = _build(args, [n for n in names if n not in peers])
+    for count in args.counts:
+        args.threads = count
+        torch.set_num_threads(count)
+        _compare(args, names, arms, peers)
+    return 0
+
+
+def _compare(args: argparse.Namespace, names: list[str], arms: dict[str, Any], peers: dict[str, Peer | None]) -> None:
+    """All arms in turns, with `args.threads` threads: prints and records what they take."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
-            found = _llama(peers[name], args) if name in peers else _measure(arms[name], args)
+            peer = peers.get(name)
+            found = _llama(peer, args) if peer else _measure(arms[name], args)
             if found:
                 runs[name].append(found)
     results: dict[str, dict[str, Any]] = {
@@ -96,11 +106,11 @@ def main() -> int:
     }
     programs = [arms[name] for name in arms if name.startswith("_program")]
     parts = _profile(programs[-1]) if programs else {}
-    print(f"{'arm':30} {'decode tok/s':>14} {'per cpu second':>15} {'prefill 512':>12}")
+    print(f"{f'arm, {args.threads} threads':30} {'decode tok/s':>14} {'per cpu second':>15} {'prefill 512':>12}")
     for name, r in results.items():
         print(f"{name:30} {r['decode']:14.1f} {r['cpu']:15.1f} {r['prefill']:12.1f}")
-        if name in peers:
-            r["file"] = peers[name].contents
+        if peer := peers.get(name):
+            r["file"] = peer.contents
     for part, ms in parts.items():
         print(f"  {part:16} {ms:8.3f} ms")
     if args.json:
@@ -112,7 +122,6 @@ def main() -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         old = json.loads(args.json.read_text()) if args.json.exists() else {}
         args.json.write_text(json.dumps({**old, f"threads={args.threads}": record}, indent=1) + "\n")
-    return 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -122,14 +131,16 @@ def _arguments() -> argparse.Namespace:
     p.add_argument(
         "--format", default="int4.g64.sym", help="weights of the lowbit arms, rounded to nearest; or several"
     )
-    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--threads", default="1", help="or several, such as 1,2, with the same programs")
     p.add_argument("--prompt", type=int, default=16)
     p.add_argument("--tokens", type=int, default=128, help="decoded; at most 239 behind a prompt of 16")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--llama-python", default=sys.executable, help="a Python that can import llama_cpp")
     p.add_argument("--llama-kind", default="Q4_0", help="requantize the file so for llama.cpp; or several")
     p.add_argument("--json", type=Path)
-    return p.parse_args()
+    args = p.parse_args()
+    args.counts = [int(n) for n in args.threads.split(",")]
+    return args
 
 
 def _names(args: argparse.Namespace) -> list[str]:
@@ -292,7 +303,7 @@ def _llama_process(path: str, kind: str, out: str, args: argparse.Namespace, tok
         script.write(LLAMA)
         script.flush()
         command = [args.llama_python, script.name, path, kind, out]
-        command += [str(n) for n in (args.threads, args.prompt, tokens)]
+        command += [str(n) for n in (args.threads if tokens else max(args.counts), args.prompt, tokens)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

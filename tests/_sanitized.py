@@ -57,7 +57,7 @@ class Case:
 
     def spec(self) -> KernelSpec:
         """What the kernel computes."""
-        return spec_of(self.fmt, self.compute, self.segments, self.k, **self.rest)
+        return spec_of(self.fmt, self.compute, self.segments, self.k, self.arch, **self.rest)
 
 
 FAMILIES: dict[str, list[Case]] = {

@@ -159,7 +159,7 @@ class Layout:
         """Pack `codes` ([rows, cols], padded, values below 2**bits) into a 1-D tensor of containers."""
         sizes, digits, memory, slots = self._digits(codes.shape, bits)
         grid = codes.reshape([sizes[d] for d in digits]).permute([digits.index(d) for d in (*memory, *slots)])
-        grid = grid.to(torch.int32).reshape(-1, self.container // bits)
+        grid = grid.reshape(-1, self.container // bits)
         words = torch.zeros(grid.shape[0], dtype=self.word_dtype)
         for slot in range(grid.shape[1]):
             words |= grid[:, slot].to(self.word_dtype) << (slot * bits)
@@ -168,11 +168,12 @@ class Layout:
     def unpack_plane(self, words: torch.Tensor, bits: int, rows: int, cols: int) -> torch.Tensor:
         """Inverse of `pack_plane`: codes [rows, cols] of one plane, uint8 up to 8 bits, else int32."""
         sizes, digits, memory, slots = self._digits(torch.Size((rows, cols)), bits)
-        shifts = torch.arange(self.container // bits, dtype=torch.int64, device=words.device) * bits
-        grid: torch.Tensor = (words.to(torch.int64)[:, None] >> shifts) & (2**bits - 1)
+        wide = words if bits <= 8 else words.to(torch.int32)  # a mask of all bits of a signed word would keep its sign
+        shifts = torch.arange(self.container // bits, dtype=wide.dtype, device=words.device) * bits
+        grid: torch.Tensor = ((wide[:, None] >> shifts) & (2**bits - 1)).to(torch.uint8 if bits <= 8 else torch.int32)
         source = (*memory, *slots)
         grid = grid.reshape([sizes[d] for d in source]).permute([source.index(d) for d in digits])
-        return grid.reshape(rows, cols).to(torch.uint8 if bits <= 8 else torch.int32)
+        return grid.reshape(rows, cols)
 
     def address(self, bits: int, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the `bits`-wide part of each code lies in its plane: container index and shift, int64 [rows, cols]."""
@@ -205,8 +206,7 @@ class Layout:
             return [self._pack_whole(codes, bits)]
         planes, low = [], 0
         for width in plane_bits(bits):
-            part = (codes.to(torch.int32) >> low) & (2**width - 1)
-            planes.append(self.pack_plane(part, width))
+            planes.append(self.pack_plane((codes >> low) & (2**width - 1), width))
             low += width
         return planes
 
@@ -215,11 +215,11 @@ class Layout:
         if self.whole:
             self._check(torch.Size((rows, cols)))
             return self.whole_reader(bits, cols)(planes[0])
-        codes, low = torch.zeros(rows, cols, dtype=torch.int32, device=planes[0].device), 0
+        codes, low = torch.zeros(rows, cols, dtype=torch.uint8, device=planes[0].device), 0
         for width, words in zip(plane_bits(bits), planes, strict=True):
-            codes |= self.unpack_plane(words, width, rows, cols).to(torch.int32) << low
+            codes |= self.unpack_plane(words, width, rows, cols) << low
             low += width
-        return codes.to(torch.uint8)
+        return codes
 
     def _pack_whole(self, codes: torch.Tensor, bits: int) -> torch.Tensor:
         sizes, outer, inner = self._whole_digits(codes.shape, bits)
