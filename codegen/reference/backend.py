@@ -26,7 +26,8 @@ _TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.floa
 
 
 def decode_weight(weight: PackedWeight) -> torch.Tensor:
-    """The packed weight as float32 [sum(segments), K], by running the format's decode program on the packed words."""
+    """The packed weight as float32 [sum(segments), K], by running the format's decode program on the codes that the
+    layout finds in the packed words."""
     if isinstance(weight.fmt, VectorFormat):
         on_cpu = replace(weight, tensors={name: t.cpu() for name, t in weight.tensors.items()})
         return torch.cat([_decode_vectors(q) for q in unpack_vectors(on_cpu)])
@@ -41,18 +42,14 @@ def decode_stored(weight: PackedWeight) -> torch.Tensor:
         return decode_weight(weight)
     fmt, layout, rows = weight.fmt, weight.layout, weight.rows
     cols = padded_columns(fmt, weight.k, layout.block)
-    args: dict[str, torch.Tensor] = {}
-    words, places = [plane.cpu().to(torch.int64) for plane in weight.planes], layout.places(fmt.bits, rows, cols)
-    for i, (plane, _, index, shift) in enumerate(places):
-        args[f"w{i}"], args[f"s{i}"] = words[plane][index] & (2**layout.container - 1), shift
-    where = column_map(fmt, weight.k)
+    codes = layout.unpack([plane.cpu() for plane in weight.planes], fmt.bits, rows, cols)
+    args = {"w0": codes[:, column_map(fmt, weight.k)].to(torch.int64), "s0": torch.tensor(0)}
     group = torch.arange(weight.k) // fmt.granularity.group_size(weight.k)
-    args = {name: value[:, where] for name, value in args.items()}
     args["scale"] = full_scales(weight).cpu()[:, group]
     for name in ("zero", "offset"):
         if name in weight.tensors:
             args[name] = layout.unpack_side(weight.tensors[name].cpu()).float()[:, group]
-    dense = scalar_program(fmt, tuple(width for _, width, _, _ in places)).run(TORCH, args)
+    dense = scalar_program(fmt, (fmt.bits,)).run(TORCH, args)
     tile, start, keep = layout.row_tile, 0, []
     for n in weight.segments:
         keep.append(dense[start : start + n])
