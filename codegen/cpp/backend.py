@@ -53,7 +53,7 @@ class CppBackend(Backend):
         return "signs16" if levels and level_magnitudes(levels) else "whole16"
 
     def reads(self, spec: KernelSpec) -> bool:
-        return super().reads(spec) or (not spec.vector and spec.layout_ in map(LAYOUTS.__getitem__, PANELS))
+        return super().reads(spec) or (not spec.vector and spec.layout_ in PANELS.values())
 
     def available(self, target: Target) -> str | None:
         if target.kind != "cpu":

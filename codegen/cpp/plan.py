@@ -13,6 +13,7 @@ from lowbit.codegen.cpp.rounding import extra_columns
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
+from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.parts import Part
 from lowbit.quantizers.formats import IntegerLevels
 from lowbit.quantizers.formats.scaled import DIGIT_BITS
@@ -32,8 +33,8 @@ __all__ = [
 
 PANEL = 16
 """Rows of a panel: the int32 lanes of one 64-byte vector."""
-PANELS = ("panel16", "whole16", "signs16")
-"""Layouts of such panels."""
+PANELS = {name: LAYOUTS[name] for name in ("panel16", "whole16", "signs16")}
+"""Layouts of such panels, all of which kernels of scalar formats read."""
 MADE = 3
 """`words` made of magnitudes and signs (see `Plan`)."""
 _WORDS = 32  # 16-bit numbers of a vector

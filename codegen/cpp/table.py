@@ -16,7 +16,6 @@ from lowbit.codegen.cpp.plan import PANELS
 from lowbit.codegen.cpp.toolchain import FLAGS
 from lowbit.codegen.table import TableSpec
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.quantizers.formats import K_ALIGN
 from lowbit.quantizers.qtensor import padded_columns, padded_group
 
@@ -30,7 +29,7 @@ _SCALES = {"f16": ("uint16_t", "from_f16"), "f32": ("float", "float")}
 
 def table_problem(spec: TableSpec) -> str | None:
     """Why there is no C++ kernel for a table, or None."""
-    if spec.linear.layout_ not in map(LAYOUTS.__getitem__, PANELS):
+    if spec.linear.layout_ not in PANELS.values():
         return f"the C++ kernel reads layouts {', '.join(PANELS)}"
     return None if spec.linear.scale_dtype in _SCALES else f"it reads no scales of type {spec.linear.scale_dtype}"
 

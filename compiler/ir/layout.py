@@ -119,11 +119,8 @@ class Layout:
         """Size of every digit for a plane of `bits` bits over `rows` x `cols` padded codes; of a plane of whole codes
         those of one bit, but of containers there are `bits`."""
         if self.whole:
-            return self._one_bit(rows, cols) | {self._containers: bits}
+            return self._plane_sizes(1, rows, cols) | {self._containers: bits}
         return self._plane_sizes(bits, rows, cols)
-
-    def _one_bit(self, rows: int, cols: int) -> dict[str, int]:
-        return self._plane_sizes(1, rows, cols)
 
     @property
     def _containers(self) -> str:
