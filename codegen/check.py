@@ -84,7 +84,7 @@ def random_words(spec: KernelSpec, device: str, seed: int = 0) -> PackedWeight |
 
 def _unpadded(spec: KernelSpec, fmt: Format) -> bool:
     size = fmt.granularity.group_size(spec.k)
-    plain = {name for name in spec.operands if not name.startswith("plane")} <= _PLAIN_OPERANDS
+    plain = {name for name in spec.operands if not name.startswith("plane")} <= _PLAIN_OPERANDS and spec.terms == 1
     whole = spec.k % min(size, spec.k) == 0 and min(size, spec.k) % 32 == 0 and spec.segments[0] == spec.rows
     halves = fmt.scale_dtype in (torch.float16, torch.float32)
     return plain and whole and halves and spec.blocks * 32 == spec.k and bool(fmt.element.levels().isfinite().all())

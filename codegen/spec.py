@@ -138,6 +138,8 @@ class KernelSpec:
             return f"they are {'rotated' if self.rotate else 'normalised'} before they are rounded"
         if "columns" in self.operands:
             return "their groups are of columns in the weight's own order"
+        if self.terms > 1:
+            return "weights are sums, which round the activations of all terms at once"
         return unstored(self.rounding)
 
     def _unwritten(self) -> str | None:
@@ -288,7 +290,13 @@ class KernelSpec:
     @property
     def groups(self) -> int:
         """Scales per row."""
-        return self.fmt.granularity.groups(self.k)
+        return self.fmt.granularity.groups(self.k) * self.terms
+
+    @property
+    def terms(self) -> int:
+        """Numbers that a weight is the sum of: so many groups one behind the other, whole ones, meet the same
+        activations."""
+        return self.weight_format.terms if isinstance(self.weight_format, Format) else 1
 
     @property
     def chunk_blocks(self) -> int:
@@ -347,6 +355,8 @@ class KernelSpec:
             return _vector_rounding_problem(self.vector, self.rounding, self.k, self.compute)
         if self.rounding is None or self.compute != "int8":
             return None
+        if self.terms > 1 and (self.rounding.groups(self.k) > 1 or self.rounding.wide or self.rounding.static):
+            return "weights that are sums take activations with one scale per token, found at run time"
         if self.rounding.wide and self.rounding.wide_bits > 8 and self.parts > 1:
             return f"activations of {self.rounding.wide_bits} bits need groups of {K_ALIGN} weights or more"
         if self.rounding.lead and not self._dense:

@@ -19,7 +19,8 @@ __all__ = ["PackedWeight", "QTensor", "column_map", "full_scales", "pack", "padd
 class QTensor:
     """One quantized [N, K] matrix in canonical form.
 
-    codes: uint8 [N, K]. scale: [rows, groups] in the format's scale dtype, rows = N (1 for per-tensor formats).
+    codes: uint8 [N, K]; where a weight is a sum of terms, each one's code is in the bits above the one before. scale:
+    [rows, groups] in the format's scale dtype, rows = N (1 for per-tensor formats); of sums [rows, groups * terms].
     zero: uint8 [rows, groups] (a code offset), present exactly when the format is asymmetric. offset: like `scale`,
     added to every value, present exactly when the format has offsets (`fz`). tensor_scale: float32 [1], multiplied
     into every scale, present exactly when the format has a second scale (`t32`). perm: int32 [K], which column of the
@@ -99,13 +100,20 @@ class QTensor:
         that quantize `weight[:, perm]`."""
         return replace(self, fmt=replace(self.fmt, ordered=True), perm=perm.to(torch.int32))
 
+    def term(self, i: int) -> torch.Tensor:
+        """uint8 [N, K]: the codes of the sum's term `i`, or all there is."""
+        return self.codes if self.fmt.terms == 1 else self.codes >> i * self.fmt.bits & 2**self.fmt.bits - 1
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The [N, K] matrix of numbers these codes stand for: the oracle every kernel is compared with."""
         n, k = self.shape
-        values = self.fmt.element.levels().to(self.codes.device)[self.codes.long()]
+        levels, terms = self.fmt.element.levels().to(self.codes.device), self.fmt.terms
+        values = levels[self.term(0).long()]
         if self.zero is not None:
             values = values - self._spread(self.zero.float(), n, k)
-        values = values * self._spread(self.full_scale, n, k)
+        values = values * self._spread(self.full_scale[:, ::terms], n, k)
+        for i in range(1, terms):
+            values = values + levels[self.term(i).long()] * self._spread(self.full_scale[:, i::terms], n, k)
         if self.offset is not None:
             values = values + self._spread(self.offset.float(), n, k)
         if self.perm is not None:
@@ -190,15 +198,18 @@ def padded_group(fmt: Format, k: int) -> int:
 
 def padded_columns(fmt: Format, k: int, block: int = K_ALIGN) -> int:
     """Columns of the packed matrix, a multiple of K_ALIGN and of a layout's `block`: every group padded, the ragged
-    last one as it needs."""
+    last one as it needs. A group of sums has its columns once for every term, and the last one is no shorter."""
     full, rest = divmod(k, fmt.granularity.group_size(k))
+    if fmt.terms > 1:
+        full, rest = (full + bool(rest)) * fmt.terms, 0
     return _round_up(full * padded_group(fmt, k) + rest, max(K_ALIGN, block))
 
 
 def column_map(fmt: Format, k: int) -> torch.Tensor:
-    """int64 [k]: where each column of the matrix stands in the packed matrix."""
+    """int64 [k]: where each column of the matrix stands in the packed matrix; its term `i`, if it is a sum, stands `i`
+    padded groups further on."""
     cols, g = torch.arange(k), fmt.granularity.group_size(k)
-    return cols // g * padded_group(fmt, k) + cols % g
+    return cols // g * fmt.terms * padded_group(fmt, k) + cols % g
 
 
 def full_scales(packed: PackedWeight) -> torch.Tensor:
@@ -217,11 +228,12 @@ def pack(tensors: list[QTensor], layout: Layout) -> PackedWeight:
     fmt, (_, k) = tensors[0].fmt, tensors[0].shape
     if any(t.fmt != fmt or t.shape[1] != k or not _same_order(t, tensors[0]) for t in tensors):
         raise FormatError("LB0223", "matrices packed together must share format, input columns and their order")
-    cols, where = padded_columns(fmt, k, layout.block), column_map(fmt, k)
+    cols, where, step = padded_columns(fmt, k, layout.block), column_map(fmt, k), padded_group(fmt, k)
     codes = []
     for t in tensors:
         padded = torch.zeros(_round_up(t.shape[0], layout.row_tile), cols, dtype=torch.uint8)
-        padded[: t.shape[0], where] = t.codes
+        for i in range(fmt.terms):
+            padded[: t.shape[0], where + i * step] = t.term(i)
         codes.append(padded)
     parts = {f"plane{i}": plane for i, plane in enumerate(layout.pack(torch.cat(codes), fmt.bits))}
     for name in ("scale", "zero", "offset"):
@@ -249,7 +261,10 @@ def unpack(packed: PackedWeight) -> list[QTensor]:
     fmt, layout, k = packed.fmt, packed.layout, packed.k
     assert isinstance(fmt, Format)
     codes = layout.unpack(list(packed.planes), fmt.bits, packed.rows, padded_columns(fmt, k, layout.block))
-    codes = codes[:, column_map(fmt, k)]
+    where, step, packed_codes = column_map(fmt, k), padded_group(fmt, k), codes
+    codes = packed_codes[:, where]
+    for i in range(1, fmt.terms):
+        codes |= packed_codes[:, where + i * step] << i * fmt.bits
     sides = {
         name: layout.unpack_side(packed.tensors[name]) for name in ("scale", "zero", "offset") if name in packed.tensors
     }

@@ -61,23 +61,27 @@ class Tunable(nn.Module):
 
 
 class TunableScalar(Tunable):
-    """One code per weight: weight = (level - zero point) * scale + offset."""
+    """One code per weight: weight = (level - zero point) * scale + offset, or a sum of levels times scales."""
 
     def __init__(self, q: QTensor) -> None:
         super().__init__(q, _SCALAR)
         self._q = q
         n, k = q.shape
         size, groups = q.fmt.granularity.group_size(k), q.fmt.granularity.groups(k)
-        levels = q.fmt.element.levels().float()[q.codes.long()]
+        codes = torch.stack([q.term(i) for i in range(q.fmt.terms)])
+        levels = q.fmt.element.levels().float()[codes.long()]
         if q.zero is not None:
             levels = levels - q.zero.float().repeat_interleave(size, dim=1)[:, :k]
         # Groups as a dimension of their own; a ragged last one is padded, and the padding cut off again.
-        self.register_buffer("levels", nn.functional.pad(levels, (0, groups * size - k)).view(n, groups, size))
+        self.register_buffer("levels", nn.functional.pad(levels, (0, groups * size - k)).view(-1, n, groups, size))
 
     def weight(self) -> Tensor:
         side = self.stored()
         scale = side["scale"] if self._q.tensor_scale is None else side["scale"] * self._q.tensor_scale
-        dense = self.get_buffer("levels") * scale[..., None]
+        levels = self.get_buffer("levels")
+        dense = levels[0] * scale[:, :: len(levels), None]
+        for i in range(1, len(levels)):
+            dense = dense + levels[i] * scale[:, i :: len(levels), None]
         if "offset" in side:
             dense = dense + side["offset"][..., None]
         n, k = self._q.shape

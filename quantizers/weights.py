@@ -49,11 +49,11 @@ def unpack_weights(packed: PackedWeight) -> list[QWeight]:
 def stored(q: QWeight) -> dict[str, Tensor]:
     """The tensors `q` is stored as on disk, by name.
 
-    Scalar formats, in compressed-tensors' terms: `weight_packed` int32 [N, ceil(K*b/32)] (dense bit stream per row),
-    `weight_scale` [N or 1, groups], `weight_zero_point` int32 [ceil(rows*b/32), groups] (packed along the rows),
-    `weight_offset` like the scales, `weight_tensor_scale` float32 [1], `weight_channel_scale` float16 [N, 1],
-    `weight_perm` int16 [K] (16 bits, unsigned),
-    `weight_shape` int64 [2]. Vector formats:
+    Scalar formats, in compressed-tensors' terms: `weight_packed` int32 [N, ceil(K*b/32)] (dense bit stream per row; the
+    b bits of a sum are those of its terms), `weight_scale` [N or 1, groups * terms], `weight_zero_point` int32
+    [ceil(rows*b/32), groups] (packed along the rows), `weight_offset` like the scales, `weight_tensor_scale` float32
+    [1], `weight_channel_scale` float16 [N, 1], `weight_perm` int16 [K] (16 bits, unsigned), `weight_shape` int64 [2].
+    Vector formats:
     `indices` int32 [groups * vectors, words], one dense stream per row of vectors and column group with the residual
     index above the main one, `centroids`, `residual_centroids`, `outlier_indices` int16, `outlier_centroids`, `perm`
     int16 (16 bits, unsigned), `norm_scale`, `norm_bias`, and float32 `centroids_scale`, `residual_centroids_scale` and
@@ -63,7 +63,7 @@ def stored(q: QWeight) -> dict[str, Tensor]:
 
 
 def _stored_scalar(q: QTensor) -> dict[str, Tensor]:
-    tensors = {"weight_packed": pack_bits(q.codes, q.fmt.bits), "weight_scale": q.scale.contiguous()}
+    tensors = {"weight_packed": pack_bits(q.codes, q.fmt.code_bits), "weight_scale": q.scale.contiguous()}
     if q.zero is not None:
         tensors["weight_zero_point"] = pack_bits(q.zero.t().contiguous(), q.fmt.bits).t().contiguous()
     if q.offset is not None:
@@ -105,7 +105,7 @@ def stored_shapes(fmt: WeightFormat, n: int, k: int) -> dict[str, tuple[torch.dt
     else:
         assert isinstance(fmt, Format)
         side = fmt.side_shape(n, k)
-        shapes["weight_packed"] = (torch.int32, (n, _words(k * fmt.bits)))
+        shapes["weight_packed"] = (torch.int32, (n, _words(k * fmt.code_bits)))
         shapes["weight_scale"] = (fmt.scale_dtype, side)
         if fmt.zero:
             shapes["weight_zero_point"] = (torch.int32, (_words(side[0] * fmt.bits), side[1]))
@@ -156,7 +156,7 @@ def from_stored(fmt: WeightFormat, n: int, k: int, tensors: Mapping[str, Tensor]
         side["channel_scale"] = tensors["weight_channel_scale"].half()
     if fmt.ordered:
         side["perm"] = _order(tensors["weight_perm"], "weight_perm", k).to(torch.int32)
-    return QTensor(fmt, unpack_bits(tensors["weight_packed"], fmt.bits, k), **side)
+    return QTensor(fmt, unpack_bits(tensors["weight_packed"], fmt.code_bits, k), **side)
 
 
 def _vectors_from(fmt: VectorFormat, n: int, k: int, tensors: Mapping[str, Tensor]) -> VQTensor:
@@ -197,6 +197,8 @@ def random_weight(fmt: WeightFormat, n: int, k: int, rng: torch.Generator) -> QW
     side = fmt.side_shape(n, k)
     finite = fmt.element.levels().isfinite().nonzero().flatten().to(torch.uint8)
     codes = finite[torch.randint(0, len(finite), (n, k), generator=rng)]
+    for i in range(1, fmt.terms):
+        codes |= finite[torch.randint(0, len(finite), (n, k), generator=rng)] << i * fmt.bits
     whole = torch.full((1,), 1e-4 + 1e-3 * float(torch.rand((), generator=rng))) if fmt.tensor else None
     size = 100.0 if fmt.tensor else 0.02 * min(1.0, 128 / largest_level(fmt.element))  # sums must fit float16
     channel = (torch.rand((n, 1), generator=rng) * 0.002 + 1e-4).half() if fmt.channel else None

@@ -119,7 +119,7 @@ def _unit(plan: Plan, form: Products, width: int) -> str:
 def _tiles(plan: Plan, form: Products, width: int) -> list[str]:
     """The calls of tiles over the decoded chunk."""
     lines, sides, steps = [], "", f"blocks * {form.steps}"
-    row = "row" if plan.spec.double_chunks else "c"
+    row = plan.input_row
     if plan.integer:
         lines += _side_arrays(plan, width)
         at = f"{row} * kParts * a.m + t"

@@ -105,7 +105,7 @@ def _digits(plan: Plan, form: Products, height: int) -> list[tuple[int, int, int
 
 def activations(plan: Plan, form: Products) -> list[str]:
     """Pointers to the chunk's activations and what belongs to them."""
-    row = "row" if plan.spec.double_chunks else "c"
+    row = plan.input_row
     at = f"{row} * a.m + t" if plan.spec.parts == 1 else "c * kParts * a.m + t"
     return [
         f"const {form.item}* x = (const {form.item}*)a.xq + ({row} * a.m + t) * kTokenStride;",

@@ -71,6 +71,8 @@ def _constants(plan: Plan) -> dict[str, int]:
         "kChunkBlocks": s.chunk_blocks,
         "kChunkCols": plan.chunk_cols,
         "kChunks": s.chunks,
+        "kTerms": s.terms,
+        "kInputChunks": plan.input_chunks,
         "kDoubleChunks": s.double_chunks,
         "kChunkRows": plan.chunk_rows,
         "kSlots": plan.slots,

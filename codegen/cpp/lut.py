@@ -52,11 +52,10 @@ def lut_types(plan: Plan) -> str:
 
 def lut_chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
     """Sum over one chunk, then add it to the running result with its scales."""
-    row = "row" if plan.spec.double_chunks else "c"
     cells = list(product(range(width), range(height), range(plan.digits)))
     lines = [
         *activations(plan, form),
-        f"const int64_t first = ({row} * a.m + t) * {plan.digits};",
+        f"const int64_t first = ({plan.input_row} * a.m + t) * {plan.digits};",
         "const uint8_t* tables = a.tables + first * kLutBytes;",
         *jump(plan, width),
     ]

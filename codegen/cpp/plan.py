@@ -330,7 +330,21 @@ class Plan(KernelPlan):
     @property
     def chunk_rows(self) -> int:
         """Chunks of prepared activations: those of the matrix, then the high digits of chunks that have two rounds."""
-        return self.spec.chunks + self.spec.double_chunks
+        return self.input_chunks + self.spec.double_chunks
+
+    @property
+    def input_chunks(self) -> int:
+        """Chunks of activations: those of the matrix, once for all terms of its weights."""
+        return self.spec.chunks // self.spec.terms
+
+    @property
+    def input_row(self) -> str:
+        """Row of the prepared activations that chunk `c` of the matrix meets."""
+        if self.spec.double_chunks:
+            return "row"
+        if self.spec.terms == 1:
+            return "c"
+        return f"(c / {self.spec.terms * self.group_chunks} * {self.group_chunks} + c % {self.group_chunks})"
 
     @property
     def code_bytes(self) -> int:

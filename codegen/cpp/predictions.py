@@ -110,7 +110,7 @@ def _dot(plan: Plan, cpu: Machine) -> float:
 def _tables(plan: Plan, cpu: Machine, m: int) -> float:
     """Seconds of filling the tables of `m` tokens, four a step, and of reading them again for every unit where no cache
     close by holds them all."""
-    steps = plan.spec.blocks * len(lut_steps(plan.spec.layout_, plan.spec.fmt.bits))
+    steps = plan.spec.blocks // plan.spec.terms * len(lut_steps(plan.spec.layout_, plan.spec.fmt.bits))
     size = m * plan.chunk_rows * plan.digits * plan.lut_bytes
     again = plan.units * size / (2e9 * cpu.bandwidth) if size > _NEAR else 0.0
     return 4 * _FILL * m * plan.digits * steps / (cpu.ghz * 1e9) + again

@@ -83,6 +83,7 @@ def _constants(plan: VectorPlan) -> dict[str, int]:
         "kBias": bias,
         "kChunkCols": plan.chunk_cols,
         "kChunks": plan.chunks,
+        "kInputChunks": plan.chunks,
         "kChunkRows": plan.chunks,
         "kUnitRows": plan.unit_rows,
         "kUnits": sum(plan.units),

@@ -21,6 +21,7 @@ from lowbit.codegen.cuda.toolchain import FLAGS, arch_of, compile_cubin, compile
 from lowbit.codegen.cuda.vector_space import unserved_vectors
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.sums import unserved_sums
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target
@@ -77,6 +78,8 @@ class CudaBackend(Backend):
             return f"knows nothing of {', '.join(sorted(unknown))}"
         if spec.rotate:
             return "does not rotate activations"
+        if why := unserved_sums(spec):
+            return why
         if spec.out_rounding and (why := _unwritten(spec, spec.out_rounding)):
             return why
         if spec.vector and spec.reads_rows:

@@ -15,6 +15,7 @@ from lowbit.codegen.cuda.driver import Kernel, tensor_map
 from lowbit.codegen.cuda.plan import PREPARE_THREADS
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.sums import one_matrix, over_repeated
 from lowbit.compiler.errors import KernelError
 from lowbit.quantizers.qtensor import PackedWeight
 
@@ -27,7 +28,8 @@ _PREPARE_SHARED = 1024  # bytes: a word for each of its warps
 
 def core_spec(spec: KernelSpec) -> KernelSpec:
     """The spec whose kernel runs: float32 activations are three bfloat16 ones, and their epilogue is done by torch.
-    Activations that are rounded are what they are."""
+    Activations that are rounded are what they are; those of sums are repeated (`one_matrix`)."""
+    spec = one_matrix(spec)
     return spec if not split(spec) else replace(spec, x_dtype="bf16", out_dtype="f32", epilogue=())
 
 
@@ -62,6 +64,7 @@ def finish_in_torch(
 
 def make_launcher(artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launcher:
     """A launcher for a cubin made from the plan of `core_spec(spec)`."""
+    given, spec = spec, one_matrix(spec)
     plan = make_plan(core_spec(spec), schedule)
     early = bool(schedule.get("early", 0))
     kernel = Kernel(artifact, "lb_kernel", plan.threads, plan.shared_bytes, early)
@@ -111,7 +114,7 @@ def make_launcher(artifact: Path, spec: KernelSpec, schedule: Schedule) -> Launc
         run(limbs, weight, None, None, y)
         finish_in_torch(spec, y, bias, residual, out)
 
-    return run_float if split(spec) else run
+    return over_repeated(given, run_float if split(spec) else run)
 
 
 _counts: dict[int, int] = {}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lowbit.compiler.ir.layout import Layout, plane_bits
-from lowbit.quantizers.formats import Format
+from lowbit.quantizers.formats import Format, Granularity
 from lowbit.quantizers.qtensor import PackedWeight, column_map, padded_columns
 
 __all__ = ["RowDecoder", "dense_rows", "row_decoder", "take_rows"]
@@ -52,6 +52,8 @@ def take_rows(weight: PackedWeight, segment: int, first: int, count: int) -> dic
 
 def row_decoder(fmt: Format, layout: Layout, k: int, dtype: torch.dtype) -> RowDecoder:
     """A function of tensors alone that decodes rows of [N, k] matrices in `fmt` and `layout` to `dtype`."""
+    if fmt.terms > 1:
+        return _sum_decoder(fmt, layout, k, dtype)
     levels = fmt.element.levels()
     affine = bool((levels == levels[0] + torch.arange(len(levels))).all())
     lowest, where, size = float(levels[0]), column_map(fmt, k), fmt.granularity.group_size(k)
@@ -71,6 +73,22 @@ def row_decoder(fmt: Format, layout: Layout, k: int, dtype: torch.dtype) -> RowD
         if "offset" in parts:
             values = values + _spread(layout, parts["offset"].float(), k, size)
         return (values[:, parts["order"]] if "order" in parts else values).to(dtype)
+
+    return decode
+
+
+def _sum_decoder(fmt: Format, layout: Layout, k: int, dtype: torch.dtype) -> RowDecoder:
+    """The same for sums: the plain matrix of all terms, then what each weight's terms add up to."""
+    size, groups, terms = min(fmt.granularity.group_size(k), k), fmt.granularity.groups(k), fmt.terms
+    plain = replace(fmt, terms=1, granularity=Granularity("g", size))
+    whole = row_decoder(plain, layout, groups * terms * size, torch.float32)
+
+    def decode(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        values = whole(parts).unflatten(1, (groups, terms, size))
+        total: torch.Tensor = values[:, :, 0]
+        for i in range(1, terms):
+            total = total + values[:, :, i]
+        return total.flatten(1)[:, :k].to(dtype)
 
     return decode
 

@@ -26,8 +26,8 @@ CPU_GEMM = {"avx512vbmi": 112e9, "avx512vnni": 112e9, "avx512": 112e9, "avx2vnni
 
 def predict(spec: KernelSpec, target: Target, m: int, blocks: int) -> float:
     """Seconds of one call with `m` tokens, the matrix dequantized in `blocks` blocks of rows."""
-    weights = float(spec.rows * spec.blocks * 32)
-    operations = 2.0 * m * weights
+    weights = float(spec.rows * spec.blocks * 32)  # every term of a sum is decoded, and multiplied with the others
+    operations = 2.0 * m * weights / spec.terms
     if target.kind == "cpu":
         return weights * _UNPACK + operations / CPU_GEMM[target.arch]
     gpu, width = gpu_of(target), X_BYTES[spec.x_dtype]

@@ -17,7 +17,7 @@ from lowbit.compiler.ir.program import Program
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import Format, VectorFormat
 from lowbit.quantizers.hadamard import rotate
-from lowbit.quantizers.qtensor import PackedWeight, column_map, full_scales, padded_columns
+from lowbit.quantizers.qtensor import PackedWeight, column_map, full_scales, padded_columns, padded_group
 from lowbit.quantizers.vqtensor import BOOKS, VQTensor, unpack_vectors
 
 __all__ = ["ReferenceBackend", "decode_stored", "decode_weight", "finish", "prepare_activations", "run_reference"]
@@ -43,13 +43,17 @@ def decode_stored(weight: PackedWeight) -> torch.Tensor:
     fmt, layout, rows = weight.fmt, weight.layout, weight.rows
     cols = padded_columns(fmt, weight.k, layout.block)
     codes = layout.unpack([plane.cpu() for plane in weight.planes], fmt.bits, rows, cols)
-    args = {"w0": codes[:, column_map(fmt, weight.k)].to(torch.int64), "s0": torch.tensor(0)}
-    group = torch.arange(weight.k) // fmt.granularity.group_size(weight.k)
-    args["scale"] = full_scales(weight).cpu()[:, group]
-    for name in ("zero", "offset"):
-        if name in weight.tensors:
-            args[name] = layout.unpack_side(weight.tensors[name].cpu()).float()[:, group]
-    dense = scalar_program(fmt, (fmt.bits,)).run(TORCH, args)
+    where, step = column_map(fmt, weight.k), padded_group(fmt, weight.k)
+    group = torch.arange(weight.k) // fmt.granularity.group_size(weight.k) * fmt.terms
+    sides = {"scale": full_scales(weight).cpu()}
+    sides |= {n: layout.unpack_side(weight.tensors[n].cpu()).float() for n in ("zero", "offset") if n in weight.tensors}
+
+    def term(i: int) -> torch.Tensor:
+        args = {name: side[:, group + i] for name, side in sides.items()}
+        args |= {"w0": codes[:, where + i * step].to(torch.int64), "s0": torch.tensor(0)}
+        return scalar_program(fmt, (fmt.bits,)).run(TORCH, args)
+
+    dense = sum((term(i) for i in range(1, fmt.terms)), term(0))
     tile, start, keep = layout.row_tile, 0, []
     for n in weight.segments:
         keep.append(dense[start : start + n])

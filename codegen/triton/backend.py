@@ -16,6 +16,7 @@ import torch
 from lowbit.codegen.backend import NO_ROWS, Backend, Launcher, Source
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
+from lowbit.codegen.sums import one_matrix, over_repeated, unserved_sums
 from lowbit.codegen.triton.emitter import emit_source
 from lowbit.codegen.triton.model import predict
 from lowbit.codegen.triton.space import candidates, illegal, space
@@ -56,6 +57,8 @@ class TritonBackend(Backend):
             return f"reads the layout {LAYOUTS[self.layout_of(spec.weight_format)]}, not {spec.layout}"
         if spec.uses_rows:
             return NO_ROWS
+        if why := unserved_sums(spec):
+            return why
         if spec.rotate or spec.norm_eps:
             return f"does not {'rotate' if spec.rotate else 'normalise'} activations"
         if spec.vector:
@@ -78,21 +81,21 @@ class TritonBackend(Backend):
         return None
 
     def space(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
-        return space(spec, target, m)
+        return space(one_matrix(spec), target, m)
 
     def illegal(self, spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
-        return illegal(spec, schedule, target)
+        return illegal(one_matrix(spec), schedule, target)
 
     def schedules(self, spec: KernelSpec, target: Target, m: int) -> Iterable[Schedule]:
-        return candidates(spec, target, m)
+        return candidates(one_matrix(spec), target, m)
 
     def predict(self, spec: KernelSpec, schedule: Schedule, target: Target, m: int) -> float:
-        return predict(spec, schedule, target, m)
+        return predict(one_matrix(spec), schedule, target, m)
 
     def emit(self, spec: KernelSpec, schedule: Schedule, target: Target) -> Source:
-        if why := self.supports(spec, target) or illegal(spec, schedule, target):
+        if why := self.supports(spec, target) or self.illegal(spec, schedule, target):
             raise KernelError("LB0440", f"no such Triton kernel: {why}", where=spec.format)
-        return Source(emit_source(spec, schedule), ".py", (str(target),))
+        return Source(emit_source(one_matrix(spec), schedule), ".py", (str(target),))
 
     def compile(self, source: Source, out: Path) -> None:
         """Check that the text is Python and store it: Triton compiles it for the device when it is loaded."""
@@ -112,10 +115,11 @@ class TritonBackend(Backend):
         from lowbit.codegen.triton.launch import load_module, make_launcher
 
         # Tiles are built first: a schedule that does not belong to the spec fails here, not inside a launch.
-        steps = (VectorTiles(spec, schedule) if spec.vector else Tiles(spec, schedule)).steps
+        flat = one_matrix(spec)
+        steps = (VectorTiles(spec, schedule) if spec.vector else Tiles(flat, schedule)).steps
         if steps < schedule.split_k:
             raise KernelError("LB0440", f"{schedule.split_k} splits of {steps} steps")
-        return make_launcher(load_module(artifact), spec, schedule)
+        return over_repeated(spec, make_launcher(load_module(artifact), flat, schedule))
 
 
 def _vector_limits(spec: KernelSpec) -> str | None:

@@ -56,6 +56,8 @@ def can_express(fmt: WeightFormat, n: int | None = None, k: int | None = None) -
         return "pack-quantized holds one code per weight"
     if ct_floats.layout_of(fmt):
         return ct_floats.misfit(fmt, k) if k is not None else None
+    if fmt.terms > 1:
+        return "pack-quantized holds one number per weight, no sums"
     if fmt.offset:
         return "pack-quantized has integer zero points only"
     if fmt.ordered:

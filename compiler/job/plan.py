@@ -469,6 +469,8 @@ def _vllm_reasons(fmt: WeightFormat, k: int) -> list[str]:
     if ct_floats.layout_of(fmt):
         return [reason] if (reason := ct_floats.misfit(fmt, k)) else []
     g = fmt.granularity
+    if fmt.terms > 1:
+        return ["it has no kernels for binary coding"]
     reasons = ["it has no kernels for float offsets"] if fmt.offset else []
     if not isinstance(fmt.element, IntElement):
         reasons.append(f"it reads integers from this layout, not {fmt.element.name}")

@@ -16,6 +16,7 @@ from lowbit.compiler.errors import FormatError
 from lowbit.quantizers.formats.activation import ActivationFormat, parse_activation
 from lowbit.quantizers.formats.base import (
     K_ALIGN,
+    MOST_TERMS,
     SCALE_DTYPES,
     WIDE_DTYPES,
     Element,
@@ -56,6 +57,7 @@ __all__ = [
     "register_element",
     "scalar_format",
     "sixteen_bit_products",
+    "sum_catalog",
     "vector_catalog",
 ]
 
@@ -132,13 +134,15 @@ def scalar_format(text: str) -> Format:
 
 def _scalar(text: str) -> Format:
     head, *rest = text.split(".")
-    granularity, symmetry, scale, tensor, ordered = Granularity("ch"), "sym", "f16", False, False
+    granularity, symmetry, scale, tensor, ordered, terms = Granularity("ch"), "sym", "f16", False, False, 1
+    if binary := re.fullmatch(r"bcq([2-9])", head):
+        head, terms = "int1", int(binary[1])
     for part in rest:
         if m := re.fullmatch(r"g(\d{1,9})", part):
             granularity = Granularity("g", int(m[1]))
         elif part in ("t", "ch"):
             granularity = Granularity(part)  # type: ignore[arg-type]
-        elif part in ("sym", "asym", "fz"):
+        elif part in ("sym", "asym", "fz") and not binary:
             symmetry = part
         elif part in SCALE_DTYPES:
             scale = part
@@ -151,7 +155,7 @@ def _scalar(text: str) -> Format:
     element = _element(head, symmetry != "asym")
     if element is None:
         raise _unknown(text, f"no element is called {head!r}" + (", with zero points" if symmetry == "asym" else ""))
-    return Format(element, granularity, scale, symmetry == "fz", tensor, ordered)
+    return Format(element, granularity, scale, symmetry == "fz", tensor, ordered, terms)
 
 
 def _element(name: str, symmetric: bool) -> Element | None:
@@ -193,6 +197,12 @@ def catalog() -> Iterator[Format]:
         for name in family.names:
             for symmetry in family.symmetries:
                 yield scalar_format(f"{name}.ch.{symmetry}")
+
+
+def sum_catalog() -> Iterator[Format]:
+    """Binary coding of every number of signs: what tables show."""
+    for terms in range(2, MOST_TERMS + 1):
+        yield scalar_format(f"bcq{terms}.g64")
 
 
 def vector_catalog() -> Iterator[VectorFormat]:

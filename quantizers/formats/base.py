@@ -19,7 +19,7 @@ from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.program import Program
 from lowbit.quantizers.formats.scaled import IntegerLevels, find_integer_levels
 
-__all__ = ["K_ALIGN", "SCALE_DTYPES", "WIDE_DTYPES", "Element", "Format", "Granularity", "WeightFormat"]
+__all__ = ["K_ALIGN", "MOST_TERMS", "SCALE_DTYPES", "WIDE_DTYPES", "Element", "Format", "Granularity", "WeightFormat"]
 
 SCALE_DTYPES = {
     "f16": torch.float16,
@@ -38,6 +38,11 @@ WIDE_DTYPES = {name: SCALE_DTYPES[name] for name in ("f16", "bf16", "f32")}
 
 K_ALIGN = 32
 """Columns of a packed group are padded to a multiple of this, so that kernels never meet a partial block."""
+
+
+MOST_TERMS = 4
+"""Signs that a weight is the sum of: with more, uniform integers of as many bits are better ("ShiftAddLLM: Accelerating
+Pretrained LLMs via Post-Training Multiplication-Less Reparameterization", You et al., stops at four too)."""
 
 
 class Element(ABC):
@@ -129,7 +134,9 @@ class Format(WeightFormat):
     the "float zero point" of decoupleQ), in which case `offset` is set and the element is symmetric. With `tensor`
     every scale is multiplied by one float32 of the whole matrix, and the product rounded to float32 is the scale.
     `ordered` formats keep their columns in an order of their own, by which groups and blocks are formed (GPTQ's
-    activation order, the permutations of Atom and COMET), and store it in 16 bits a column.
+    activation order, the permutations of Atom and COMET), and store it in 16 bits a column. A weight of a format with
+    several `terms` is the sum of so many such numbers of one bit, each with a scale of its own: binary coding, `bcq3`
+    ("Alternating Multi-bit Quantization for Recurrent Neural Networks", Xu et al.).
     """
 
     element: Element
@@ -138,6 +145,7 @@ class Format(WeightFormat):
     offset: bool = False
     tensor: bool = False
     ordered: bool = False
+    terms: int = 1
 
     def __post_init__(self) -> None:
         if self.scale not in SCALE_DTYPES:
@@ -160,8 +168,23 @@ class Format(WeightFormat):
             raise FormatError(
                 "LB0216", f"{self.scale} scales need no second one per tensor", hint="leave t32 out, or use e4m3.t32"
             )
+        if self.terms > 1:
+            self._check_terms()
+
+    def _check_terms(self) -> None:
+        """Raise FormatError (LB0217) for sums that nothing stores or runs."""
+        g = self.granularity
+        if self.terms > MOST_TERMS or self.bits > 1 or not self.element.symmetric:
+            raise FormatError("LB0233", f"sums are of 2 to {MOST_TERMS} signs", hint="write bcq2.g64, or bcq3.g128")
+        if self.offset or self.tensor or self.ordered or self.channel:
+            raise FormatError("LB0233", "binary coding has a scale per sign, and nothing else", hint="write bcq2.g64")
+        if g.kind == "t" or (g.kind == "g" and g.group < K_ALIGN):
+            hint = f"write bcq{self.terms}.g64, or bcq{self.terms}.ch"
+            raise FormatError("LB0233", f"binary coding has scales per row or per {K_ALIGN} columns or more", hint=hint)
 
     def __str__(self) -> str:
+        if self.terms > 1:
+            return f"bcq{self.terms}.{self.granularity}" + ("" if self.scale == "f16" else f".{self.scale}")
         symmetry = ".fz" if self.offset else ".sym" if self.element.symmetric else ".asym"
         symmetry = "" if symmetry == ".sym" and self.element.always_symmetric else symmetry
         tail = ("" if self.scale == "f16" else f".{self.scale}") + (".t32" if self.tensor else "")
@@ -175,8 +198,13 @@ class Format(WeightFormat):
 
     @property
     def bits(self) -> int:
-        """Bits per code."""
+        """Bits per code: of one term, where a weight is a sum."""
         return self.element.bits
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a weight's code: those of all terms, the first one's lowest."""
+        return self.bits * self.terms
 
     @property
     def zero(self) -> bool:
@@ -216,12 +244,13 @@ class Format(WeightFormat):
             )
 
     def side_shape(self, n: int, k: int) -> tuple[int, int]:
-        """Shape of the scales (and zero points or offsets) of an [n, k] matrix: [n or 1, groups]."""
-        return (1 if self.granularity.kind == "t" else n, self.granularity.groups(k))
+        """Shape of the scales (and zero points or offsets) of an [n, k] matrix: [n or 1, groups * terms], those of a
+        group's terms side by side."""
+        return (1 if self.granularity.kind == "t" else n, self.granularity.groups(k) * self.terms)
 
     def bits_per_weight(self, n: int, k: int) -> float:
         rows, groups = self.side_shape(n, k)
         stored = 8 * self.scale_dtype.itemsize
         side = stored + (self.bits if self.zero else stored if self.offset else 0)
         once = (32 if self.tensor else 0) + (16 * k if self.ordered else 0) + (16 * n if self.channel else 0)
-        return self.bits + (rows * groups * side + once) / (n * k)
+        return self.code_bits + (rows * groups * side + once) / (n * k)

@@ -58,6 +58,8 @@ def scalar_only(fmt: WeightFormat, method: str) -> Format:
         raise RunError(
             "LB0515", f"{method} cannot produce {fmt}", hint="use method vptq, or a format such as int4.g64.sym"
         )
+    if fmt.terms > 1 and method not in ("rtn", "gptq"):
+        raise RunError("LB0515", f"{method} cannot produce {fmt}", hint="use method gptq, or an integer format")
     if fmt.channel and method not in ("rtn", "gptq", "fmpq"):
         raise RunError(
             "LB0515", f"{method} cannot produce scales in i8ch", hint="use method gptq, or another scale type"

@@ -76,33 +76,37 @@ def best_sides(weight: Tensor, grid: Grid, codes: Tensor, hessian: Tensor) -> tu
 def _normal_equations(weight: Tensor, grid: Grid, codes: Tensor, hessian: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Per chunk of rows [R]: float64 [R, P, P] and right side [R, P] of the change from `grid`; P is G or 2 G.
 
-    Only a chunk's products with one group of columns of H exist at a time.
+    Only a chunk's products with one group of columns of H exist at a time. A group of sums has a scale per term.
     """
     k = weight.shape[1]
-    size, groups, joint = grid.fmt.granularity.group_size(k), grid.scale.shape[1], grid.offset is not None
+    size, sides, joint = grid.fmt.granularity.group_size(k), grid.scale.shape[1], grid.offset is not None
+    terms, q = grid.fmt.terms, grid.qtensor(codes)
     blocks = [slice(start, start + size) for start in range(0, k, size)]
     sums = torch.cat([_group_sums(part.double(), size) for part in hessian.split(size)])  # H E, [K, G]
     elements, zero = grid.fmt.element.levels().double(), grid.column(k)[1]
-    missing = weight - grid.qtensor(codes).dequantize()
-    count = groups * (2 if joint else 1)
-    step = max(1, _ROW_BYTES // (8 * (4 * k + count * count)))
+    missing = weight - q.dequantize()
+    count = sides * (2 if joint else 1)
+    step = max(1, _ROW_BYTES // (8 * ((3 + terms) * k + count * count)))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        levels, left = elements[codes[rows].long()], missing[rows].double()
+        levels, left = [elements[q.term(i)[rows].long()] for i in range(terms)], missing[rows].double()
         if zero is not None:
-            levels -= zero[slice(None) if len(zero) == 1 else rows]
-        normal = levels.new_empty(len(levels), count, count)
-        right = levels.new_empty(len(levels), count)
+            levels[0] -= zero[slice(None) if len(zero) == 1 else rows]
+        normal, right = left.new_empty(len(left), count, count), left.new_empty(len(left), count)
         for g, cols in enumerate(blocks):
-            here, block = levels[:, cols], hessian[cols].double()
-            products = _group_sums((here @ block[:, cols.start :]).mul_(levels[:, cols.start :]), size)
-            normal[:, g, g:groups] = normal[:, g:groups, g] = products
+            block, first = hessian[cols].double(), g * terms
             pulled = left @ block.T
-            right[:, g] = (pulled * here).sum(1)
+            for i, mine in enumerate(levels):
+                here = mine[:, cols] @ block[:, cols.start :]
+                for j, other in enumerate(levels):
+                    products = _group_sums(here * other[:, cols.start :], size)
+                    normal[:, first + i, first + j : sides : terms] = products
+                    normal[:, first + j : sides : terms, first + i] = products
+                right[:, first + i] = (pulled * mine[:, cols]).sum(1)
             if joint:
-                normal[:, g, groups:] = normal[:, groups:, g] = here @ sums[cols]
-                normal[:, groups + g, groups:] = sums[cols].sum(0)
-                right[:, groups + g] = pulled.sum(1)
+                normal[:, g, sides:] = normal[:, sides:, g] = levels[0][:, cols] @ sums[cols]
+                normal[:, sides + g, sides:] = sums[cols].sum(0)
+                right[:, sides + g] = pulled.sum(1)
         yield normal, right
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.formats import Element, Format
+from lowbit.quantizers.methods.sums import SumTable, search_sums
 from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.scales import power_of_two, stored_offset, stored_scale, tensor_scale_of
 
@@ -94,9 +95,9 @@ def codec_of(element: Element) -> Codec:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Scales float32 [rows, groups] (values the format can store), and of that shape too, or None where the format has
-    none of them: zero points (levels subtracted before scaling) and offsets (numbers added after scaling). tensor,
-    channel: the second scales [1] and [rows, 1] of formats that have them; they are part of `scale`."""
+    """Scales float32 [rows, groups * terms] (values the format can store), and of that shape too, or None where the
+    format has none of them: zero points (levels subtracted before scaling) and offsets (numbers added after scaling).
+    tensor, channel: the second scales [1] and [rows, 1] of formats that have them; they are part of `scale`."""
 
     fmt: Format
     scale: Tensor
@@ -117,6 +118,8 @@ class Grid:
 
     def encode(self, weight: Tensor) -> QTensor:
         """Round [N, K] to the nearest code of this grid."""
+        if self.fmt.terms > 1:
+            return self._encode_sums(weight)
         codec = codec_of(self.fmt.element)
         scale, zero, offset = self.column(weight.shape[1])
         codes = torch.empty(weight.shape, dtype=torch.uint8)
@@ -127,6 +130,15 @@ class Grid:
                 x += zero[side]
             codes[rows] = codec.code(codec.index(x))
         return self.qtensor(codes)
+
+    def _encode_sums(self, weight: Tensor) -> QTensor:
+        size, codes = self.fmt.granularity.group_size(weight.shape[1]), []
+        for rows in _row_chunks(weight):
+            table = SumTable.of(self.scale[rows].unflatten(1, (-1, self.fmt.terms)))
+            part = weight[rows]
+            units = torch.nn.functional.pad(part, (0, -part.shape[1] % size)).unflatten(1, (-1, size))
+            codes.append(table.nearest(units).flatten(1)[:, : part.shape[1]])
+        return self.qtensor(torch.cat(codes))
 
     def qtensor(self, codes: Tensor) -> QTensor:
         """These codes with this grid's scales, zero points and offsets."""
@@ -209,6 +221,9 @@ def _shrinks(fmt: Format, count: int | None) -> Tensor:
 def _search_units(best: _Best, shrinks: Tensor, clip: bool, signed: bool) -> Grid:
     """The grid, [R, G], of units [R, G, E]."""
     fmt = best.fmt
+    if fmt.terms > 1:
+        _check_range(best.w.abs().amax(-1), fmt, "scale")
+        return Grid(fmt, search_sums(best.w, best.h, fmt).flatten(1), None)
     if fmt.offset:
         _offer_ranges(best, shrinks)
     elif fmt.scale == "e8m0" and not fmt.zero:

@@ -7,7 +7,7 @@ block updates are rank one, the rest of the matrix is updated once per block by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from lowbit.quantizers.formats import Format
 from lowbit.quantizers.methods.base import row_errors
 from lowbit.quantizers.methods.grid import Codec, Grid, codec_of
+from lowbit.quantizers.methods.sums import SumTable
 
 __all__ = ["ColumnGrid", "coordinate_sweeps", "descend", "feedback"]
 
@@ -44,7 +45,8 @@ class ColumnGrid:
         )
         codec, rows = codec_of(grid.fmt.element), grid.scale.shape[0]
         seconds = (grid.tensor, grid.channel)
-        return ColumnGrid(grid.fmt, codec, rows, k, scale, _inverse(scale), zero, offset, *seconds)
+        kind = ColumnGrid if grid.fmt.terms == 1 else SumColumns
+        return kind(grid.fmt, codec, rows, k, scale, _inverse(scale), zero, offset, *seconds)
 
     @property
     def size(self) -> int:
@@ -98,6 +100,42 @@ class ColumnGrid:
         """uint8 codes [N, K] of positions [K, N] whose rows follow `order`."""
         out = torch.empty(positions.shape, dtype=torch.uint8)
         out[order] = self.codec.code(positions)
+        return out.T.contiguous()
+
+
+@dataclass(eq=False)
+class SumColumns(ColumnGrid):
+    """The same for weights that are sums of terms: scales are [groups * terms, N], positions are codes.
+
+    edges, numbers, their: the `SumTable` of every group, [groups, 2**terms (less 1), N].
+    """
+
+    edges: Tensor = field(init=False)
+    numbers: Tensor = field(init=False)
+    their: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        table = SumTable.of(self.scale.unflatten(0, (-1, self.fmt.terms)).transpose(1, 2))
+        self.edges = table.edges.transpose(1, 2).contiguous()
+        self.numbers = table.values.transpose(1, 2).contiguous()
+        self.their = table.codes.transpose(1, 2).contiguous()
+
+    def replace(self, group: int, grid: Grid) -> None:
+        terms = self.fmt.terms
+        self.scale[group * terms : (group + 1) * terms] = grid.scale.T
+        table = SumTable.of(grid.scale)
+        self.edges[group], self.numbers[group], self.their[group] = table.edges.T, table.values.T, table.codes.T
+
+    def round(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        rank = (column > self.edges[group]).sum(0, keepdim=True)
+        return self.their[group].gather(0, rank)[0], self.numbers[group].gather(0, rank)[0]
+
+    def positions(self, n: int) -> Tensor:
+        return torch.empty(self.k, n, dtype=torch.int64)
+
+    def codes(self, positions: Tensor, order: Tensor) -> Tensor:
+        out = torch.empty(positions.shape, dtype=torch.uint8)
+        out[order] = positions.to(torch.uint8)
         return out.T.contiguous()
 
 

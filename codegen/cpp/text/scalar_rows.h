@@ -78,10 +78,10 @@ LB_INLINE void round_floats(const Args& a, float* x) {
 #if !LB_VECTORS
 // value(column in stored order) of every column -> packed column order, zeros in padding.
 template <typename T> LB_INLINE void spread(float* row, T value) {
-  for (int64_t g = 0; g < kGroups; ++g) {
+  for (int64_t g = 0; g < kGroups / kTerms; ++g) {
     const int64_t from = g * kGroup, n = from + kGroup < kK ? kGroup : kK - from;
     float* to = row + g * kGroupCols;
-    const int64_t end = g + 1 < kGroups ? kGroupCols : kBlocks * 32 - g * kGroupCols;
+    const int64_t end = g + 1 < kGroups / kTerms ? kGroupCols : kBlocks / kTerms * 32 - g * kGroupCols;
     for (int64_t i = 0; i < n; ++i) to[i] = value(from + i);
     for (int64_t i = n; i < end; ++i) to[i] = 0.0f;
   }
@@ -184,9 +184,9 @@ LB_INLINE void put_chunk(const Args& a, const float* row, int64_t t, int64_t c, 
 // The largest level is top_of(group); where activations have no format of their own every chunk is a group, and it is
 // 127 (one digit) or 127 * 256 + 127 (two).
 LB_INLINE void round_row(const Args& a, const float* row, int64_t t) {
-  for (int64_t c = 0; c < kChunks;) {
+  for (int64_t c = 0; c < kInputChunks;) {
     const int64_t g = kLeadChunks ? c >= kLeadChunks : c / kSpanChunks;
-    const int64_t next = c < kLeadChunks ? kLeadChunks : c + kSpanChunks, end = next < kChunks ? next : kChunks;
+    const int64_t next = c < kLeadChunks ? kLeadChunks : c + kSpanChunks, end = next < kInputChunks ? next : kInputChunks;
     const int64_t columns = chunk_start(end - 1) + chunk_columns(end - 1) - chunk_start(c);
     const Step s = step_of(a, g, row + chunk_start(c), columns);
     for (; c < end; ++c) {

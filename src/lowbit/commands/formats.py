@@ -42,6 +42,7 @@ def formats(json_output: JsonFlag = False) -> None:
     typer.echo("  symmetry     sym, asym (a zero point stored as a code), fz (an offset stored like the scale)")
     typer.echo("  granularity  t (one scale per tensor), ch (per output row), g64 (per 64 input columns; any size)")
     typer.echo(f"  scale        {', '.join(_scales())}; f16 when left out; e4m3.t32 adds a float32 per tensor")
+    typer.echo("bcq2 to bcq4 are binary coding: sums of so many signs, each with its own scale, as in bcq3.g128")
     typer.echo("Short names: " + ", ".join(f"{name} = {text}" for name, text in _aliases().items()))
     typer.echo("With | between several formats, each layer gets the one with the lowest error: int6.ch.sym|e2m3.ch")
     typer.echo(
@@ -70,7 +71,7 @@ def _format_rows() -> list[dict[str, Any]]:
 
     from lowbit.compiler.io.checkpoint import export_layout
     from lowbit.compiler.job.plan import runs_on
-    from lowbit.quantizers.formats import Granularity, WeightFormat, catalog, vector_catalog
+    from lowbit.quantizers.formats import Granularity, WeightFormat, catalog, sum_catalog, vector_catalog
 
     def row(fmt: WeightFormat, element: str, bits: float, zero: str) -> dict[str, Any]:
         runs = runs_on(fmt)
@@ -90,6 +91,8 @@ def _format_rows() -> list[dict[str, Any]]:
         fmt = replace(base, granularity=Granularity("g", 64 if base.bits <= 4 else 128))
         zero = "code" if fmt.zero else "float" if fmt.offset else "no"
         rows.append(row(fmt, fmt.element.name, fmt.bits, zero))
+    for binary in sum_catalog():
+        rows.append(row(binary, f"bcq{binary.terms}", binary.code_bits, "no"))
     for vector in vector_catalog():
         bits = (vector.index_bits + vector.residual_bits) / vector.dim
         rows.append(row(vector, "vq", bits, "no"))

@@ -65,7 +65,7 @@ def test_which_formats_go_where() -> None:
     assert ct.can_express(parse_format("int4.g48.sym"), 64, 96) is None
     plain = [fmt for fmt in catalog() if fmt.element.integer and fmt.bits > 1 and not fmt.offset]
     assert all(ct.can_express(fmt) is None for fmt in plain)
-    for text in ("e3m2.ch", "mxfp8_e4m3", "e4m3.g32", "int4.g32.sym.e8m0", "int6.ch.sym|e3m2.ch"):
+    for text in ("e3m2.ch", "mxfp8_e4m3", "e4m3.g32", "int4.g32.sym.e8m0", "int6.ch.sym|e3m2.ch", "bcq2.g32"):
         assert export_layout(parse_format(text), 64, 64) == "lowbit", text
     mixed = [parse_format("int4.g16.sym"), parse_format("int8.ch.sym")]
     assert ct.config_problem(mixed) is None

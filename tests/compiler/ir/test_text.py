@@ -17,7 +17,13 @@ from lowbit.compiler.ir.types import QType, tensor
 from lowbit.passes.lower_kernels import kernel_op, spec_of
 from lowbit.quantizers.formats import Format, catalog, parse_format
 
-FORMATS = [*(str(f) for f in catalog()), "vq.d4.k256", "vq.d8.k4096.r256.c2.o4v4k16.cn", "vq.d8.k256.r256.in.rn"]
+FORMATS = [
+    *(str(f) for f in catalog()),
+    "bcq3.g64.e8m0",
+    "vq.d4.k256",
+    "vq.d8.k4096.r256.c2.o4v4k16.cn",
+    "vq.d8.k256.r256.in.rn",
+]
 WIDTHS = st.sampled_from([16, 33, 64])
 
 
