@@ -84,7 +84,9 @@ def agrees(spec: KernelSpec, launch: Launcher, m: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SCHEDULES)
-@pytest.mark.parametrize("fmt", ["int4.g128.sym", "int3.g64.asym", "int8.ch.sym", "int1.g48.sym", "e3m2.ch", "nvfp4"])
+@pytest.mark.parametrize(
+    "fmt", ["int4.g128.sym", "int3.g64.asym", "int8.ch.sym", "int1.g48.sym", "bcq2.g64", "e3m2.ch", "nvfp4"]
+)
 def test_formats(fmt: str, shape: str, load: Load) -> None:
     problem = problem_of(fmt, (200,), 576)
     launch = load(problem.spec, SCHEDULES[shape])
