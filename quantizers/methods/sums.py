@@ -62,30 +62,82 @@ def search_sums(weight: Tensor, importance: Tensor | None, fmt: Format) -> Tenso
 
     importance: what the square of each error counts, broadcast with `weight`.
     """
-    best_scale = torch.zeros(*weight.shape[:2], fmt.terms)
-    best = torch.full(weight.shape[:2], torch.inf)
+    units = _Units.of(weight, importance)
+    best_scale, best = torch.zeros(*weight.shape[:2], fmt.terms), torch.full(weight.shape[:2], torch.inf)
     for start in (_greedy, _uniform):
-        scale, error = _alternate(weight, importance, fmt, start(weight, importance, fmt.terms))
+        scale, error = _alternate(units, fmt, start(weight, importance, fmt.terms).flatten(0, 1))
+        scale, error = scale.view_as(best_scale), error.view_as(best)
         better = (error < best) | ~best.isfinite()
         best, best_scale = torch.where(better, error, best), torch.where(better[..., None], scale, best_scale)
     return best_scale
 
 
-def _alternate(weight: Tensor, importance: Tensor | None, fmt: Format, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The best stored scales on the way from `scale`, and their errors [R, G]."""
-    best_scale, best = torch.zeros_like(scale), torch.full(weight.shape[:2], torch.inf)
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """Units of weights in ascending order [U, E], and float64 sums [U, E + 1] of the importance of those before each
+    place, alone and times the weight: what neighbours that get one code add up to is a difference of two sums.
+
+    squares [U]: the sum of all weights' squares times importance.
+    """
+
+    weight: Tensor
+    count: Tensor
+    sums: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def of(weight: Tensor, importance: Tensor | None) -> _Units:
+        """Of weights [R, G, E]."""
+        ordered, place = weight.flatten(0, 1).sort(-1)
+        if importance is None:
+            count = torch.ones_like(ordered, dtype=torch.float64)
+        else:
+            count = importance.expand_as(weight).flatten(0, 1).gather(-1, place).double()
+        products = count * ordered
+        squares = (products * ordered).sum(-1)
+        counts, sums = (torch.nn.functional.pad(x.cumsum(-1), (1, 0)) for x in (count, products))
+        return _Units(ordered, counts, sums, squares)
+
+    def parts(self, edges: Tensor) -> tuple[Tensor, Tensor]:
+        """Importance, and that times weights, of what lies below, between and above edges [U, V]: [U, V + 1] each."""
+        place = torch.searchsorted(self.weight, edges.contiguous(), right=True)
+        place = torch.nn.functional.pad(place, (1, 0))
+        place = torch.nn.functional.pad(place, (0, 1), value=self.weight.shape[-1])
+        return self.count.gather(-1, place).diff(dim=-1), self.sums.gather(-1, place).diff(dim=-1)
+
+
+def _alternate(units: _Units, fmt: Format, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The best stored scales [U, terms] on the way from `scale`, and their errors [U]."""
+    best_scale, best = torch.zeros_like(scale), torch.full(scale.shape[:1], torch.inf)
     for _ in range(_ROUNDS):
         scale = _stored(scale, fmt)
-        codes = SumTable.of(scale).nearest(weight)
-        signs = _signs(fmt.terms)[codes.long()]  # [R, G, E, terms]
-        squares = ((signs @ scale[..., None])[..., 0] - weight).square()
-        error = (squares if importance is None else squares * importance).sum(-1)
+        table = SumTable.of(scale)
+        count, sums = units.parts(table.edges)
+        missing = sums - count * table.values
+        error = (units.squares - ((sums + missing) * table.values).sum(-1)).clamp(min=0).float()
         better = (error < best) | ~error.isfinite()
         if not bool((error < best).any()):
             break
         best, best_scale = torch.where(better, error, best), torch.where(better[..., None], scale, best_scale)
-        scale = _least_squares(weight, importance, signs, scale)
+        scale = scale + _least_squares(_signs(fmt.terms)[table.codes].double(), count, missing)
     return best_scale, best
+
+
+def _least_squares(signs: Tensor, count: Tensor, missing: Tensor) -> Tensor:
+    """float32 [U, terms]: changes of scales for the smallest squared error with fixed signs [U, V, terms] of so much
+    importance [U, V], where so much is missing [U, V]; none where signs do not tell."""
+    weighted = signs * count[..., None]
+    normal, right = weighted.mT @ signs, (signs * missing[..., None]).sum(1)
+    normal.diagonal(dim1=1, dim2=2).add_(count.sum(-1, keepdim=True).clamp(min=1e-30) * _RIDGE)
+    terms = right.shape[-1]
+    for i in range(terms):  # Gauss and Jordan, on all units at once
+        for j in range(terms):
+            if i != j:
+                factor = normal[:, j, i] / normal[:, i, i]
+                normal[:, j] -= factor[:, None] * normal[:, i]
+                right[:, j] -= factor * right[:, i]
+    change = right / normal.diagonal(dim1=1, dim2=2)
+    return torch.where(change.isfinite(), change, 0.0).float()
 
 
 def _uniform(weight: Tensor, importance: Tensor | None, terms: int) -> Tensor:
@@ -103,17 +155,6 @@ def _greedy(weight: Tensor, importance: Tensor | None, terms: int) -> Tensor:
         scales.append(mean)
         rest = rest - torch.where(rest < 0, -1.0, 1.0) * mean[..., None]
     return torch.stack(scales, -1)
-
-
-def _least_squares(weight: Tensor, importance: Tensor | None, signs: Tensor, start: Tensor) -> Tensor:
-    """Scales [R, G, terms] of the smallest squared error for fixed signs, near `start` where signs do not tell."""
-    weighted = signs if importance is None else signs * importance[..., None]
-    normal = (weighted.mT @ signs).double()
-    missing = weight - (signs @ start[..., None])[..., 0]
-    right = (weighted.mT @ missing[..., None])[..., 0].double()
-    ridge = normal.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp(min=1e-30) * _RIDGE
-    change = torch.linalg.solve_ex(normal + torch.diag_embed(ridge.expand(right.shape)), right)[0]
-    return start + torch.where(change.isfinite(), change, 0.0).float()
 
 
 def _stored(scale: Tensor, fmt: Format) -> Tensor:
