@@ -322,6 +322,7 @@ def _seconds(
     """
     weights = sum(x.n * x.k for x in chosen)
     work = (_ROUNDING + 2 * seen) * weights
+    searched = sum(_search_seconds(parse_format(str(x.format))) * x.n * x.k for x in chosen)
     columns = 0.0
     if tokens:
         widths = [k for members in _blocks(chosen).values() for k in _inputs(members)]
@@ -333,8 +334,13 @@ def _seconds(
         work += sum(e * w + 4 * x.k**3 for e, w, x in zip(efforts, own, chosen, strict=True))
         work += _training(scheme, tokens, weights)
         columns = sum(e * x.k for e, x in zip(efforts, chosen, strict=True))
-    likely = _LOAD_SECONDS + work / _flops_per_second() + columns * _COLUMN_SECONDS
+    likely = _LOAD_SECONDS + searched + work / _flops_per_second() + columns * _COLUMN_SECONDS
     return (likely * _RANGE[0], likely, likely * _RANGE[1])
+
+
+def _search_seconds(fmt: WeightFormat) -> float:
+    """Seconds of a weight's share in the search for scales, where it is more than rounding: of sums of signs."""
+    return 1e-7 * 2**fmt.terms if isinstance(fmt, Format) and fmt.terms > 1 else 0.0
 
 
 def _flops_per_second(size: int = 768) -> float:

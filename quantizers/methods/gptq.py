@@ -60,6 +60,10 @@ class Gptq(SecondOrder):
     name: ClassVar[str] = "gptq"
     usual: ClassVar[float] = 0.25
 
+    @classmethod
+    def effort(cls, fmt: WeightFormat) -> float:
+        return 0.8 * fmt.terms if isinstance(fmt, Format) and fmt.terms > 1 else 1.0
+
     def __post_init__(self) -> None:
         self.check_calibration()
         if self.block < 1 or self.refits < 0 or self.sweeps < 0:
