@@ -41,8 +41,8 @@ K_ALIGN = 32
 
 
 MOST_TERMS = 4
-"""Signs that a weight is the sum of: with more, uniform integers of as many bits are better ("ShiftAddLLM: Accelerating
-Pretrained LLMs via Post-Training Multiplication-Less Reparameterization", You et al., stops at four too)."""
+"""Signs that a weight is the sum of, at most: of Gaussian weights in groups of 128 four have 20.1 dB, uniform integers
+of 4 bits 20.3 already."""
 
 
 class Element(ABC):
@@ -172,7 +172,7 @@ class Format(WeightFormat):
             self._check_terms()
 
     def _check_terms(self) -> None:
-        """Raise FormatError (LB0217) for sums that nothing stores or runs."""
+        """Raise FormatError (LB0233) for sums that nothing stores or runs."""
         g = self.granularity
         if self.terms > MOST_TERMS or self.bits > 1 or not self.element.symmetric:
             raise FormatError("LB0233", f"sums are of 2 to {MOST_TERMS} signs", hint="write bcq2.g64, or bcq3.g128")
