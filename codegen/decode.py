@@ -3,7 +3,8 @@
 For scalar formats three steps, composed here once for every backend: *extract* the code's bits from its parts (a
 matter of layout), map the *code to its value* (a matter of the element, `Element.decode`), and apply *zero point or
 offset, and scale*. Backends that multiply integers stop after the first step and apply the affine part to the sums.
-For vector formats: the sum of the centroids' elements, each gathered from a codebook.
+For vector formats: the sum of the centroids' elements, each gathered from a codebook. Where a weight is a sum of terms,
+the program is that of one term: what terms give is added up.
 """
 
 from __future__ import annotations

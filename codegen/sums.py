@@ -8,12 +8,13 @@ many times the columns; only the activations have to be repeated, group by group
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from lowbit.codegen.backend import Launcher
 from lowbit.codegen.spec import KernelSpec
-from lowbit.quantizers.formats import Granularity
+from lowbit.quantizers import qtensor
 from lowbit.quantizers.qtensor import PackedWeight
 
 __all__ = ["one_matrix", "over_repeated", "repeated", "unserved_sums"]
@@ -23,8 +24,8 @@ def one_matrix(spec: KernelSpec) -> KernelSpec:
     """The spec of the plain matrix that `spec`'s packed operands are; `spec` itself where weights are no sums."""
     if spec.terms == 1:
         return spec
-    fmt = replace(spec.fmt, terms=1, granularity=Granularity("g", spec.group))
-    return replace(spec, format=str(fmt), k=spec.groups * spec.group)
+    fmt, k = qtensor.one_matrix(spec.fmt, spec.k)
+    return replace(spec, format=str(fmt), k=k)
 
 
 def unserved_sums(spec: KernelSpec) -> str | None:
@@ -47,14 +48,7 @@ def over_repeated(spec: KernelSpec, launch: Launcher) -> Launcher:
         return launch
     flat = one_matrix(spec)
 
-    def run(
-        x: torch.Tensor,
-        weight: PackedWeight,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
-        whole = replace(weight, fmt=flat.weight_format, k=flat.k)
-        launch(repeated(spec, x), whole, bias, residual, out)
+    def run(x: torch.Tensor, weight: PackedWeight, *rest: Any) -> None:
+        launch(repeated(spec, x), replace(weight, fmt=flat.weight_format, k=flat.k), *rest)
 
     return run

@@ -10,9 +10,19 @@ import torch
 
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.layout import Layout
-from lowbit.quantizers.formats import K_ALIGN, Format, WeightFormat
+from lowbit.quantizers.formats import K_ALIGN, Format, Granularity, WeightFormat
 
-__all__ = ["PackedWeight", "QTensor", "column_map", "full_scales", "pack", "padded_columns", "padded_group", "unpack"]
+__all__ = [
+    "PackedWeight",
+    "QTensor",
+    "column_map",
+    "full_scales",
+    "one_matrix",
+    "pack",
+    "padded_columns",
+    "padded_group",
+    "unpack",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +146,8 @@ class PackedWeight:
     is exact because `QTensor` rounds the product in the same way; `tensor_scale` [segments] is kept to undo it, and for
     kernels that read bytes; so is `channel_scale` [N]. Ordered formats have `columns` int32 [k], the matrix column at
     each place before padding; `input_scale` float32 [groups] joins them where activations have static scales. Padded
-    columns hold code 0 and meet zero activations; padded rows hold any scale. Vector formats: see
-    `quantizers.vqtensor`.
+    columns hold code 0 and meet zero activations; padded rows hold any scale. Where weights are sums of terms, a group
+    of columns stands once per term, one behind the other (`one_matrix`). Vector formats: see `quantizers.vqtensor`.
     """
 
     fmt: WeightFormat
@@ -203,6 +213,16 @@ def padded_columns(fmt: Format, k: int, block: int = K_ALIGN) -> int:
     if fmt.terms > 1:
         full, rest = (full + bool(rest)) * fmt.terms, 0
     return _round_up(full * padded_group(fmt, k) + rest, max(K_ALIGN, block))
+
+
+def one_matrix(fmt: Format, k: int) -> tuple[Format, int]:
+    """Format and columns of the plain matrix whose packed form is that of sums: every group of columns once per term.
+    `fmt` and `k` themselves where weights are no sums."""
+    if fmt.terms == 1:
+        return fmt, k
+    size = min(fmt.granularity.group_size(k), k)
+    plain = replace(fmt, terms=1, granularity=Granularity("g", size))
+    return plain, fmt.granularity.groups(k) * fmt.terms * size
 
 
 def column_map(fmt: Format, k: int) -> torch.Tensor:

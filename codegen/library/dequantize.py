@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from lowbit.compiler.ir.layout import Layout, plane_bits
-from lowbit.quantizers.formats import Format, Granularity
-from lowbit.quantizers.qtensor import PackedWeight, column_map, padded_columns
+from lowbit.quantizers.formats import Format
+from lowbit.quantizers.qtensor import PackedWeight, column_map, one_matrix, padded_columns
 
 __all__ = ["RowDecoder", "dense_rows", "row_decoder", "take_rows"]
 
@@ -79,14 +79,13 @@ def row_decoder(fmt: Format, layout: Layout, k: int, dtype: torch.dtype) -> RowD
 
 def _sum_decoder(fmt: Format, layout: Layout, k: int, dtype: torch.dtype) -> RowDecoder:
     """The same for sums: the plain matrix of all terms, then what each weight's terms add up to."""
-    size, groups, terms = min(fmt.granularity.group_size(k), k), fmt.granularity.groups(k), fmt.terms
-    plain = replace(fmt, terms=1, granularity=Granularity("g", size))
-    whole = row_decoder(plain, layout, groups * terms * size, torch.float32)
+    plain, columns = one_matrix(fmt, k)
+    whole = row_decoder(plain, layout, columns, torch.float32)
 
     def decode(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        values = whole(parts).unflatten(1, (groups, terms, size))
+        values = whole(parts).unflatten(1, (-1, fmt.terms, plain.granularity.group))
         total: torch.Tensor = values[:, :, 0]
-        for i in range(1, terms):
+        for i in range(1, fmt.terms):
             total = total + values[:, :, i]
         return total.flatten(1)[:, :k].to(dtype)
 

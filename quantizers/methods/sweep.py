@@ -107,28 +107,28 @@ class ColumnGrid:
 class SumColumns(ColumnGrid):
     """The same for weights that are sums of terms: scales are [groups * terms, N], positions are codes.
 
-    edges, numbers, their: the `SumTable` of every group, [groups, 2**terms (less 1), N].
+    edges, values, value_codes: the `SumTable` of every group, [groups, 2**terms (edges: less 1), N].
     """
 
     edges: Tensor = field(init=False)
-    numbers: Tensor = field(init=False)
-    their: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+    value_codes: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         table = SumTable.of(self.scale.unflatten(0, (-1, self.fmt.terms)).transpose(1, 2))
         self.edges = table.edges.transpose(1, 2).contiguous()
-        self.numbers = table.values.transpose(1, 2).contiguous()
-        self.their = table.codes.transpose(1, 2).contiguous()
+        self.values = table.values.transpose(1, 2).contiguous()
+        self.value_codes = table.codes.transpose(1, 2).contiguous()
 
     def replace(self, group: int, grid: Grid) -> None:
         terms = self.fmt.terms
         self.scale[group * terms : (group + 1) * terms] = grid.scale.T
         table = SumTable.of(grid.scale)
-        self.edges[group], self.numbers[group], self.their[group] = table.edges.T, table.values.T, table.codes.T
+        self.edges[group], self.values[group], self.value_codes[group] = table.edges.T, table.values.T, table.codes.T
 
     def round(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         rank = (column > self.edges[group]).sum(0, keepdim=True)
-        return self.their[group].gather(0, rank)[0], self.numbers[group].gather(0, rank)[0]
+        return self.value_codes[group].gather(0, rank)[0], self.values[group].gather(0, rank)[0]
 
     def positions(self, n: int) -> Tensor:
         return torch.empty(self.k, n, dtype=torch.int64)
