@@ -133,6 +133,13 @@ inline void run_block(int threads) {
   }
 }
 
+// Every kernel has state of its own, which stays loaded: the stacks of its threads are tens of megabytes.
+inline void release() {
+  std::vector<Fiber>().swap(fibers);
+  std::vector<Warpgroup>().swap(warpgroups);
+  std::vector<unsigned char>().swap(shared);
+}
+
 // All lanes of a warp give `in` and get `out`; the last one computes for all.
 template <class F> inline void agree(const void* in, void* out, F compute) {
   const int lane = current->thread.x % 32;
@@ -399,5 +406,6 @@ extern "C" __attribute__((visibility("default"))) const char* lb_emulate(
     host::block = {order[i] % blocks_x, order[i] / blocks_x};
     host::run_block(threads);
   }
+  host::release();
   return host::failure;
 }
