@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowbit.compiler.io.source import ModelSource
 from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.scheme import Scheme
 
-__all__ = ["model_card"]
+__all__ = ["converted_card", "model_card"]
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -20,6 +20,8 @@ _NOTES = {
     "`import lowbit`, `lowbit.load` runs it on compiled kernels.",
     "vptq": "transformers loads it with the vptq package and a GPU (4.53 does; 5.23 stops at any checkpoint in VPTQ's "
     "layout); with `import lowbit`, `lowbit.load` runs it on compiled kernels.",
+    "gptq": "GPTQModel, vLLM and transformers (with gptqmodel) read this layout; with `import lowbit`, `lowbit.load` "
+    "runs it on compiled kernels.",
     "lowbit": "The format needs lowbit: `import lowbit` before loading. Without it, loading fails.",
 }
 """Who can load a checkpoint, by layout."""
@@ -36,7 +38,7 @@ def model_card(
     """Text of the card. Names and licence come from the source model and are shown only as plain words."""
     name = _plain(source.base_model or source.origin)
     sections = [
-        _front_matter(source, layout),
+        _front_matter(source.base_model, source.licence.name, layout),
         f"# {name}, quantized with lowbit",
         f"Linear layers are stored as `{scheme.weight}` "
         f"(scheme `{_plain(scheme.name)}`, method `{_plain(scheme.method)}`).",
@@ -44,6 +46,32 @@ def model_card(
         _formats_table(formats, shapes),
         _report_table(report),
         _usage(layout),
+    ]
+    return "\n\n".join(s for s in sections if s) + "\n"
+
+
+def converted_card(
+    name: str,
+    base_model: str | None,
+    licence: str | None,
+    formats: Mapping[str, WeightFormat],
+    shapes: Mapping[str, tuple[int, int]],
+    layouts: tuple[str, str],
+    remarks: Sequence[str] = (),
+) -> str:
+    """Text of the card of a checkpoint that was converted from the first of `layouts` to the second.
+
+    name, base_model, licence: as the checkpoint it was made from says, shown only as plain words. remarks: sentences
+    about inputs and the cache.
+    """
+    before, after = layouts
+    sections = [
+        _front_matter(base_model, licence, after),
+        f"# {_plain(name)}, quantized",
+        f"Converted by lowbit from the layout {before}: the quantized weights are the same, bit by bit.",
+        " ".join(remarks),
+        _formats_table(formats, shapes),
+        _usage(after),
     ]
     return "\n\n".join(s for s in sections if s) + "\n"
 
@@ -59,12 +87,12 @@ def _activations(scheme: Scheme) -> str:
     return " ".join(lines)
 
 
-def _front_matter(source: ModelSource, layout: str) -> str:
+def _front_matter(base_model: str | None, licence: str | None, layout: str) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if source.base_model and _HUB_ID.fullmatch(source.base_model):
-        lines += [f"base_model: {source.base_model}", "base_model_relation: quantized"]
-    if source.licence.name and _WORD.fullmatch(source.licence.name):
-        lines.append(f"license: {source.licence.name.lower()}")
+    if base_model and _HUB_ID.fullmatch(base_model):
+        lines += [f"base_model: {base_model}", "base_model_relation: quantized"]
+    if licence and _WORD.fullmatch(licence):
+        lines.append(f"license: {licence.lower()}")
     tags = ["lowbit", "quantized", *([layout] if layout != "lowbit" else [])]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 

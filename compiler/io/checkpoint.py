@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,12 +33,13 @@ from lowbit.compiler.io import (
 )
 from lowbit.compiler.io import compressed_tensors as ct
 from lowbit.compiler.io.card import model_card
-from lowbit.compiler.io.safetensors_file import SafetensorsFile
+from lowbit.compiler.io.parts import MARGIN, SHARD_BYTES, copy_extras, quantized_part, scale_part
+from lowbit.compiler.io.safetensors_file import SafetensorsFile, TensorInfo
 from lowbit.compiler.io.source import ModelSource
 from lowbit.compiler.io.source_folder import contained, load_json, open_shards
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
 from lowbit.compiler.runtime.experts import expert_layers
-from lowbit.quantizers.formats import ChoiceFormat, VectorFormat, WeightFormat, parse_format
+from lowbit.quantizers.formats import ChoiceFormat, Format, VectorFormat, WeightFormat, parse_format
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import QWeight, stored_names
 
@@ -54,10 +54,6 @@ __all__ = [
 ]
 
 Layout = Literal["compressed-tensors", "lowbit", "vptq"]
-
-_SHARD_BYTES = 2_000_000_000
-_MARGIN = 1_000_000
-"""Bytes for headers, configs and the card, on top of tensors and carried files."""
 
 
 def export_layout(fmt: WeightFormat, n: int | None = None, k: int | None = None) -> Layout:
@@ -74,7 +70,7 @@ def write_checkpoint(
     scheme: Scheme,
     *,
     report: Mapping[str, Any],
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
     replaced: Mapping[str, Callable[[], torch.Tensor]] | None = None,
     inputs: Mapping[str, native.StoredInput] | None = None,
@@ -100,13 +96,13 @@ def write_checkpoint(
     if form is ct and layout == "compressed-tensors" and any(map(ct_floats.layout_of, formats.values())):
         form = ct_floats
     parts = _parts(source, quantized, formats, form, dtype, replaced or {})
-    parts += [_scale_part(path, given.scale) for path, given in inputs.items() if given.scale is not None]
+    parts += [scale_part(path, given.scale) for path, given in inputs.items() if given.scale is not None]
     extras = source.extras()
-    needed = sum(p.nbytes for p in parts) + sum(e.stat().st_size for e in extras) + _MARGIN
+    needed = sum(p.nbytes for p in parts) + sum(e.stat().st_size for e in extras) + MARGIN
     config = _config(source, formats, layout, dtype, inputs, str(scheme.kv or ""))
     with staged_folder(out, needed) as stage:
         write_shards(stage, parts, shard_bytes)
-        _copy_extras(extras, stage)
+        copy_extras(extras, stage)
         if layout == "lowbit":
             config = native.guard(config, auto_map=True)
             (stage / native.CONFIG_FILE).write_text(native.CONFIG_SOURCE, encoding="utf-8")
@@ -168,30 +164,10 @@ def _parts(
         path = name.removesuffix(".weight")
         if name.endswith(".weight") and path in quantized:
             n, k = _matrix_shape(source, path)
-            parts.append(_quantized_part(path, quantized[path], formats[path], n, k, form))
+            parts.append(quantized_part(path, quantized[path], formats[path], n, k, form))
         else:
             parts.append(_plain_part(source, name, dtype, replaced.get(name)))
     return parts
-
-
-def _quantized_part(path: str, load: Callable[[], QWeight], fmt: WeightFormat, n: int, k: int, form: Any) -> Part:
-    """form: the module that turns matrices into the layout's tensors."""
-
-    def tensors() -> dict[str, torch.Tensor]:
-        q = load()
-        if q.fmt != fmt or q.shape != (n, k):
-            raise CheckpointError(
-                "LB0114", f"expected {fmt} {n}x{k}, got {q.fmt} {q.shape[0]}x{q.shape[1]}", where=path
-            )
-        return {f"{path}.{name}": tensor for name, tensor in form.to_tensors(q).items()}
-
-    shapes = form.tensor_shapes(fmt, n, k)
-    return Part(tuple(Blob(f"{path}.{name}", dtype, shape) for name, (dtype, shape) in shapes.items()), tensors)
-
-
-def _scale_part(path: str, scale: torch.Tensor) -> Part:
-    name = f"{path}.input_scale"
-    return Part((Blob(name, torch.float32, tuple(scale.shape)),), lambda: {name: scale.float()})
 
 
 def stored_dtype(source: ModelSource, name: str, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -254,13 +230,6 @@ def _common_dtype(source: ModelSource) -> torch.dtype:
         counts[source.dtype(name)] = counts.get(source.dtype(name), 0) + math.prod(source.shape(name))
     floats = {dtype: count for dtype, count in counts.items() if dtype.is_floating_point}
     return max(floats, key=lambda dtype: floats[dtype], default=torch.float32)
-
-
-def _copy_extras(extras: list[Path], stage: Path) -> None:
-    for path in extras:
-        folder = stage / path.parent.name if path.parent.name == "additional_chat_templates" else stage
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / path.name)
 
 
 def _provenance(
@@ -339,7 +308,10 @@ class Checkpoint:
             return self._reader.suffixes(path)
         if self._float_layout(path):
             return tuple(ct_floats.tensor_shapes(self.modules[path], 1, 32))
-        return (*stored_names(self.modules[path]), *self._inputs.get(path, native.StoredInput()).tensors)
+        fmt, inputs = self.modules[path], self._inputs.get(path, native.StoredInput()).tensors
+        if self.method == "compressed-tensors" and isinstance(fmt, Format):
+            return (*stored_names(replace(fmt, ordered=False)), ct.G_IDX, *inputs)
+        return (*stored_names(fmt), *inputs)
 
     def _float_layout(self, path: str) -> bool:
         """Whether a module is stored as compressed-tensors stores small floats."""
@@ -360,16 +332,23 @@ class Checkpoint:
             return (n, k)
         return self.qtensor(path).shape
 
+    def info(self, name: str) -> TensorInfo:
+        """Type and shape of a stored tensor, without reading it; raises CheckpointError (LB0114) as `tensor`."""
+        return self._file(name).header.tensors[name]
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read one stored tensor; raises CheckpointError (LB0114) when there is none of that name."""
+        return self._file(name).tensor(name)
+
+    def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
             raise CheckpointError("LB0114", f"has no tensor {name[:200]!r}", where=str(self.folder))
-        return self._files[name].tensor(name)
+        return self._files[name]
 
     def qtensor(self, path: str) -> QWeight:
         """The quantized weight of a module, exactly as stored.
 
-        Raises CheckpointError: LB0113 when its columns are permuted (GPTQ activation order), LB0114 when its tensors
+        Raises CheckpointError: LB0113 when a GPTQ layer contradicts its config, LB0114 when its tensors
         do not fit its format, or the code of its layout (`read_checkpoint`).
         """
         tensors = self.module_tensors(path)
@@ -457,11 +436,21 @@ def _ct_formats(folder: Path, quant: dict[str, Any], files: dict[str, Safetensor
         if name not in files:
             raise CheckpointError("LB0114", "weight_scale is missing", where=f"{folder}: {path}")
         scales[path] = files[name].header.tensors[name].dtype
-    formats: dict[str, WeightFormat] = {**ct.formats_from_config(quant, scales, str(folder))}
+    formats: dict[str, WeightFormat] = {
+        path: _with_order(path, fmt, files, f"{folder}: {path}")
+        for path, fmt in ct.formats_from_config(quant, scales, str(folder)).items()
+    }
     declared = _declared_formats(folder)
     if declared is not None and declared != formats:
         raise _disagreement(folder)
     return formats
+
+
+def _with_order(path: str, fmt: Format, files: Mapping[str, SafetensorsFile], where: str) -> Format:
+    """`fmt`, ordered where the columns of a compressed-tensors module are."""
+    name = f"{path}.{ct.G_IDX}"
+    ordered = name in files and ct.column_order_of(fmt, files[name].tensor(name), where) is not None
+    return replace(fmt, ordered=ordered)
 
 
 def _vptq_layers(folder: Path, quant: dict[str, Any], files: dict[str, SafetensorsFile]) -> dict[str, vptq.VPTQLayer]:

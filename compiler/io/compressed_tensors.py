@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lowbit.compiler.errors import CheckpointError, FormatError
 from lowbit.compiler.io import ct_floats
+from lowbit.compiler.io.column_groups import column_order
 from lowbit.quantizers.formats import (
     WIDE_DTYPES,
     Format,
@@ -31,10 +33,13 @@ from lowbit.quantizers.formats import (
     VectorFormat,
     WeightFormat,
 )
+from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.weights import QWeight, from_stored, stored, stored_shapes
 
 __all__ = [
+    "G_IDX",
     "can_express",
+    "column_order_of",
     "config_problem",
     "formats_from_config",
     "from_tensors",
@@ -46,6 +51,9 @@ __all__ = [
 
 _VERSION = "0.18.0"
 """The oldest compressed-tensors that reads every width densely packed."""
+
+G_IDX = "weight_g_idx"
+"""int32 [K], where columns are in activation order (`actorder`): the group of each. Only read."""
 
 _SCALE_NAMES = {dtype: name for name, dtype in WIDE_DTYPES.items()}
 
@@ -118,6 +126,8 @@ def from_tensors(fmt: WeightFormat, tensors: Mapping[str, torch.Tensor], where: 
 
     Raises CheckpointError (LB0114), naming `where`, when a tensor is missing or has the wrong shape or type.
     """
+    if (g_idx := tensors.get(G_IDX)) is not None:
+        return _ordered(fmt, g_idx, {name: t for name, t in tensors.items() if name != G_IDX}, where)
     n, k = _matrix_shape(fmt, tensors, where)
     for name, (dtype, shape) in stored_shapes(fmt, n, k).items():
         actual = tensors.get(name)
@@ -130,6 +140,30 @@ def from_tensors(fmt: WeightFormat, tensors: Mapping[str, torch.Tensor], where: 
             )
     try:
         return from_stored(fmt, n, k, tensors)
+    except FormatError as e:
+        raise CheckpointError("LB0114", e.message, where=where) from e
+
+
+def _ordered(fmt: WeightFormat, g_idx: torch.Tensor, tensors: Mapping[str, torch.Tensor], where: str) -> QWeight:
+    """A weight whose columns are in place, with the group of each (`actorder`)."""
+    assert isinstance(fmt, Format)
+    q = from_tensors(replace(fmt, ordered=False), tensors, where)
+    assert isinstance(q, QTensor)
+    order = column_order_of(fmt, g_idx, where)
+    if g_idx.numel() != q.shape[1] or (order is not None) != fmt.ordered:
+        raise CheckpointError("LB0114", f"{G_IDX} does not fit {q.fmt} {q.shape[0]}x{q.shape[1]}", where=where)
+    return q if order is None else replace(q, codes=q.codes[:, order]).in_order(order)
+
+
+def column_order_of(fmt: Format, g_idx: torch.Tensor, where: str) -> torch.Tensor | None:
+    """int64 [K]: the order of columns in which groups are contiguous, or None when they are; -1 is no group at all.
+
+    Raises CheckpointError (LB0114) for what are no groups.
+    """
+    if fmt.granularity.kind != "g" or bool((g_idx == -1).all()):
+        return None
+    try:
+        return column_order(g_idx, fmt.granularity.group)
     except FormatError as e:
         raise CheckpointError("LB0114", e.message, where=where) from e
 

@@ -3,41 +3,49 @@
 Per linear layer [N, K] with b-bit codes and groups of g columns: `qweight` int32 [K*b/32, N], a dense stream along K;
 `qzeros` int32 [K/g, N*b/32], a dense stream along N; `scales` [K/g, N]; `g_idx` int32 [K], the group of each column.
 v1 stores every zero point minus one (subtracted from whole words, so that a zero point of 0 borrows from its
-neighbour), v2 the zero point. With activation order and no static groups, g_idx is not
-ascending: the groups are contiguous only after a permutation of the columns.
+neighbour), v2 the zero point. With activation order (`desc_act`) and no static groups, g_idx is not ascending: groups
+are contiguous only after a permutation of the columns, which is what ordered formats store (`int4.g128.sym.perm`).
+`dynamic` of the config may name modules that are not quantized: patterns with `-:` before them, which match from the
+start of a path. Other settings for some modules are refused.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from lowbit.compiler.errors import CheckpointError
+from lowbit.compiler.errors import CheckpointError, FormatError
+from lowbit.compiler.io.column_groups import column_order
 from lowbit.compiler.io.safetensors_file import SafetensorsFile
 from lowbit.quantizers.bitstream import pack_bits, unpack_bits
 from lowbit.quantizers.formats import WIDE_DTYPES, Format, Granularity, IntElement, WeightFormat
 from lowbit.quantizers.qtensor import QTensor
 
-__all__ = ["SUFFIXES", "GPTQLayout", "GPTQReader", "formats", "layout", "read_layers", "to_qtensor", "unpack"]
+__all__ = ["SUFFIXES", "GPTQLayout", "GPTQReader", "formats", "layout", "read_layers", "to_qtensor"]
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 """Names of a module's tensors; g_idx may be absent."""
 
 _BITS = (2, 3, 4, 8)
+_MOST_PATTERNS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class GPTQLayout:
-    """What the config says of every layer. group: columns per group, 0 for one group. zero_offset: 1 in v1, 0 in v2."""
+    """What the config says of every layer. group: columns per group, 0 for one group. zero_offset: 1 in v1, 0 in v2.
+    ordered: columns may be in activation order. excluded: what the paths of modules that are not quantized match."""
 
     bits: int
     group: int
     symmetric: bool
     zero_offset: int
+    ordered: bool = False
+    excluded: tuple[re.Pattern[str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,35 @@ def layout(config: Mapping[str, Any], where: str) -> GPTQLayout:
         raise _refused(f"checkpoint format {str(kind)[:40]!r} is not supported", where)
     if config.get("pack_dtype", "int32") != "int32":
         raise _refused("codes must be packed in int32", where)
-    if config.get("dynamic"):
-        raise _refused("settings by module (`dynamic`) are not supported", where)
-    return GPTQLayout(bits, max(group, 0), bool(config.get("sym", True)), offsets[kind])
+    excluded = _excluded(config.get("dynamic") or {}, where)
+    symmetric, ordered = bool(config.get("sym", True)), bool(config.get("desc_act", False))
+    return GPTQLayout(bits, max(group, 0), symmetric, offsets[kind], ordered, excluded)
+
+
+def _excluded(dynamic: Any, where: str) -> tuple[re.Pattern[str], ...]:
+    """The patterns of `dynamic`, all of which have to exclude modules."""
+    if not isinstance(dynamic, dict) or len(dynamic) > _MOST_PATTERNS:
+        raise _refused(f"settings by module (`dynamic`) must be an object of at most {_MOST_PATTERNS} patterns", where)
+    found = []
+    for key in dynamic:
+        pattern = key.removeprefix("-:")
+        if pattern == key:
+            raise _refused(f"settings by module are not supported (`dynamic` has {key[:80]!r})", where)
+        if not _quick(pattern):
+            raise _refused(f"the pattern {key[:80]!r} of `dynamic` can take too long to match", where)
+        try:
+            found.append(re.compile(pattern))
+        except (re.error, OverflowError, RecursionError) as e:
+            raise _refused(f"the pattern {key[:80]!r} of `dynamic` cannot be read: {str(e)[:80]}", where) from e
+    return tuple(found)
+
+
+def _quick(pattern: str) -> bool:
+    """Whether matching takes a bounded time: patterns come from the checkpoint, and some never end. Groups that are
+    repeated are what makes them, or many repetitions in a row."""
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern, flags=re.DOTALL)  # escapes and sets stand for one character
+    few = len(re.findall(r"[*+{]", bare)) <= 3 and bare.count("(") <= 4
+    return len(pattern) <= 500 and few and not re.search(r"\)[*+{]", bare)
 
 
 def _refused(why: str, where: str) -> CheckpointError:
@@ -83,16 +117,21 @@ def _refused(why: str, where: str) -> CheckpointError:
 
 
 def formats(layout: GPTQLayout, files: Mapping[str, SafetensorsFile], where: str) -> dict[str, Format]:
-    """Format by module path, for every module that has a `qweight`."""
+    """Format by module path, for every module with a `qweight`; `g_idx` is read where columns may have an order."""
     names = {dtype: name for name, dtype in WIDE_DTYPES.items()}
     granularity = Granularity("g", layout.group) if layout.group else Granularity("ch")
     found = {}
     for path in [n.removesuffix(".qweight") for n in files if n.endswith(".qweight")]:
+        if any(pattern.match(path) for pattern in layout.excluded):
+            raise _refused("has a qweight, but `dynamic` says that it is not quantized", f"{where}: {path[:200]}")
         scales = f"{path}.scales"
         dtype = files[scales].header.tensors[scales].dtype if scales in files else None
         if dtype not in names:
             raise _refused(f"scales are {dtype}, not a float type", f"{where}: {path}")
-        found[path] = Format(IntElement(layout.bits, layout.symmetric), granularity, names[dtype])
+        g_idx = files[f"{path}.g_idx"].tensor(f"{path}.g_idx") if layout.ordered and f"{path}.g_idx" in files else None
+        ordered = _order(layout, g_idx, f"{where}: {path}") is not None
+        element = IntElement(layout.bits, layout.symmetric)
+        found[path] = Format(element, granularity, names[dtype], ordered=ordered)
     return found
 
 
@@ -105,34 +144,21 @@ def read_layers(
     return reader, dict(reader.formats)
 
 
-def unpack(
-    layout: GPTQLayout, fmt: Format, tensors: Mapping[str, torch.Tensor], where: str
-) -> tuple[QTensor, torch.Tensor | None]:
-    """The weight, and the permutation of its columns: int64 [K] `order`, or None when they are in place.
-
-    Column j of the result is column order[j] of the layer, so that y = Q @ x[order]. Raises CheckpointError (LB0113).
-    """
+def to_qtensor(layout: GPTQLayout, fmt: Format, tensors: Mapping[str, torch.Tensor], where: str) -> QTensor:
+    """The weight, exactly as stored; raises CheckpointError (LB0113) for tensors that do not fit layout and format."""
     n, k = _shape(layout, tensors, where)
     codes = unpack_bits(tensors["qweight"].t().contiguous(), layout.bits, k)
     ones = pack_bits(torch.full((1, n), layout.zero_offset, dtype=torch.uint8), layout.bits)
     zero = unpack_bits(tensors["qzeros"] + ones, layout.bits, n).t().contiguous()
     scale = tensors["scales"].t().contiguous()
-    if layout.symmetric:
-        if not bool((zero == 2 ** (layout.bits - 1)).all()):
-            raise _refused("the config says symmetric, but the zero points are not in the middle", where)
-        zero_or_none = None
-    else:
-        zero_or_none = zero
-    order = _order(layout, tensors.get("g_idx"), k, where)
-    return QTensor(fmt, codes if order is None else codes[:, order], scale, zero_or_none), order
-
-
-def to_qtensor(layout: GPTQLayout, fmt: Format, tensors: Mapping[str, torch.Tensor], where: str) -> QTensor:
-    """As `unpack`, for weights whose columns are in place; raises CheckpointError (LB0113) when they are permuted."""
-    q, order = unpack(layout, fmt, tensors, where)
-    if order is not None:
-        raise _refused("columns are in activation order without static groups (`desc_act`)", where)
-    return q
+    if layout.symmetric and not bool((zero == 2 ** (layout.bits - 1)).all()):
+        raise _refused("the config says symmetric, but the zero points are not in the middle", where)
+    order = _order(layout, tensors.get("g_idx"), where)
+    if (order is not None) != fmt.ordered:
+        raise _refused("g_idx puts columns in an order, and the config has no `desc_act`", where)
+    codes = codes if order is None else codes[:, order]
+    q = QTensor(replace(fmt, ordered=False), codes, scale, None if layout.symmetric else zero)
+    return q if order is None else q.in_order(order)
 
 
 def _shape(layout: GPTQLayout, tensors: Mapping[str, torch.Tensor], where: str) -> tuple[int, int]:
@@ -161,14 +187,11 @@ def _shape(layout: GPTQLayout, tensors: Mapping[str, torch.Tensor], where: str) 
     return n, k
 
 
-def _order(layout: GPTQLayout, g_idx: torch.Tensor | None, k: int, where: str) -> torch.Tensor | None:
-    """The column permutation that makes groups contiguous, or None when they are already."""
+def _order(layout: GPTQLayout, g_idx: torch.Tensor | None, where: str) -> torch.Tensor | None:
+    """int64 [K]: the columns in the order that makes groups contiguous, or None when they are already."""
     if g_idx is None or not layout.group:
         return None
-    straight = torch.arange(k) // layout.group
-    if torch.equal(g_idx.long(), straight):
-        return None
-    order = torch.argsort(g_idx.long(), stable=True)
-    if not torch.equal(g_idx.long()[order], straight):
-        raise _refused(f"g_idx does not divide the columns into groups of {layout.group}", where)
-    return order
+    try:
+        return column_order(g_idx, layout.group)
+    except FormatError as e:
+        raise _refused(e.message, where) from e

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +23,16 @@ from lowbit.compiler.io.source import (
     file_digest,
 )
 
-__all__ = ["FolderSource", "contained", "find_licence", "load_json", "open_shards"]
+__all__ = [
+    "FolderSource",
+    "carried_files",
+    "contained",
+    "find_licence",
+    "folder_digest",
+    "front_matter",
+    "load_json",
+    "open_shards",
+]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_JSON = 256_000_000
@@ -146,7 +156,7 @@ class FolderSource(ModelSource):
         self.origin = origin or folder.resolve().name
         self.config = _load_config(folder)
         check_causal_lm(self.config, str(folder))
-        card = _front_matter(folder)
+        card = front_matter(folder)
         self.base_model = origin or card.get("base_model")
         self.licence = find_licence(folder, card.get("license"))
         self._files = open_shards(folder)
@@ -210,10 +220,7 @@ class FolderSource(ModelSource):
         return self._files[self._stored[name]]
 
     def extras(self) -> list[Path]:
-        found = {p for pattern in _EXTRAS for p in self.folder.glob(pattern) if p.is_file()}
-        for path in found:
-            contained(self.folder, path.relative_to(self.folder).as_posix())
-        return sorted(found)
+        return carried_files(self.folder)
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -224,11 +231,27 @@ class FolderSource(ModelSource):
             raise CheckpointError("LB0117", f"no usable tokenizer: {str(e)[:200]}", where=str(self.folder)) from e
 
     def digest(self) -> str:
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in sorted(set(self._files.values()), key=lambda f: f.header.path):
-            digest.update(file.header.digest.encode())
-            digest.update(file_digest(file.header.path).encode())
-        return digest.hexdigest()
+        return folder_digest(self.folder, self._files)
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Files that go with a model wherever it goes: tokenizer, generation config, chat templates, licence.
+
+    Raises CheckpointError (LB0103) for a link that leaves the folder.
+    """
+    found = {p for pattern in _EXTRAS for p in folder.glob(pattern) if p.is_file()}
+    for path in found:
+        contained(folder, path.relative_to(folder).as_posix())
+    return sorted(found)
+
+
+def folder_digest(folder: Path, files: Mapping[str, SafetensorsFile]) -> str:
+    """Cheap identity of the model in `folder` (see `ModelSource.digest`); files: by tensor name."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(set(files.values()), key=lambda f: f.header.path):
+        digest.update(file.header.digest.encode())
+        digest.update(file_digest(file.header.path).encode())
+    return digest.hexdigest()
 
 
 def _load_config(folder: Path) -> Any:
@@ -259,7 +282,7 @@ def find_licence(folder: Path, name: str | None) -> Licence:
     return Licence(name, text)
 
 
-def _front_matter(folder: Path) -> dict[str, str]:
+def front_matter(folder: Path) -> dict[str, str]:
     """`license` and `base_model` of the folder's model card, where they are plain words."""
     path = folder / "README.md"
     if not path.is_file():

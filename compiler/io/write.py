@@ -22,7 +22,7 @@ import torch
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.safetensors_file import DTYPE_NAMES
 
-__all__ = ["Blob", "Part", "explain_os_errors", "staged_folder", "write_json", "write_shards"]
+__all__ = ["Blob", "Part", "explain_os_errors", "staged_file", "staged_folder", "write_json", "write_shards"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,31 @@ def staged_folder(out: Path, needed: int) -> Iterator[Path]:
             _sync_one(out.parent)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def staged_file(out: Path, needed: int) -> Iterator[Path]:
+    """The path of a file to write that becomes `out` when the block ends, and is removed when it raises.
+
+    needed: bytes that will be written. Raises CheckpointError: LB0110 when `out` exists, others as `staged_folder`.
+    """
+    out = out.expanduser().resolve()
+    if out.exists():
+        raise CheckpointError("LB0110", "already exists", where=str(out), hint="choose another name for the file")
+    with explain_os_errors(out, needed):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < needed:
+            raise _disk_full(out, needed, free)
+        stage = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+        try:
+            yield stage
+            _sync_one(stage)
+            os.replace(stage, out)
+            _sync_one(out.parent)
+        except BaseException:
+            stage.unlink(missing_ok=True)
             raise
 
 

@@ -18,7 +18,20 @@ from typing import TYPE_CHECKING, Any
 from lowbit import _hook
 
 if TYPE_CHECKING:
-    from lowbit.api import bisect, compare, compile, explain, export, load, locate, perplexity, quantize, save, tune
+    from lowbit.api import (
+        bisect,
+        compare,
+        compile,
+        convert,
+        explain,
+        export,
+        load,
+        locate,
+        perplexity,
+        quantize,
+        save,
+        tune,
+    )
     from lowbit.compiler.errors import LowbitError
     from lowbit.compiler.runtime.embedding import quantize_embedding
     from lowbit.compiler.runtime.kvcache import QuantizedCache
@@ -33,6 +46,7 @@ __all__ = [
     "bisect",
     "compare",
     "compile",
+    "convert",
     "explain",
     "export",
     "load",
@@ -49,6 +63,7 @@ _VERBS = (
     "bisect",
     "compare",
     "compile",
+    "convert",
     "explain",
     "export",
     "load",

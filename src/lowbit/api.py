@@ -1,4 +1,4 @@
-"""The Python interface: five verbs over the same pipeline the command line uses."""
+"""The Python interface: verbs over the same pipeline the command line uses."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = [
     "bisect",
     "compare",
     "compile",
+    "convert",
     "explain",
     "export",
     "load",
@@ -31,6 +32,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lowbit.compiler.frontend.bisect import Bisection
+    from lowbit.compiler.io.convert import Conversion, TargetLayout
     from lowbit.compiler.job.aot import PackageReport
     from lowbit.compiler.job.divergence import ModuleDivergence
     from lowbit.compiler.job.explain import Explanation
@@ -105,6 +107,18 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> Path
     from lowbit.compiler.io.hf import save_quantized
 
     return save_quantized(model, Path(folder), tokenizer=tokenizer)
+
+
+def convert(folder: str | Path, out: str | Path, *, to: TargetLayout) -> Conversion:
+    """Write the quantized checkpoint `folder` in the layout `to`, with exactly its numbers: `gptq`,
+    `compressed-tensors`, `vptq`, `lowbit`, or `gguf`.
+
+    out: a folder that must be absent or empty; for `gguf` the file to write. Raises CheckpointError: LB0123 for what
+    the layout cannot hold, LB0110, LB0111 and LB0115 for what cannot be written, and others as `load`.
+    """
+    from lowbit.compiler.io.convert import convert as _convert
+
+    return _convert(folder, out, to)
 
 
 def compile(

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from lowbit import __version__
 from lowbit.commands import _output
+from lowbit.commands.convert import convert
 from lowbit.commands.doctor import doctor
 from lowbit.commands.eval import evaluate
 from lowbit.commands.explain import explain
@@ -101,6 +102,7 @@ def _root(
 app.command("run")(run)
 app.command("plan")(plan)
 app.command("export")(export)
+app.command("convert")(convert)
 app.command("explain")(explain)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)

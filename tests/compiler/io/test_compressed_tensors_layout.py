@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from _models import random_qtensor, tiny_llama
+from safetensors.torch import load_file, save_file
 
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io import compressed_tensors as ct
 from lowbit.compiler.io.checkpoint import export_layout, read_checkpoint, write_checkpoint
+from lowbit.compiler.io.column_groups import grouped_columns
 from lowbit.compiler.io.load import load_quantized
 from lowbit.compiler.io.source import open_model
 from lowbit.quantizers.formats import catalog, parse_format
@@ -100,6 +103,47 @@ def test_tensors_that_do_not_fit() -> None:
             tensors = {n: t for n, t in {**good, name: value}.items() if t is not None}
             with pytest.raises(CheckpointError, match="LB0114"):
                 ct.from_tensors(fmt, tensors, "m")
+
+
+def with_groups(q: QTensor) -> dict[str, torch.Tensor]:
+    """`q`, a matrix of an ordered format, as tools with `actorder: group` store it."""
+    codes, g_idx = grouped_columns(q)
+    return {**ct.to_tensors(replace(q, fmt=replace(q.fmt, ordered=False), codes=codes, perm=None)), ct.G_IDX: g_idx}
+
+
+@pytest.mark.parametrize("text", ["int4.g16.sym", "int8.g32.asym"])
+def test_activation_order(text: str) -> None:
+    q = random_qtensor(text, 12, 96).in_order(torch.randperm(96, generator=torch.Generator().manual_seed(0)))
+    tensors = with_groups(q)
+    assert torch.equal(ct.from_tensors(q.fmt, tensors, "m").dequantize(), q.dequantize())
+    plain = replace(q.fmt, ordered=False)
+    for same in (torch.full((96,), -1), torch.arange(96) // q.fmt.granularity.group):
+        assert not ct.from_tensors(plain, {**tensors, ct.G_IDX: same.int()}, "m").fmt.ordered
+    wrong = [torch.zeros(96, dtype=torch.int32), tensors[ct.G_IDX].float(), tensors[ct.G_IDX][None]]
+    for g_idx in wrong:
+        with pytest.raises(CheckpointError, match="LB0114"):
+            ct.from_tensors(q.fmt, {**tensors, ct.G_IDX: g_idx}, "m")
+    with pytest.raises(CheckpointError, match=r"LB0114.*does not fit"):
+        ct.from_tensors(plain, tensors, "m")
+
+
+def test_a_checkpoint_in_activation_order(tmp_path: Path) -> None:
+    folder = export(tmp_path, ["int4.g16.sym"], torch.float32)
+    (folder / "lowbit.json").unlink()
+    checkpoint, path = read_checkpoint(folder), "model.layers.0.mlp.up_proj"
+    q, tensors = checkpoint.qtensor(path), load_file(folder / "model.safetensors")
+    assert isinstance(q, QTensor)
+    q = q.in_order(torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(0)))
+    tensors |= {f"{path}.{name}": tensor for name, tensor in with_groups(q).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    again = read_checkpoint(folder)
+    assert [p for p, fmt in again.modules.items() if str(fmt).endswith(".perm")] == [path]
+    assert torch.equal(again.qtensor(path).dequantize(), q.dequantize())
+    assert not any(name.endswith(ct.G_IDX) for name in again.plain_names())
+    x = torch.randn(3, q.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer = load_quantized(folder).get_submodule(path)
+        assert torch.allclose(layer(x), x @ q.dequantize().t(), rtol=1e-3, atol=1e-3)
 
 
 def group(targets: list[str], **weights: object) -> dict[str, object]:

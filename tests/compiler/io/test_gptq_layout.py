@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import pytest
 import torch
 from _data import data_path
 from _models import random_qtensor
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io import gptq
 from lowbit.compiler.io.checkpoint import read_checkpoint
 from lowbit.compiler.io.load import load_quantized
+from lowbit.compiler.runtime.compile import compile_model
 from lowbit.quantizers.bitstream import pack_bits
-from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.formats import parse_format, scalar_format
 from lowbit.quantizers.qtensor import QTensor
 
 BASE = {"bits": 4, "group_size": 16, "sym": False, "checkpoint_format": "gptq"}
@@ -89,24 +91,63 @@ def test_versions_and_widths(text: str, kind: str) -> None:
     assert torch.equal(got.dequantize(), q.dequantize())
 
 
-def test_activation_order_comes_as_a_permutation() -> None:
-    q = random_qtensor("int4.g16.asym", 8, 48)
-    assert q.zero is not None
-    q.zero.clamp_(min=1)  # the first kernels cannot read a zero point of 0
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
-    g_idx = torch.empty(48, dtype=torch.int32)
-    g_idx[order] = (torch.arange(48) // 16).int()
-    columns = torch.argsort(order)
-    shuffled = QTensor(q.fmt, q.codes[:, columns], q.scale, q.zero)
-    tensors = as_gptq(shuffled, zero_offset=1, g_idx=g_idx)
-    layout = gptq.layout(BASE, "x")
-    got, found = gptq.unpack(layout, q.fmt, tensors, "x")
-    assert found is not None
-    dense = torch.empty(8, 48)
-    dense[:, found] = got.dequantize()
-    assert np.array_equal(dense.numpy(), slow_gptq(tensors, 4))
-    with pytest.raises(CheckpointError, match=r"LB0113.*activation order"):
-        gptq.to_qtensor(layout, q.fmt, tensors, "x")
+def in_activation_order(q: QTensor) -> dict[str, torch.Tensor]:
+    """`q`, a matrix of an ordered format, as GPTQ tools store it: columns in place, and the group of each."""
+    assert q.perm is not None
+    place, k = torch.argsort(q.perm), q.shape[1]
+    g_idx = (torch.arange(k) // q.fmt.granularity.group_size(k))[place].int()
+    return as_gptq(replace(q, codes=q.codes[:, place]), zero_offset=1, g_idx=g_idx)
+
+
+@pytest.mark.parametrize("text", ["int4.g16.asym", "int8.g32.sym", "int2.g16.asym"])
+def test_activation_order_is_an_ordered_format(text: str) -> None:
+    q = random_qtensor(text, 16, 96)
+    if q.zero is not None:
+        q.zero.clamp_(min=1)  # the first kernels cannot read a zero point of 0
+    q = q.in_order(torch.randperm(96, generator=torch.Generator().manual_seed(0)))
+    tensors = in_activation_order(q)
+    config = {"bits": q.fmt.bits, "group_size": q.fmt.granularity.group, "sym": not q.fmt.zero, "desc_act": True}
+    got = gptq.to_qtensor(gptq.layout(config, "x"), q.fmt, tensors, "x")
+    assert np.array_equal(got.dequantize().numpy(), slow_gptq(tensors, q.fmt.bits))
+    assert torch.equal(got.dequantize(), q.dequantize())
+    undeclared = gptq.layout({**config, "desc_act": False}, "x")
+    with pytest.raises(CheckpointError, match=r"LB0113.*desc_act"):
+        gptq.to_qtensor(undeclared, replace(q.fmt, ordered=False), tensors, "x")
+
+
+def test_a_checkpoint_in_activation_order_runs(tmp_path: Path) -> None:
+    """Every layer of a real one in an order of its own, one but for `v_proj`; siblings share theirs as in GPTQ."""
+    source, folder = data_path("gptq-tiny"), tmp_path / "ordered"
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors, want = load_file(source / "model.safetensors"), read_checkpoint(source)
+    for path in want.modules:
+        if path.endswith("v_proj"):
+            continue
+        q, seed = want.qtensor(path), 1 + path.endswith("down_proj")
+        assert isinstance(q, QTensor)
+        rng = torch.Generator().manual_seed(seed)
+        changed = in_activation_order(q.in_order(torch.randperm(q.shape[1], generator=rng)))
+        tensors |= {f"{path}.{name}": changed[name].to(tensors[f"{path}.{name}"].dtype) for name in gptq.SUFFIXES}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = read_checkpoint(folder)
+    ordered = {path.rpartition(".")[2] for path, fmt in checkpoint.modules.items() if scalar_format(str(fmt)).ordered}
+    assert "v_proj" not in ordered
+    assert {"q_proj", "k_proj", "down_proj"} <= ordered
+    model = load_quantized(folder, dtype=torch.float32)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    for name in ("q_proj", "v_proj"):
+        path = f"model.layers.0.self_attn.{name}"
+        expected = x @ checkpoint.qtensor(path).dequantize().t()
+        with torch.no_grad():
+            assert (model.get_submodule(path)(x) - expected).abs().max() <= 1e-3 * expected.abs().max()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        after = compile_model(model, max_tokens=8)(ids).logits
+    assert (after - before).abs().max() <= 2e-3 * before.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -132,10 +173,10 @@ def test_tensors_that_do_not_fit() -> None:
         for value in values:
             tensors = {n: t for n, t in {**good, name: value}.items() if t is not None}
             with pytest.raises(CheckpointError, match="LB0113"):
-                gptq.unpack(layout, fmt, tensors, "x")
+                gptq.to_qtensor(layout, fmt, tensors, "x")
     symmetric = gptq.layout({**BASE, "sym": True}, "x")
     with pytest.raises(CheckpointError, match="not in the middle"):
-        gptq.unpack(symmetric, parse_format("int4.g16.sym"), good, "x")
+        gptq.to_qtensor(symmetric, parse_format("int4.g16.sym"), good, "x")
 
 
 def test_words_hold_what_the_config_says() -> None:
