@@ -31,7 +31,7 @@ from lowbit.quantizers.methods import make_method
 from lowbit.quantizers.qtensor import PackedWeight
 from lowbit.quantizers.weights import QWeight
 
-__all__ = ["QuantEmbedding", "build_table", "check_table", "quantize_embedding", "table_kernel"]
+__all__ = ["QuantEmbedding", "build_table", "check_table", "quantize_embedding", "quantize_head", "table_kernel"]
 
 _lock = threading.Lock()
 
@@ -156,8 +156,28 @@ def quantize_embedding(model: nn.Module, format: str = "int8.ch.sym") -> nn.Modu
     return model
 
 
-def _rounded(dense: Tensor, text: str) -> QWeight:
-    """The table rounded to nearest: eight bits gain nothing from a search for ranges, and it is large."""
+def quantize_head(model: nn.Module, format: str = "int8.ch.sym") -> nn.Module:
+    """Round the dense output layer of `model` to `format`, in place, and return it: of a small model it is most of what
+    a token reads.
+
+    An embedding table that it is tied to stays as it is (`quantize_embedding` has them share the rounded numbers). Does
+    nothing where the layer has this format already. Raises RunError (LB0567) where there is no dense output layer,
+    FormatError (LB0213) when the format does not fit it.
+    """
+    dense = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(dense, QuantLinear) and str(dense.fmt) == str(parse_format(format)):
+        return model
+    if type(dense) is not nn.Linear:
+        raise RunError("LB0567", "there is no dense output layer to quantize", where=type(model).__name__)
+    bias = None if dense.bias is None else dense.bias.detach()
+    layer = QuantLinear.from_qtensor(_rounded(dense.weight.detach(), format, "lm_head"), bias)
+    model.set_output_embeddings(layer.to(dense.weight.device).eval())  # type: ignore[operator]
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]  # a checkpoint has two tensors from now on
+    return model
+
+
+def _rounded(dense: Tensor, text: str, where: str = "embeddings") -> QWeight:
+    """A matrix rounded to nearest: eight bits gain nothing from a search for ranges, and it is large."""
     fmt = parse_format(text)
-    fmt.check(dense.shape[0], dense.shape[1], "embeddings")
+    fmt.check(dense.shape[0], dense.shape[1], where)
     return make_method("rtn", {"clip_search": False}).quantize(dense.float().cpu(), fmt, None).qtensor

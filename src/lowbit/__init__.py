@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         tune,
     )
     from lowbit.compiler.errors import LowbitError
-    from lowbit.compiler.runtime.embedding import quantize_embedding
+    from lowbit.compiler.runtime.embedding import quantize_embedding, quantize_head
     from lowbit.compiler.runtime.kvcache import QuantizedCache
     from lowbit.compiler.runtime.package import load_exported
 
@@ -55,6 +55,7 @@ __all__ = [
     "perplexity",
     "quantize",
     "quantize_embedding",
+    "quantize_head",
     "save",
     "tune",
 ]
@@ -76,7 +77,7 @@ _VERBS = (
 _HOMES = {name: "lowbit.api" for name in _VERBS}
 _HOMES["LowbitError"] = "lowbit.compiler.errors"
 _HOMES["QuantizedCache"] = "lowbit.compiler.runtime.kvcache"
-_HOMES["quantize_embedding"] = "lowbit.compiler.runtime.embedding"
+_HOMES |= dict.fromkeys(("quantize_embedding", "quantize_head"), "lowbit.compiler.runtime.embedding")
 _HOMES["load_exported"] = "lowbit.compiler.runtime.package"  # needs nothing else of the package
 
 _hook.install()

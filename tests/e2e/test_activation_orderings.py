@@ -50,7 +50,7 @@ def setting() -> tuple[nn.Module, Tensor, Tensor]:
 @cache
 def perplexity(row: str) -> float:
     """The perplexity of one row of the benchmark."""
-    value: float = bench().row(row, *setting())["perplexity"]
+    value: float = bench().row(row, *setting(), bench().Chosen())["perplexity"]
     return value
 
 

@@ -12,15 +12,12 @@ from torch import nn
 
 from lowbit.codegen.select import say_once
 from lowbit.compiler.errors import RunError
-from lowbit.compiler.runtime.embedding import quantize_embedding
-from lowbit.compiler.runtime.modules import QuantLinear
+from lowbit.compiler.runtime.embedding import quantize_embedding, quantize_head
 from lowbit.compiler.runtime.program.cache import ProgramCache
 from lowbit.compiler.runtime.program.engine import DecoderProgram
 from lowbit.compiler.runtime.program.mixture import pair_experts
 from lowbit.compiler.runtime.program.parts import activation_of, read_decoder
 from lowbit.compiler.runtime.program.verify import verify_program
-from lowbit.quantizers.formats import parse_format
-from lowbit.quantizers.methods import make_method
 
 __all__ = ["check_program", "compile_program", "why_modules"]
 
@@ -51,7 +48,7 @@ def compile_program(
     if embedding is not None:
         quantize_embedding(model, embedding)
     if head is not None:
-        _quantize_head(model, head)
+        quantize_head(model, head)
     config = getattr(model, "config", None)
     if config is not None and activation_of(config) == "silu":
         pair_experts(model)
@@ -81,22 +78,6 @@ def check_program(model: nn.Module, **options: Any) -> None:
 def _cache_of(model: nn.Module, cache: str | None) -> str:
     """What keys and values are kept in: what was asked for, else what the model was quantized for, else float16."""
     return cache or str(getattr(model, "kv_format", "")) or "f16"
-
-
-def _quantize_head(model: nn.Module, text: str) -> None:
-    """A dense output layer becomes a quantized one, by rounding to nearest; the embedding table stays as it is."""
-    dense = getattr(model, "lm_head", None)
-    if type(dense) is not nn.Linear:
-        if isinstance(dense, QuantLinear) and str(dense.fmt) == str(parse_format(text)):
-            return
-        raise RunError("LB0567", "there is no dense output layer to quantize", where="lm_head", hint="leave `head` out")
-    fmt = parse_format(text)
-    weight = dense.weight.detach().float()
-    fmt.check(weight.shape[0], weight.shape[1], "lm_head")
-    # Eight bits gain nothing from a search for ranges, and the matrix is large.
-    quantized = make_method("rtn", {"clip_search": False}).quantize(weight, fmt, None).qtensor
-    bias = None if dense.bias is None else dense.bias.detach()
-    model.lm_head = QuantLinear.from_qtensor(quantized, bias).eval()
 
 
 def install(model: nn.Module, program: DecoderProgram) -> None:

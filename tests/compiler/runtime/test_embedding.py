@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from _models import swap_linears, tiny_llama
@@ -11,10 +13,11 @@ from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.codegen.reference.table import gather_rows
 from lowbit.compiler.errors import KernelError, RunError
 from lowbit.compiler.frontend.trace import import_model
+from lowbit.compiler.io.load import load_quantized, save_quantized
 from lowbit.compiler.ir.graph import Embedding, Linear
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.types import QType
-from lowbit.compiler.runtime.embedding import QuantEmbedding, quantize_embedding
+from lowbit.compiler.runtime.embedding import QuantEmbedding, quantize_embedding, quantize_head
 from lowbit.compiler.runtime.modules import PackedLinear, QuantLinear
 from lowbit.compiler.runtime.program.engine import DecoderProgram
 from lowbit.compiler.runtime.program.parts import read_decoder
@@ -98,3 +101,31 @@ def test_programs_read_the_packed_table() -> None:
     assert parts.embedding is not None
     program = DecoderProgram(parts, max_tokens=1, context=32)
     assert verify_program(program, model, prompt=1, steps=4) < 1e-2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer_alone(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are those of the rounded layer, the table stays, and a checkpoint holds both."""
+    monkeypatch.setenv("LOWBIT_BACKENDS", "reference")
+    model = swap_linears(tiny_llama(num_hidden_layers=1, tie_word_embeddings=tied), "int4.g32.sym")
+    table, dense = model.get_input_embeddings().weight, model.get_output_embeddings()
+    model.set_output_embeddings(nn.Linear(dense.in_features, dense.out_features, bias=False))
+    model.get_output_embeddings().weight = table if tied else dense.weight
+    before = table.detach().clone()
+    assert quantize_head(model) is model
+    head = model.get_output_embeddings()
+    assert isinstance(head, QuantLinear)
+    assert str(head.fmt) == "int8.ch.sym"
+    assert quantize_head(model).get_output_embeddings() is head  # it is there already
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        want = model(ids).logits
+        again = load_quantized(save_quantized(model, tmp_path / "out"))
+        assert torch.allclose(again(ids).logits, want, atol=1e-4 * want.abs().max())
+    assert torch.equal(again.get_input_embeddings().weight.float(), before)
+    assert isinstance(again.get_output_embeddings(), QuantLinear)
+    with pytest.raises(RunError, match="LB0567"):
+        quantize_head(model, "int4.g32.sym")
+    with pytest.raises(RunError, match="LB0567"):
+        quantize_head(nn.Sequential(nn.Linear(4, 4)))
