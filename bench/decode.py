@@ -5,9 +5,9 @@
     python bench/decode.py MODEL.gguf --format int8.ch.sym,int4.g64.sym,int2.g64.asym --llama-kind Q8_0,Q4_0,Q2_K
 
 Arms: `hf-fp32` and `hf-bf16`, transformers as it is; `inductor-bf16`, torch.compile, StaticCache, static shapes;
-`modules`, lowbit.compile; `backend`, torch.compile(backend="lowbit") likewise; `program`, the native program, and
-`program-head8` with an output layer of 8 bits; `llama.cpp`. With several formats or kinds there is an arm for each;
-`modules:int4.g64.sym` asks for one only.
+`modules`, lowbit.compile; `backend`, torch.compile(backend="lowbit") likewise; `program`, the native program;
+`backend-head8` and `program-head8` with an output layer of 8 bits; `llama.cpp`. With several formats or kinds there is
+an arm for each; `modules:int4.g64.sym` asks for one only.
 
 llama.cpp requantizes the file. Its K kinds and TQ2_0 need rows of a multiple of 256; where a model has others (576 in
 SmolLM2-135M) it takes another type for those tensors, without failing. What a file then really holds is printed and
@@ -43,7 +43,8 @@ from lowbit.compiler.job.models import find_model
 from lowbit.quantizers.formats import parse_format
 from lowbit.quantizers.scheme import Scheme
 
-ARMS = ("hf-fp32", "hf-bf16", "inductor-bf16", "modules", "backend", "program", "program-head8", "llama.cpp")
+BACKENDS = ("backend", "backend-head8")
+ARMS = ("hf-fp32", "hf-bf16", "inductor-bf16", "modules", *BACKENDS, "program", "program-head8", "llama.cpp")
 DEFAULT = "hf-bf16,inductor-bf16,modules,backend,program,program-head8,llama.cpp"
 PREFILL = 512
 
@@ -177,14 +178,16 @@ def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
             model = lowbit.compile(copy.deepcopy(quantized), max_tokens=512, mode="program", context=1024, head=head)
             arms[full], arms[f"_{full}"] = _program_arm(model.lowbit_program), model.lowbit_program  # type: ignore[union-attr]
             continue
-        model = copy.deepcopy(quantized if name in ("modules", "backend") else dense)
+        model = copy.deepcopy(quantized if name in ("modules", *BACKENDS) else dense)
         assert model is not None
+        if name == "backend-head8":
+            lowbit.quantize_head(model, "int8.ch.sym")
         if name.endswith("bf16"):
             model = model.to(torch.bfloat16)
         if name == "modules":
             model = lowbit.compile(model, max_tokens=512)
-        if name in ("inductor-bf16", "backend"):
-            compiler = "lowbit" if name == "backend" else "inductor"
+        if name in ("inductor-bf16", *BACKENDS):
+            compiler = "lowbit" if name in BACKENDS else "inductor"
             arms[full] = _static_arm(model, torch.compile(model, dynamic=False, backend=compiler))
         else:
             arms[full] = _growing_arm(model)

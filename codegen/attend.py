@@ -21,10 +21,13 @@ from lowbit.compiler.ir.layout import LAYOUTS, Layout, plane_bits
 from lowbit.compiler.ir.program import Program, program
 from lowbit.quantizers.formats.kv import KV_BLOCK, KVFormat, KVSide, parse_kv_format
 
-__all__ = ["LANES", "MAX_QUERIES", "AttendSpec", "parse_attend_spec", "side_program"]
+__all__ = ["LANES", "MAX_QUERIES", "WINDOWS", "AttendSpec", "parse_attend_spec", "side_program"]
 
 LANES = 16
 """Rows of a panel."""
+
+WINDOWS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+"""Types of what is not quantized."""
 
 MAX_QUERIES = 8
 """Query tokens of a call that kernels serve; more of them are a prefill."""
@@ -44,20 +47,23 @@ def side_program(bits: int) -> Program:
 
 @dataclass(frozen=True)
 class AttendSpec:
-    """format: of the cache. head_dim: a multiple of 16.
+    """format: of the cache. head_dim: a multiple of 16. window: type of what is not quantized, float16 beside codes.
 
     The cache of `batch` sequences of `heads` key-value heads is a list of tensors named by `operands`, all of them
     [batch, heads, ...]: `k_plane0` (packed codes), `k_scale` and `k_minimum` (per channel [groups, head_dim], per token
-    [groups, tokens]), `k_window` (float16 [window, head_dim], token t in row t % window), the same for `v`, and
+    [groups, tokens]), `k_window` ([window, head_dim], token t in row t % window), the same for `v`, and
     GEAR's factors and outliers by block.
     """
 
     format: str
     head_dim: int
+    window: str = "f16"
 
     def __post_init__(self) -> None:
         if self.head_dim % LANES or self.head_dim < LANES:
             raise FormatError("LB0254", f"heads of {self.head_dim} dimensions", hint="only multiples of 16 are packed")
+        if self.window not in WINDOWS or (self.window != "f16" and any(side.quantized for _, side in self.sides)):
+            raise FormatError("LB0254", f"tokens of {self.format} beside codes are float16, not {self.window}")
 
     @cached_property
     def fmt(self) -> KVFormat:
@@ -91,11 +97,11 @@ class AttendSpec:
             if side.quantized:
                 out |= self._packed(letter, side, capacity)
             if rows := self.window_rows(side, capacity):
-                out[f"{letter}_window"] = (torch.float16, (rows, self.head_dim))
+                out[f"{letter}_window"] = (WINDOWS[self.window], (rows, self.head_dim))
         return {name: (dtype, (batch, heads, *shape)) for name, (dtype, shape) in out.items()}
 
     def window_rows(self, side: KVSide, capacity: int) -> int:
-        """Tokens of the float16 part: all of them where nothing is quantized."""
+        """Tokens of the part that is not quantized: all of them where nothing is quantized."""
         return self.fmt.window if side.quantized else capacity
 
     def panel_bytes(self, letter: str) -> int:
@@ -136,7 +142,8 @@ class AttendSpec:
 
     def key(self) -> str:
         """Canonical JSON: equal specs, equal text."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        values = {name: value for name, value in asdict(self).items() if (name, value) != ("window", "f16")}
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     def digest(self) -> str:
         """16 hex digits that name the kernel in generated source."""

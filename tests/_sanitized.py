@@ -124,7 +124,13 @@ FAMILIES: dict[str, list[Case]] = {
         Case("vq.d16.k16.r16.s8", "int8", (97,), 67, 17, "generic"),
     ],
 }
-ATTENTION = [("k2v4.kc32.vt32.w64", 80), ("kv8.kc64.vc32.w64", 64), ("k16v4.vt.w64", 64)]
+ATTENTION = [
+    AttendSpec("k2v4.kc32.vt32.w64", 80),
+    AttendSpec("kv8.kc64.vc32.w64", 64),
+    AttendSpec("k16v4.vt.w64", 64),
+    AttendSpec("kv16", 48, "f32"),
+    AttendSpec("kv16", 80, "bf16"),
+]
 LENGTHS = ((5, 1), (63, 2), (131, 3), (389, 1))
 """Tokens in the cache and queries."""
 
@@ -206,8 +212,7 @@ def wanted(
 def run_attention() -> int:
     """Packed key-value caches: appended to in pieces, then read by grouped heads."""
     folder = Path(tempfile.mkdtemp(prefix="lowbit-test-"))
-    for n, (fmt, dims) in enumerate(ATTENTION):
-        spec = AttendSpec(fmt, dims)
+    for n, spec in enumerate(ATTENTION):
         source = attend_source(spec, HOST)
         (folder / f"{n}.cpp").write_text(source.text)
         compile_shared(folder / f"{n}.cpp", (*source.flags, *FLAGS), folder / f"{n}.so")

@@ -11,7 +11,7 @@ import math
 from functools import cache
 from importlib.resources import files
 
-from lowbit.codegen.attend import LANES, AttendSpec
+from lowbit.codegen.attend import LANES, WINDOWS, AttendSpec
 from lowbit.codegen.backend import Source
 from lowbit.codegen.cpp.assemble import ISA_FLAGS, prelude
 from lowbit.codegen.cpp.expr import Printer, build, name, number
@@ -66,6 +66,7 @@ def attend_parts(spec: AttendSpec, arch: str) -> tuple[dict[str, int], str]:
         "LB_VALUES": int(spec.fmt.value.quantized),
         "LB_KEY_CHANNELS": int(spec.fmt.key.token_group > 1),
         "LB_VALUE_CHANNELS": int(spec.fmt.value.token_group > 1),
+        "LB_WINDOW": list(WINDOWS).index(spec.window),
     }
     parts = [_DOT, _constants(spec)]
     parts += [_dot(label, side) for label, side in _named(spec) if side.quantized]

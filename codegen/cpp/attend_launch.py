@@ -81,14 +81,15 @@ def load_attend(artifact: Path, spec: AttendSpec) -> AttendKernel:
         _call(run_append(keys.data_ptr(), values.data_ptr(), places.pointers(state), _int64(numbers)))
 
     def attend(q: Tensor, state: list[Tensor], length: int, mask: Tensor | None, scale: float) -> Tensor:
-        q, out = q.contiguous(), torch.empty(q.shape, dtype=torch.float32)
+        q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
         batch, query_heads, queries, dims = q.shape
         heads = state[0].shape[1]
         rows, threads = query_heads // heads * queries, threads_of()
         shared = batch * heads * rows * length * dims >= 1 << 17  # else waking others costs as much
         threads = threads if shared else 1
         splits = min(-(-length // unit), -(-_TASKS // (batch * heads))) if shared else 1
-        mask = None if mask is None else mask.expand(batch, 1, queries, mask.shape[-1]).contiguous()
+        if mask is not None and not (mask.shape[:3] == (batch, 1, queries) and mask.is_contiguous()):
+            mask = mask.expand(batch, 1, queries, mask.shape[-1]).contiguous()
         partial = torch.empty(batch * heads * splits * rows * room, dtype=torch.float32)
         stored = (spec.fmt.stored(spec.fmt.key, length), spec.fmt.stored(spec.fmt.value, length))
         columns = 0 if mask is None else mask.shape[-1]

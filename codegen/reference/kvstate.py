@@ -60,7 +60,8 @@ class KVState:
         if window is not None:
             begin = max(length, last)
             at = torch.arange(begin, total, device=new.device) % window.shape[-2]
-            window.index_copy_(-2, at, _half(new[..., begin - length :, :]))
+            fresh = new[..., begin - length :, :]
+            window.index_copy_(-2, at, _half(fresh) if window.dtype == torch.float16 else fresh.to(window.dtype))
 
     def _store(self, letter: str, side: KVSide, x: Tensor, first: int) -> None:
         """Quantize float16 tokens x [batch, heads, tokens, head_dim] into places from `first` on."""

@@ -14,9 +14,17 @@ from torch import fx
 
 from lowbit.compiler.frontend.fx import value_of, written_by
 
-__all__ = ["share_heads"]
+__all__ = [
+    "ATTENTION",
+    "before_repeats",
+    "given_arguments",
+    "is_impure",
+    "shape_of",
+    "share_heads",
+    "written_since",
+]
 
-_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _MASK, _DROPOUT, _CAUSAL, _SCALE, _GROUPED = "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"
 _ARGUMENTS = (_MASK, _DROPOUT, _CAUSAL, _SCALE, _GROUPED)
 _RESHAPES = ("reshape", "view", "flatten", "contiguous")
@@ -26,10 +34,10 @@ def share_heads(gm: fx.GraphModule) -> int:
     """Let all attention with repeated keys and values read them once, where queries are fewer; how many there were."""
     count = 0
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target is _ATTENTION and _share(gm.graph, node):
+        if node.op == "call_function" and node.target is ATTENTION and _share(gm.graph, node):
             count += 1
     if count:
-        gm.graph.eliminate_dead_code(_is_impure)
+        gm.graph.eliminate_dead_code(is_impure)
         gm.graph.lint()
         gm.recompile()
     return count
@@ -37,22 +45,22 @@ def share_heads(gm: fx.GraphModule) -> int:
 
 def _share(graph: fx.Graph, node: fx.Node) -> bool:
     """Rewrite one call: queries [B, heads, T, D] become [B, shared, repeats x T, D]."""
-    query, key, value, *rest = node.args
-    given: dict[str, Any] = {**dict(zip(_ARGUMENTS, rest, strict=False)), **node.kwargs}
+    query, key, value, *_ = node.args
+    given = given_arguments(node)
     if given.get(_DROPOUT) or given.get(_CAUSAL):
         return False  # a causal mask is by row, and rows would no longer be tokens
     if not given.get(_GROUPED):
-        if _written_since(key, node) or _written_since(value, node):
+        if written_since(key, node) or written_since(value, node):
             return False
-        key, value = _before_repeats(key), _before_repeats(value)
+        key, value = before_repeats(key), before_repeats(value)
     # The result has the queries' heads and rows, and always a known shape; what our passes made of queries has none.
-    if not all(len(_shape(n)) == 4 for n in (node, key, value)):
+    if not all(len(shape_of(n)) == 4 for n in (node, key, value)):
         return False
-    (_, heads, tokens, _), (_, shared, keys, _) = _shape(node), _shape(key)
-    if _shape(value)[1] != shared or not _worth_it(heads, shared, tokens, keys):
+    (_, heads, tokens, _), (_, shared, keys, _) = shape_of(node), shape_of(key)
+    if shape_of(value)[1] != shared or not _worth_it(heads, shared, tokens, keys):
         return False
     mask, repeats = given.get(_MASK), heads // shared
-    if mask is not None and (len(_shape(mask)) != 4 or _shape(mask)[1] != 1):
+    if mask is not None and (len(shape_of(mask)) != 4 or shape_of(mask)[1] != 1):
         return False
     with graph.inserting_before(node):
         rows = graph.call_method("flatten", (graph.call_method("unflatten", (query, 1, (shared, repeats))), 2, 3))
@@ -60,12 +68,17 @@ def _share(graph: fx.Graph, node: fx.Node) -> bool:
             # One row of a mask may stand for all tokens.
             wide = graph.call_method("expand", (graph.call_method("unsqueeze", (mask, 2)), -1, -1, repeats, tokens, -1))
             mask = graph.call_method("flatten", (wide, 2, 3))
-        out = graph.call_function(_ATTENTION, (rows, key, value), {_MASK: mask, _SCALE: given.get(_SCALE)})
+        out = graph.call_function(ATTENTION, (rows, key, value), {_MASK: mask, _SCALE: given.get(_SCALE)})
         back = graph.call_method("flatten", (graph.call_method("unflatten", (out, 2, (repeats, tokens))), 1, 2))
     back.meta = dict(node.meta)
     node.replace_all_uses_with(back)
     graph.erase_node(node)
     return True
+
+
+def given_arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a call of attention besides queries, keys and values, by name."""
+    return {**dict(zip(_ARGUMENTS, node.args[3:], strict=False)), **node.kwargs}
 
 
 def _worth_it(heads: Any, shared: Any, tokens: Any, keys: Any) -> bool:
@@ -75,7 +88,7 @@ def _worth_it(heads: Any, shared: Any, tokens: Any, keys: Any) -> bool:
     return heads > shared > 0 and heads % shared == 0 and (tokens < keys if isinstance(keys, int) else tokens == 1)
 
 
-def _written_since(copy: Any, node: fx.Node) -> bool:
+def written_since(copy: Any, node: fx.Node) -> bool:
     """True where anything is written to in place between a copy and the call `node`: the copy might be needed."""
     step = node.prev
     while step is not copy and step.op != "root":
@@ -85,29 +98,30 @@ def _written_since(copy: Any, node: fx.Node) -> bool:
     return False
 
 
-def _before_repeats(node: Any) -> Any:
+def before_repeats(node: Any) -> Any:
     """What `node` [B, shared x repeats, S, D] repeats: [B, shared, S, D], or None."""
-    whole = _shape(node)
+    whole = shape_of(node)
     while isinstance(node, fx.Node) and node.op == "call_method" and node.target in _RESHAPES:
         node = node.args[0]
-    if not (isinstance(node, fx.Node) and node.target == "expand" and len(_shape(node)) == 5):
+    if not (isinstance(node, fx.Node) and node.target == "expand" and len(shape_of(node)) == 5):
         return None
     inner = node.args[0]
-    fits = isinstance(inner, fx.Node) and len(_shape(inner)) == 5 and _shape(inner)[2] == 1
+    fits = isinstance(inner, fx.Node) and len(shape_of(inner)) == 5 and shape_of(inner)[2] == 1
     source = inner.args[0] if fits and inner.args else None  # type: ignore[union-attr]
-    if not isinstance(source, fx.Node) or len(_shape(source)) != 4:
+    if not isinstance(source, fx.Node) or len(shape_of(source)) != 4:
         return None
-    before, after = _shape(source), _shape(node)
+    before, after = shape_of(source), shape_of(node)
     merged = len(whole) == 4 and (whole[1], whole[3]) == (after[1] * after[2], after[4])
     return source if merged and (before[1], before[3]) == (after[1], after[4]) else None
 
 
-def _shape(node: Any) -> tuple[Any, ...]:
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """The shape of a node's tensor, as far as the graph knows it; empty where it does not."""
     value = value_of(node) if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def _is_impure(node: fx.Node) -> bool:
+def is_impure(node: fx.Node) -> bool:
     """Everything but what a repeat is made of: other calls may write to their arguments."""
     return not (node.op == "call_method" and node.target in (*_RESHAPES, "expand")) and not _is_index(node)
 

@@ -18,6 +18,7 @@ from xdsl.passes import ModulePass
 from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.codegen.select import say_once
 from lowbit.compiler.errors import RunError
+from lowbit.compiler.frontend.attend_steps import attend_steps
 from lowbit.compiler.frontend.attention import share_heads
 from lowbit.compiler.frontend.dense import quantize_graph
 from lowbit.compiler.frontend.explain import decisions, left_alone
@@ -182,6 +183,8 @@ def _compile_rest(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, r
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
+    if _on_cpu(inputs) and (count := attend_steps(gm)):
+        report.fused.append(f"{count} calls of attention over a single token are kernels of their own")
     if _on_cpu(inputs) and (count := share_heads(gm)):
         report.fused.append(f"{count} calls of attention read shared keys and values where they are")
     used = _drop_unused(gm)

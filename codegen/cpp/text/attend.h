@@ -1,10 +1,20 @@
 // Attention of few query rows over a packed cache. A row is one query token of one query head; rows of one key-value
 // head are handled together, so that a code is unpacked once for all of them. See codegen/attend.py for the layout.
 
+// What is not quantized: float16 (LB_WINDOW 0), bfloat16 (1) or float32 (2).
+#if LB_WINDOW == 2
+typedef float Window;
+LB_INLINE F load_window(const Window* p) { return fload(p); }
+#else
+typedef uint16_t Window;
+LB_INLINE F load_window(const Window* p) { return LB_WINDOW ? load_bf16(p) : load_f16(p); }
+#endif
+
 struct Args {
   const float* q;  // [head][row][kDim]
   const uint8_t *k_plane, *v_plane;
-  const uint16_t *k_scale, *k_minimum, *k_window, *v_scale, *v_minimum, *v_window;
+  const uint16_t *k_scale, *k_minimum, *v_scale, *v_minimum;
+  const Window *k_window, *v_window;
   const uint8_t* mask;  // [batch][query][column] or null
   float* partial;       // [task][row][kState]
   float* out;           // [head][row][kDim]
@@ -20,15 +30,16 @@ constexpr float kNever = -3.0e38f;  // a score that no probability comes from
 // One head's share of the cache.
 struct Head {
   const uint8_t *k_plane, *v_plane;
-  const uint16_t *k_scale, *k_minimum, *k_window, *v_scale, *v_minimum, *v_window;
+  const uint16_t *k_scale, *k_minimum, *v_scale, *v_minimum;
+  const Window *k_window, *v_window;
 };
 
 LB_INLINE Head head_of(const Args& g, int64_t h) {
   const int64_t ks = kKeyGroup ? g.capacity / (kKeyGroup ? kKeyGroup : 1) * kDim : g.capacity * kKeyDimGroups;
   const int64_t vs = kValueGroup ? g.capacity / (kValueGroup ? kValueGroup : 1) * kDim : g.capacity * kValueDimGroups;
   return {g.k_plane + h * (g.capacity / 16) * kKeyPanel, g.v_plane + h * (g.capacity / 32) * kValueBlock,
-          g.k_scale + h * ks, g.k_minimum + h * ks, g.k_window + h * g.k_rows * kDim,
-          g.v_scale + h * vs, g.v_minimum + h * vs, g.v_window + h * g.v_rows * kDim};
+          g.k_scale + h * ks, g.k_minimum + h * ks, g.v_scale + h * vs, g.v_minimum + h * vs,
+          g.k_window + h * g.k_rows * kDim, g.v_window + h * g.v_rows * kDim};
 }
 
 // x[n] as two signed digits, x = (256 hi + lo) * step, to 2**-16 of the largest magnitude. NaN or infinity: step NaN.
@@ -114,14 +125,14 @@ LB_INLINE void stored_scores(const Head& h, [[maybe_unused]] const Args& g, cons
 }
 #endif
 
-// Scores of float16 tokens [from, b).
+// Scores of tokens [from, b) that are not quantized.
 template <int ROWS> LB_INLINE void window_scores(const Head& h, const Args& g, const float* q, int64_t a, int64_t from,
                                                  int64_t b, float* s) {
   for (int64_t t = from; t < b; ++t) {
-    const uint16_t* key = h.k_window + t % g.k_rows * kDim;
+    const Window* key = h.k_window + t % g.k_rows * kDim;
     for (int r = 0; r < ROWS; ++r) {
       F sum = fzero();
-      for (int64_t d = 0; d < kDim; d += 16) sum = fma_(fload(q + r * kDim + d), load_f16(key + d), sum);
+      for (int64_t d = 0; d < kDim; d += 16) sum = fma_(fload(q + r * kDim + d), load_window(key + d), sum);
       s[r * kUnit + t - a] = fsum(sum);
     }
   }
@@ -166,14 +177,14 @@ LB_INLINE void stored_values(const Head& h, [[maybe_unused]] const Args& g, cons
 }
 #endif
 
-// The same for float16 tokens [from, b).
+// The same for tokens [from, b) that are not quantized.
 template <int ROWS> LB_INLINE void window_values(const Head& h, const Args& g, const float* p, int64_t a, int64_t from,
                                                  int64_t b, float* state) {
   for (int64_t d = 0; d < kDim; d += 16) {
     F sum[ROWS];
     for (int r = 0; r < ROWS; ++r) sum[r] = fload(state + r * kState + 16 + d);
     for (int64_t t = from; t < b; ++t) {
-      const F v = load_f16(h.v_window + t % g.v_rows * kDim + d);
+      const F v = load_window(h.v_window + t % g.v_rows * kDim + d);
       for (int r = 0; r < ROWS; ++r) sum[r] = fma_(fset1(p[r * kUnit + t - a]), v, sum[r]);
     }
     for (int r = 0; r < ROWS; ++r) fstore(state + r * kState + 16 + d, sum[r]);
@@ -229,6 +240,16 @@ template <int ROWS> static void unit(const Args& g, int64_t head, int64_t a, int
 #endif
 }
 
+// Whether a query may look at any of tokens [a, b): a cache is often allocated for many more than it holds.
+LB_INLINE bool looked_at(const Args& g, int64_t head, int64_t a, int64_t b) {
+  if (!g.mask) return true;
+  const uint8_t* keep = g.mask + head / g.heads * g.mask_batch;
+  for (int64_t i = 0; i < g.queries; ++i)
+    for (int64_t t = a; t < b; ++t)
+      if (keep[i * g.mask_query + t]) return true;
+  return false;
+}
+
 LB_INLINE void one_task(const Args& g, int64_t task) {
   const int64_t head = task / g.splits, split = task % g.splits, units = (g.length + kUnit - 1) / kUnit;
   float* state = g.partial + task * g.rows * kState;
@@ -238,7 +259,7 @@ LB_INLINE void one_task(const Args& g, int64_t task) {
   }
   for (int64_t u = units * split / g.splits; u < units * (split + 1) / g.splits; ++u) {
     const int64_t a = u * kUnit, b = a + kUnit < g.length ? a + kUnit : g.length;
-    for (int64_t row = 0; row < g.rows;) {
+    for (int64_t row = 0; row < g.rows && looked_at(g, head, a, b);) {
       float* at = state + row * kState;
 #if LB_ROWS > 1
       const int64_t left = g.rows - row;

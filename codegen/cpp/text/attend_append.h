@@ -1,6 +1,12 @@
-// Writing tokens into a packed cache: into the float16 window, and from there, when the format says so, to codes.
+// Writing tokens into a packed cache: into the window, and from there, when the format says so, to codes.
 
-LB_INLINE uint16_t stored_half(float x) { return to_f16(x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x); }
+#if LB_WINDOW == 2
+LB_INLINE Window stored(float x) { return x; }
+#elif LB_WINDOW == 1
+LB_INLINE Window stored(float x) { return to_bf16(x); }
+#else
+LB_INLINE Window stored(float x) { return to_f16(x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x); }
+#endif
 
 // A scale for numbers from lo to hi.
 LB_INLINE uint16_t scale_of(float lo, float hi, float levels) {
@@ -19,7 +25,8 @@ template <int BITS> LB_INLINE void put_code(uint8_t* at, int shift, uint32_t cod
 // Keys and values differ in where a code lies, and in their sizes.
 struct Side {
   uint8_t* plane;
-  uint16_t *scale, *minimum, *window;
+  uint16_t *scale, *minimum;
+  Window* window;
   int64_t capacity, rows;
 };
 
@@ -79,16 +86,16 @@ LB_INLINE Side side_of(void* const* state, int first, int64_t head, int64_t capa
   const int64_t plane = key ? capacity / 16 * kKeyPanel : capacity / 32 * kValueBlock;
   const int64_t sides = group ? capacity / (group + !group) * kDim : capacity * groups;
   return {(uint8_t*)state[first] + head * plane, (uint16_t*)state[first + 1] + head * sides,
-          (uint16_t*)state[first + 2] + head * sides, (uint16_t*)state[first + 3] + head * rows * kDim, capacity, rows};
+          (uint16_t*)state[first + 2] + head * sides, (Window*)state[first + 3] + head * rows * kDim, capacity, rows};
 }
 
 // Tokens x [n][kDim], `stride` apart, behind the first `length`.
 template <class P>
 static void append_side(const Side& c, const float* x, int64_t stride, int64_t n, int64_t length) {
-  uint16_t row[kDim];
+  Window row[kDim];
   for (int64_t i = 0; i < n; ++i) {
     const int64_t t = length + i;
-    for (int64_t d = 0; d < kDim; ++d) row[d] = stored_half(x[i * stride + d]);
+    for (int64_t d = 0; d < kDim; ++d) row[d] = stored(x[i * stride + d]);
     if constexpr (P::bits < 16 && P::group == 0) {
       if (c.rows == 0) {
         quantize_token<P>(c, row, t);
@@ -117,5 +124,5 @@ template <class P> [[maybe_unused]] static void read_token(const Side& c, int64_
       return;
     }
   }
-  for (int64_t d = 0; d < kDim; d += 16) fstore(x + d, load_f16(c.window + t % c.rows * kDim + d));
+  for (int64_t d = 0; d < kDim; d += 16) fstore(x + d, load_window(c.window + t % c.rows * kDim + d));
 }

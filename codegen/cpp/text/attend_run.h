@@ -9,7 +9,7 @@ extern "C" __attribute__((visibility("default"))) int lb_attend(const float* q, 
   g.k_plane = (const uint8_t*)state[0], g.v_plane = (const uint8_t*)state[4];
   g.k_scale = (const uint16_t*)state[1], g.v_scale = (const uint16_t*)state[5];
   g.k_minimum = (const uint16_t*)state[2], g.v_minimum = (const uint16_t*)state[6];
-  g.k_window = (const uint16_t*)state[3], g.v_window = (const uint16_t*)state[7];
+  g.k_window = (const Window*)state[3], g.v_window = (const Window*)state[7];
   g.heads = n[1], g.rows = n[2], g.queries = n[3], g.length = n[4], g.k_stored = n[5], g.v_stored = n[6];
   g.capacity = n[7], g.k_rows = n[8], g.v_rows = n[9], g.mask_batch = n[10], g.mask_query = n[11], g.splits = n[12];
   if (g.length > g.capacity + (g.k_rows < g.v_rows ? g.k_rows : g.v_rows) || g.splits < 1) return 1;

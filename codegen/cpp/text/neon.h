@@ -121,6 +121,9 @@ LB_INLINE F odds(F x, F y) {
 LB_INLINE F load_f16(const void* p) {
   return each<F>([&](int i) { return from_halves(vld1_u16((const uint16_t*)p + 4 * i)); });
 }
+LB_INLINE F load_bf16(const void* p) {
+  return each<F>([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t*)p + 4 * i), 16)); });
+}
 // Powers of two (the smallest, 2**-127, is a subnormal float: half the next one's bits); e4m3 divided by 256, which
 // leaves them float16.
 LB_INLINE F load_e8m0(const uint8_t* p) {

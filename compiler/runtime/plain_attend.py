@@ -1,0 +1,51 @@
+"""`lowbit::attend_rows`: attention of a single token over keys and values as they are, for torch.compile on CPUs.
+
+The kernel is that of packed caches with nothing packed. Keys that a mask hides are not read, however many tokens a
+cache was allocated for. Other calls, and machines without a compiler, get torch's attention.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lowbit.codegen.attend import LANES, WINDOWS, AttendSpec
+from lowbit.codegen.cpp.attend_launch import AttendKernel
+from lowbit.compiler.runtime.attend import attend_kernel
+from lowbit.compiler.runtime.ops import LIBRARY
+
+__all__ = ["attends"]
+
+_NAMES = {dtype: name for name, dtype in WINDOWS.items()}
+
+
+def attends(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for heads of this size and type."""
+    return head_dim % LANES == 0 and dtype in _NAMES
+
+
+@cache
+def _kernel(head_dim: int, dtype: torch.dtype) -> AttendKernel | None:
+    return attend_kernel(AttendSpec("kv16", head_dim, _NAMES[dtype]).key())
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    plain = q.shape[2] == 1 and keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype
+    if plain and attends(q.shape[3], keys.dtype) and (kernel := _kernel(q.shape[3], keys.dtype)) is not None:
+        return kernel.attend(q.float(), [keys, values], keys.shape[2], mask, scale).to(q.dtype)
+    return scaled_dot_product_attention(q, keys, values, mask, scale=scale, enable_gqa=True).contiguous()
+
+
+def _attend_fake(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+LIBRARY.define(
+    "attend_rows(Tensor q, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("attend_rows", _attend, "CPU")
+torch.library.register_fake("lowbit::attend_rows", _attend_fake, lib=LIBRARY)

@@ -1,0 +1,118 @@
+"""Attention of a single token becomes an operator of its own where that gives the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch.nn.functional import scaled_dot_product_attention as attention
+
+from lowbit.codegen.cpp.toolchain import find_compiler
+from lowbit.compiler.frontend.attend_steps import attend_steps
+from lowbit.compiler.runtime import plain_attend
+
+B, HEADS, SHARED, KEYS, DIM = 2, 6, 2, 300, 32
+Call = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def repeated(x: torch.Tensor) -> torch.Tensor:
+    wide = x[:, :, None, :, :].expand(x.shape[0], SHARED, HEADS // SHARED, x.shape[2], x.shape[3])
+    return wide.reshape(x.shape[0], HEADS, x.shape[2], x.shape[3])
+
+
+def copies(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return attention(q, repeated(k), repeated(v), attn_mask=mask).transpose(1, 2)
+
+
+def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return attention(q, k, v, mask, 0.0, False, scale=0.3, enable_gqa=True).transpose(1, 2)
+
+
+def every_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return attention(q[:, :SHARED], k, v, attn_mask=mask) + 1
+
+
+def into_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    k[:, :, 3] = 1.5
+    return copies(q, k, v, mask)
+
+
+def strided(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return attention(q, k[:, :, 1:], v[:, :, 1:], None if mask is None else mask[..., 1:], enable_gqa=True)
+
+
+def overwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    keys = repeated(k)
+    k.zero_()
+    return attention(q, keys, repeated(v), attn_mask=mask)
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return attention(q, repeated(k), repeated(v), is_causal=True)
+
+
+def run(function: Call, tokens: int = 1, mask: str = "bool", dim: int = DIM, dtype: torch.dtype = torch.float32) -> int:
+    """Calls changed, after comparing with the function itself."""
+    rng = torch.Generator().manual_seed(tokens)
+    shapes = ((HEADS, tokens), (SHARED, KEYS), (SHARED, KEYS))
+    q, k, v = (torch.randn(B, h, n, dim, generator=rng).to(dtype) for h, n in shapes)
+    kept = torch.rand(B, 1, tokens, KEYS, generator=rng) < 0.7
+    kept[..., 1] = True
+    kept[..., 170:] = False
+    added = torch.zeros(kept.shape, dtype=dtype).masked_fill(~kept, -3e4)
+    given = {"none": None, "bool": kept, "float": added}[mask]
+    counts: list[int] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        counts.append(attend_steps(gm))
+        return gm.forward
+
+    want = function(q.clone(), k.clone(), v.clone(), given)
+    got = torch.compile(function, backend=backend, dynamic=False)(q, k, v, given)
+    assert got.dtype == want.dtype
+    bound = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, want, rtol=bound, atol=bound)
+    return counts[0]
+
+
+@pytest.mark.real_kernels
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("function", [copies, grouped, every_head, into_cache, strided])
+@pytest.mark.parametrize("mask", ["none", "bool"])
+def test_single_tokens(function: Call, mask: str) -> None:
+    assert run(function, mask=mask) == 1
+
+
+@pytest.mark.real_kernels
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_types(dtype: torch.dtype) -> None:
+    assert run(grouped, dtype=dtype) == 1
+
+
+def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_attend, "_kernel", lambda *_: None)
+    assert run(copies) == 1
+
+
+def test_what_the_kernel_does_not_do_stays() -> None:
+    assert run(causal) == 0
+    assert run(grouped, mask="float") == 0
+    assert run(grouped, tokens=3) == 0
+    assert run(grouped, dim=24) == 0
+    assert run(grouped, dtype=torch.float64) == 0
+
+
+def test_copies_that_are_needed_are_read() -> None:
+    """What was repeated before the original is written to is not the original any more."""
+    assert run(overwritten) == 1
