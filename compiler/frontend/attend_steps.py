@@ -39,8 +39,8 @@ def attend_steps(gm: fx.GraphModule) -> int:
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> bool:
-    query, key, value, *_ = node.args
     given = given_arguments(node)
+    query, key, value = (given[name] for name in ("query", "key", "value"))
     mask, scale = given.get("attn_mask"), given.get("scale")
     if given.get("dropout_p") or given.get("is_causal"):
         return False  # of one query, torch's causal mask leaves the first key alone

@@ -26,7 +26,7 @@ __all__ = [
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _MASK, _DROPOUT, _CAUSAL, _SCALE, _GROUPED = "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"
-_ARGUMENTS = (_MASK, _DROPOUT, _CAUSAL, _SCALE, _GROUPED)
+_ARGUMENTS = ("query", "key", "value", _MASK, _DROPOUT, _CAUSAL, _SCALE, _GROUPED)
 _RESHAPES = ("reshape", "view", "flatten", "contiguous")
 
 
@@ -45,8 +45,8 @@ def share_heads(gm: fx.GraphModule) -> int:
 
 def _share(graph: fx.Graph, node: fx.Node) -> bool:
     """Rewrite one call: queries [B, heads, T, D] become [B, shared, repeats x T, D]."""
-    query, key, value, *_ = node.args
     given = given_arguments(node)
+    query, key, value = (given[name] for name in _ARGUMENTS[:3])
     if given.get(_DROPOUT) or given.get(_CAUSAL):
         return False  # a causal mask is by row, and rows would no longer be tokens
     if not given.get(_GROUPED):
@@ -77,8 +77,8 @@ def _share(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def given_arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a call of attention besides queries, keys and values, by name."""
-    return {**dict(zip(_ARGUMENTS, node.args[3:], strict=False)), **node.kwargs}
+    """Arguments of a call of attention, by name."""
+    return {**dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
 
 
 def _worth_it(heads: Any, shared: Any, tokens: Any, keys: Any) -> bool:

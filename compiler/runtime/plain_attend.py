@@ -33,10 +33,17 @@ def _kernel(head_dim: int, dtype: torch.dtype) -> AttendKernel | None:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    plain = q.shape[2] == 1 and keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype
-    if plain and attends(q.shape[3], keys.dtype) and (kernel := _kernel(q.shape[3], keys.dtype)) is not None:
+    if _plain(q, keys, values, mask) and (kernel := _kernel(q.shape[3], keys.dtype)) is not None:
         return kernel.attend(q.float(), [keys, values], keys.shape[2], mask, scale).to(q.dtype)
     return scaled_dot_product_attention(q, keys, values, mask, scale=scale, enable_gqa=True).contiguous()
+
+
+def _plain(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel reads these as they are: one query, nothing repeated for a sequence or a key, no strides."""
+    if q.shape[2] != 1 or q.shape[0] != keys.shape[0] or (mask is not None and mask.shape[3] != keys.shape[2]):
+        return False
+    alike = keys.shape == values.shape and keys.dtype == values.dtype and attends(q.shape[3], keys.dtype)
+    return alike and keys.is_contiguous() and values.is_contiguous()
 
 
 def _attend_fake(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -51,6 +51,15 @@ def strided(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     return attention(q, k[:, :, 1:], v[:, :, 1:], None if mask is None else mask[..., 1:], enable_gqa=True)
 
 
+def by_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return attention(value=v, key=k, query=q, attn_mask=mask, enable_gqa=True)
+
+
+def one_for_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    mask = None if mask is None else mask[..., 1:2]
+    return attention(q, repeated(k[:1]), repeated(v[:1]), mask) + attention(q, k, v, mask, enable_gqa=True)
+
+
 def overwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     keys = repeated(k)
     k.zero_()
@@ -87,10 +96,17 @@ def run(function: Call, tokens: int = 1, mask: str = "bool", dim: int = DIM, dty
 
 @pytest.mark.real_kernels
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("function", [copies, grouped, every_head, into_cache, strided])
+@pytest.mark.parametrize("function", [copies, grouped, every_head, into_cache, strided, by_name])
 @pytest.mark.parametrize("mask", ["none", "bool"])
 def test_single_tokens(function: Call, mask: str) -> None:
     assert run(function, mask=mask) == 1
+
+
+@pytest.mark.real_kernels
+@pytest.mark.parametrize("mask", ["none", "bool"])
+def test_what_is_repeated_for_sequences_or_keys(mask: str) -> None:
+    """The operator has torch attend: its kernel reads keys of every sequence, and a mask of every key."""
+    assert run(one_for_all, mask=mask) == 2
 
 
 @pytest.mark.real_kernels

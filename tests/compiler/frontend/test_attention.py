@@ -36,6 +36,10 @@ def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     return attention(q, k, v, mask, 0.0, False, enable_gqa=True).transpose(1, 2)
 
 
+def by_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return attention(value=repeated(v), key=repeated(k), query=q, attn_mask=mask)
+
+
 def into_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     k[:, :, 3] = 1.5
     return with_copies(q, k, v, mask)
@@ -79,7 +83,7 @@ def run(function: Call, tokens: int, mask: str = "float") -> tuple[int, bool]:
     return seen[0]
 
 
-@pytest.mark.parametrize("function", [with_copies, grouped, into_cache])
+@pytest.mark.parametrize("function", [with_copies, grouped, by_name, into_cache])
 @pytest.mark.parametrize(("tokens", "mask"), [(1, "float"), (1, "none"), (3, "bool"), (3, "row"), (7, "float")])
 def test_shared_heads_are_read_where_they_are(function: Call, tokens: int, mask: str) -> None:
     assert run(function, tokens, mask) == (1, False)
