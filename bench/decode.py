@@ -163,6 +163,7 @@ def _names(args: argparse.Namespace) -> list[str]:
 def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     """Every arm, warmed up."""
     dense = find_model(args.model).load()
+    torch._dynamo.config.recompile_limit = 64  # all compiled arms are graphs of the same code, three of each
     arms: dict[str, Any] = {}
     made: dict[str, nn.Module] = {}
     for full in names:
