@@ -12,10 +12,9 @@ import torch
 from torch import fx
 
 from lowbit.compiler.frontend.attention import (
-    ATTENTION,
     before_repeats,
     given_arguments,
-    is_impure,
+    rewrite_calls,
     shape_of,
     written_since,
 )
@@ -27,15 +26,7 @@ __all__ = ["attend_steps"]
 
 def attend_steps(gm: fx.GraphModule) -> int:
     """Replace what the operator's kernel does, in place; how many calls there were."""
-    count = 0
-    for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target is ATTENTION and _replace(gm.graph, node):
-            count += 1
-    if count:
-        gm.graph.eliminate_dead_code(is_impure)
-        gm.graph.lint()
-        gm.recompile()
-    return count
+    return rewrite_calls(gm, _replace)
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ as more rows of it: the same products, and for a short step only its few rows of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,16 +16,15 @@ from torch import fx
 from lowbit.compiler.frontend.fx import value_of, written_by
 
 __all__ = [
-    "ATTENTION",
     "before_repeats",
     "given_arguments",
-    "is_impure",
+    "rewrite_calls",
     "shape_of",
     "share_heads",
     "written_since",
 ]
 
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _MASK, _DROPOUT, _CAUSAL, _SCALE, _GROUPED = "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"
 _ARGUMENTS = ("query", "key", "value", _MASK, _DROPOUT, _CAUSAL, _SCALE, _GROUPED)
 _RESHAPES = ("reshape", "view", "flatten", "contiguous")
@@ -32,12 +32,14 @@ _RESHAPES = ("reshape", "view", "flatten", "contiguous")
 
 def share_heads(gm: fx.GraphModule) -> int:
     """Let all attention with repeated keys and values read them once, where queries are fewer; how many there were."""
-    count = 0
-    for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target is ATTENTION and _share(gm.graph, node):
-            count += 1
-    if count:
-        gm.graph.eliminate_dead_code(is_impure)
+    return rewrite_calls(gm, _share)
+
+
+def rewrite_calls(gm: fx.GraphModule, rewrite: Callable[[fx.Graph, fx.Node], bool]) -> int:
+    """Rewrite calls of attention in place; `rewrite` says of each whether it did. How many there were."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is _ATTENTION]
+    if count := sum(rewrite(gm.graph, node) for node in calls):
+        gm.graph.eliminate_dead_code(_is_impure)
         gm.graph.lint()
         gm.recompile()
     return count
@@ -68,7 +70,7 @@ def _share(graph: fx.Graph, node: fx.Node) -> bool:
             # One row of a mask may stand for all tokens.
             wide = graph.call_method("expand", (graph.call_method("unsqueeze", (mask, 2)), -1, -1, repeats, tokens, -1))
             mask = graph.call_method("flatten", (wide, 2, 3))
-        out = graph.call_function(ATTENTION, (rows, key, value), {_MASK: mask, _SCALE: given.get(_SCALE)})
+        out = graph.call_function(_ATTENTION, (rows, key, value), {_MASK: mask, _SCALE: given.get(_SCALE)})
         back = graph.call_method("flatten", (graph.call_method("unflatten", (out, 2, (repeats, tokens))), 1, 2))
     back.meta = dict(node.meta)
     node.replace_all_uses_with(back)
@@ -121,7 +123,7 @@ def shape_of(node: Any) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def is_impure(node: fx.Node) -> bool:
+def _is_impure(node: fx.Node) -> bool:
     """Everything but what a repeat is made of: other calls may write to their arguments."""
     return not (node.op == "call_method" and node.target in (*_RESHAPES, "expand")) and not _is_index(node)
 

@@ -21,7 +21,7 @@ from lowbit.compiler.io.checkpoint import Checkpoint, read_checkpoint
 from lowbit.compiler.io.expert_tensors import stacked_slices
 from lowbit.compiler.io.kernels import MANIFEST
 from lowbit.compiler.io.load import FormattedLinear, skeleton_of
-from lowbit.compiler.io.misfits import find_misfits
+from lowbit.compiler.io.misfits import find_misfits, refusal
 from lowbit.compiler.io.parts import MARGIN, SHARD_BYTES, copy_extras, quantized_part, scale_part
 from lowbit.compiler.io.source_folder import (
     carried_files,
@@ -152,10 +152,7 @@ def _check(plan: _Plan) -> None:
     experts = () if plan.layout == "lowbit" else expert_layers(plan.model)
     misfits = find_misfits(plan.layout, plan.formats, plan.shapes, plan.inputs, experts)
     if misfits:
-        path, why = next(iter(misfits.items()))
-        count = f"{len(misfits)} layers do" if len(misfits) > 1 else "1 layer does"
-        what = f"{count} not fit the layout {plan.layout}, this one first: {why}"
-        raise CheckpointError("LB0123", what, where=f"{where}: {path}", hint="the layout `lowbit` holds every layer")
+        raise refusal(misfits, plan.layout, where, "the layout `lowbit` holds every layer")
 
 
 def _form(plan: _Plan) -> Any:

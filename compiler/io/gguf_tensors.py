@@ -14,6 +14,7 @@ from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.checkpoint import Checkpoint
 from lowbit.compiler.io.gguf_model import ARCHITECTURES, rope_factors, row_order
 from lowbit.compiler.io.gguf_types import BLOCK, BLOCK_BYTES, block_type, misfit, pack_blocks, suggestion, value_misfit
+from lowbit.compiler.io.misfits import refusal
 from lowbit.quantizers.qtensor import QTensor
 
 __all__ = ["PlannedTensor", "check_layers", "gguf_member", "gguf_package", "planned_tensors"]
@@ -64,10 +65,7 @@ def check_layers(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     for reason in (_misfit, _value_misfit):
         found = {path: why for path in paths if (why := reason(checkpoint, path))}
         if found:
-            path, why = next(iter(found.items()))
-            count = f"{len(found)} layers do" if len(found) > 1 else "1 layer does"
-            what = f"{count} not fit GGUF, this one first: {why}"
-            raise CheckpointError("LB0123", what, where=f"{checkpoint.folder}: {path}", hint=_advice(checkpoint, path))
+            raise refusal(found, "gguf", str(checkpoint.folder), _advice(checkpoint, next(iter(found))))
 
 
 def _advice(checkpoint: Checkpoint, path: str) -> str:

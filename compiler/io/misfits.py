@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io import compressed_tensors as ct
 from lowbit.compiler.io import ct_rounded, gptq_write, vptq
 from lowbit.compiler.io.native import StoredInput
 from lowbit.quantizers.formats import Format, WeightFormat
 
-__all__ = ["find_misfits"]
+__all__ = ["find_misfits", "refusal"]
 
 Shape = tuple[int, int]
 
@@ -38,6 +39,14 @@ def find_misfits(
         path: why for path, fmt in formats.items() if (why := _problem(layout, fmt, shapes[path], inputs.get(path)))
     }
     return found or _mixed(layout, formats)
+
+
+def refusal(misfits: Mapping[str, str], layout: str, where: str, hint: str) -> CheckpointError:
+    """LB0123 for layers that `layout` cannot hold, of which there is one: how many, and the first with its reason."""
+    path, why = next(iter(misfits.items()))
+    count = f"{len(misfits)} layers do" if len(misfits) > 1 else "1 layer does"
+    what = f"{count} not fit the layout {layout}, this one first: {why}"
+    return CheckpointError("LB0123", what, where=f"{where}: {path}", hint=hint)
 
 
 def _problem(layout: str, fmt: WeightFormat, shape: Shape, given: StoredInput | None) -> str | None:

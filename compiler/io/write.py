@@ -64,21 +64,9 @@ def staged_folder(out: Path, needed: int) -> Iterator[Path]:
         raise CheckpointError(
             "LB0110", "already exists and is not an empty folder", where=str(out), hint="choose another output folder"
         )
-    with explain_os_errors(out, needed):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed:
-            raise _disk_full(out, needed, free)
-        stage = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
-        try:
-            stage.mkdir()
-            yield stage
-            _sync(stage)
-            os.replace(stage, out)
-            _sync_one(out.parent)
-        except BaseException:
-            shutil.rmtree(stage, ignore_errors=True)
-            raise
+    with _staged(out, needed) as stage:
+        stage.mkdir()
+        yield stage
 
 
 @contextlib.contextmanager
@@ -90,6 +78,13 @@ def staged_file(out: Path, needed: int) -> Iterator[Path]:
     out = out.expanduser().resolve()
     if out.exists():
         raise CheckpointError("LB0110", "already exists", where=str(out), hint="choose another name for the file")
+    with _staged(out, needed) as stage:
+        yield stage
+
+
+@contextlib.contextmanager
+def _staged(out: Path, needed: int) -> Iterator[Path]:
+    """A path beside `out`; the file or folder that is made there takes its place when the block ends."""
     with explain_os_errors(out, needed):
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -98,12 +93,20 @@ def staged_file(out: Path, needed: int) -> Iterator[Path]:
         stage = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         try:
             yield stage
-            _sync_one(stage)
+            _sync(stage)
             os.replace(stage, out)
             _sync_one(out.parent)
         except BaseException:
-            stage.unlink(missing_ok=True)
+            _remove(stage)
             raise
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, as far as that works: there is another error to tell."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -127,9 +130,9 @@ def _disk_full(out: Path, needed: int | None, free: int, kept: str = "nothing wa
     return CheckpointError("LB0111", f"{why}, {free:,} are free", where=str(out), hint=f"free some space; {kept}")
 
 
-def _sync(folder: Path) -> None:
-    """Force every file and folder below `folder` to disk."""
-    for path in [*folder.rglob("*"), folder]:
+def _sync(stage: Path) -> None:
+    """Force a file, or a folder and everything below it, to disk."""
+    for path in [*stage.rglob("*"), stage]:
         _sync_one(path)
 
 

@@ -343,7 +343,7 @@ def test_tokenizers_that_gguf_lacks(tmp_path: Path) -> None:
 
 def test_formats_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     message = refused(tmp_path, checkpoint(tmp_path, text="int4.g16.sym"))
-    assert "14 layers do not fit GGUF" in message
+    assert "14 layers do not fit the layout gguf" in message
     assert "model.layers.0.self_attn.q_proj" in message
     assert "quantize the original model with int4.g32.sym" in message
 
@@ -353,7 +353,7 @@ def test_minima_are_refused_before_anything_is_written(tmp_path: Path) -> None:
         return random_qtensor(fmt, *weight.shape)
 
     message = refused(tmp_path, checkpoint(tmp_path, text="int5.g32.fz", make=make))
-    assert "14 layers do not fit GGUF" in message
+    assert "14 layers do not fit the layout gguf" in message
     assert "float16 does not hold" in message
     assert "with int5.g32.sym" in message
 
@@ -361,7 +361,7 @@ def test_minima_are_refused_before_anything_is_written(tmp_path: Path) -> None:
 def test_columns_that_fill_no_blocks(tmp_path: Path) -> None:
     given = checkpoint(tmp_path, tiny_llama(vocab_size=ROWS, intermediate_size=112))
     message = refused(tmp_path, given)
-    assert "2 layers do not fit GGUF" in message
+    assert "2 layers do not fit the layout gguf" in message
     assert "down_proj" in message
     assert "`ignore`" in message
 
@@ -369,7 +369,7 @@ def test_columns_that_fill_no_blocks(tmp_path: Path) -> None:
 def test_rounded_inputs_are_refused(tmp_path: Path) -> None:
     inputs = {"model.layers.0.mlp.up_proj": StoredInput("int8.token")}
     message = refused(tmp_path, checkpoint(tmp_path, inputs=inputs))
-    assert "1 layer does not fit GGUF" in message
+    assert "1 layer does not fit the layout gguf" in message
     assert "--activation none" in message
 
 
