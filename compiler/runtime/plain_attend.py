@@ -14,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lowbit.codegen.attend import LANES, WINDOWS, AttendSpec
 from lowbit.codegen.cpp.attend_launch import AttendKernel
+from lowbit.codegen.select import say_once
+from lowbit.compiler.errors import KernelError
 from lowbit.compiler.runtime.attend import attend_kernel
 from lowbit.compiler.runtime.ops import LIBRARY
 
@@ -23,17 +25,24 @@ _NAMES = {dtype: name for name, dtype in WINDOWS.items()}
 
 
 def attends(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for heads of this size and type."""
-    return head_dim % LANES == 0 and dtype in _NAMES
+    """Whether there is a kernel for heads of this size and type; builds it."""
+    return _kernel(head_dim, dtype) is not None
 
 
 @cache
 def _kernel(head_dim: int, dtype: torch.dtype) -> AttendKernel | None:
-    return attend_kernel(AttendSpec("kv16", head_dim, _NAMES[dtype]).key())
+    if head_dim % LANES or dtype not in _NAMES:
+        return None
+    try:
+        return attend_kernel(AttendSpec("kv16", head_dim, _NAMES[dtype]).key())
+    except KernelError as e:  # a frozen process without it, or a compiler that fails: torch's attention is there
+        say_once(f"attention of single tokens runs on torch: {e.message}")
+        return None
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    if _plain(q, keys, values, mask) and (kernel := _kernel(q.shape[3], keys.dtype)) is not None:
+    kernel = _kernel(q.shape[3], keys.dtype)
+    if kernel is not None and _plain(q, keys, values, mask):
         return kernel.attend(q.float(), [keys, values], keys.shape[2], mask, scale).to(q.dtype)
     return scaled_dot_product_attention(q, keys, values, mask, scale=scale, enable_gqa=True).contiguous()
 
@@ -42,7 +51,7 @@ def _plain(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool
     """Whether the kernel reads these as they are: one query, nothing repeated for a sequence or a key, no strides."""
     if q.shape[2] != 1 or q.shape[0] != keys.shape[0] or (mask is not None and mask.shape[3] != keys.shape[2]):
         return False
-    alike = keys.shape == values.shape and keys.dtype == values.dtype and attends(q.shape[3], keys.dtype)
+    alike = keys.shape == values.shape and keys.dtype == values.dtype
     return alike and keys.is_contiguous() and values.is_contiguous()
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 from lowbit.codegen.cpp.toolchain import find_compiler
+from lowbit.compiler.errors import KernelError
 from lowbit.compiler.frontend.attend_steps import attend_steps
 from lowbit.compiler.runtime import plain_attend
 
@@ -116,9 +117,21 @@ def test_other_types(dtype: torch.dtype) -> None:
     assert run(grouped, dtype=dtype) == 1
 
 
-def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain_attend, "_kernel", lambda *_: None)
-    assert run(copies) == 1
+def test_without_a_kernel_torch_attends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """In a frozen process, or with a compiler that fails: which is said, and nothing is replaced."""
+
+    def fails(key: str) -> None:
+        raise KernelError("LB0409", "there is none for kv16")
+
+    monkeypatch.setattr(plain_attend, "attend_kernel", fails)
+    plain_attend._kernel.cache_clear()
+    try:
+        assert run(copies) == 0
+        got = torch.ops.lowbit.attend_rows(*(torch.ones(1, 2, n, DIM) for n in (1, 5, 5)), None, 0.1)
+        assert torch.allclose(got, torch.ones(1, 2, 1, DIM))
+    finally:
+        plain_attend._kernel.cache_clear()
+    assert "runs on torch: there is none for kv16" in caplog.text
 
 
 def test_what_the_kernel_does_not_do_stays() -> None:
