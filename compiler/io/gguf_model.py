@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.compiler.errors import CheckpointError
 
-__all__ = ["ARCHITECTURES", "add_model", "check_model", "rope_factors", "row_order"]
+__all__ = ["ARCHITECTURES", "add_model", "check_model", "check_model_type", "rope_factors", "row_order"]
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """transformers' model types -> llama.cpp's architectures, which have the same layers."""
@@ -22,12 +22,17 @@ _YARN_DEFAULTS = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "ms
 _log = logging.getLogger("lowbit")
 
 
-def check_model(config: Any, where: str) -> None:
-    """Raise CheckpointError (LB0123) for a transformers config that says what llama.cpp's architecture cannot do."""
-    model_type = getattr(config, "model_type", None)
+def check_model_type(model_type: Any, where: str) -> None:
+    """Raise CheckpointError (LB0123) for what is not in `ARCHITECTURES`, before a model of it is built."""
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise _refused(f"models of type {str(model_type)[:60]!r} are not written as GGUF", where, f"known are {known}")
+
+
+def check_model(config: Any, where: str) -> None:
+    """Raise CheckpointError (LB0123) for a transformers config, of a type that `check_model_type` takes, which says what
+    llama.cpp's architecture cannot do."""
+    model_type = config.model_type
     if config.hidden_act != "silu":
         raise _refused(f"llama.cpp has silu here, the model {str(config.hidden_act)[:60]!r}", where)
     if model_type == "qwen3" and config.attention_bias:

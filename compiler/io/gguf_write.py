@@ -8,16 +8,14 @@ written.
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.checkpoint import Checkpoint
-from lowbit.compiler.io.gguf_model import ARCHITECTURES, add_model, check_model
+from lowbit.compiler.io.gguf_model import ARCHITECTURES, add_model, check_model, check_model_type
 from lowbit.compiler.io.gguf_tensors import PlannedTensor, check_layers, gguf_member, gguf_package, planned_tensors
 from lowbit.compiler.io.gguf_tokenizer import Vocabulary, read_vocabulary
 from lowbit.compiler.io.gguf_types import BLOCK, BLOCK_BYTES
@@ -32,7 +30,6 @@ _FILE_TYPES = {"MXFP4": "MOSTLY_MXFP4_MOE"}
 """llama.cpp's name of a file by the type of most of its numbers, where that is not MOSTLY_ and the type's."""
 _MARGIN = 1_000_000
 _HUB = "https://huggingface.co/"
-_log = logging.getLogger("lowbit")
 
 
 def write_gguf(checkpoint: Checkpoint, out: Path) -> Path:
@@ -44,10 +41,7 @@ def write_gguf(checkpoint: Checkpoint, out: Path) -> Path:
     """
     gguf_package(str(out))
     where = str(checkpoint.folder)
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        why = f"models of type {str(model_type)[:60]!r} are not written as GGUF"
-        raise CheckpointError("LB0123", why, where=where, hint=f"known are {', '.join(ARCHITECTURES)}")
+    check_model_type(checkpoint.config.get("model_type"), where)
     model = skeleton_of(checkpoint)
     config: Any = model.config
     check_model(config, where)
@@ -57,10 +51,6 @@ def write_gguf(checkpoint: Checkpoint, out: Path) -> Path:
     vocabulary = read_vocabulary(checkpoint.folder, config.vocab_size)
     sizes = sum(tensor.nbytes + BLOCK for tensor in tensors)
     texts = sum(len(text.encode()) + 16 for text in [*vocabulary.tokens, *vocabulary.merges])
-    if checkpoint.kv:
-        _log.warning(
-            "GGUF does not say how keys and values are cached: %s is left to llama.cpp's options", checkpoint.kv
-        )
     with staged_file(out, sizes + texts + _MARGIN) as stage:
         _write(stage, checkpoint, config, vocabulary, tensors)
     return out

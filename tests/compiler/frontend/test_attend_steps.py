@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from _attention import Call, repeated
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention as attention
 
@@ -16,7 +17,6 @@ from lowbit.compiler.frontend.attend_steps import attend_steps
 from lowbit.compiler.runtime import plain_attend
 
 B, HEADS, SHARED, KEYS, DIM = 2, 6, 2, 300, 32
-Call = Callable[..., torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +26,8 @@ def _fresh() -> Iterator[None]:
         yield
 
 
-def repeated(x: torch.Tensor) -> torch.Tensor:
-    wide = x[:, :, None, :, :].expand(x.shape[0], SHARED, HEADS // SHARED, x.shape[2], x.shape[3])
-    return wide.reshape(x.shape[0], HEADS, x.shape[2], x.shape[3])
-
-
 def copies(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return attention(q, repeated(k), repeated(v), attn_mask=mask).transpose(1, 2)
+    return attention(q, repeated(k, HEADS), repeated(v, HEADS), attn_mask=mask).transpose(1, 2)
 
 
 def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -58,17 +53,19 @@ def by_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 
 def one_for_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     mask = None if mask is None else mask[..., 1:2]
-    return attention(q, repeated(k[:1]), repeated(v[:1]), mask) + attention(q, k, v, mask, enable_gqa=True)
+    return attention(q, repeated(k[:1], HEADS), repeated(v[:1], HEADS), mask) + attention(
+        q, k, v, mask, enable_gqa=True
+    )
 
 
 def overwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    keys = repeated(k)
+    keys = repeated(k, HEADS)
     k.zero_()
-    return attention(q, keys, repeated(v), attn_mask=mask)
+    return attention(q, keys, repeated(v, HEADS), attn_mask=mask)
 
 
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return attention(q, repeated(k), repeated(v), is_causal=True)
+    return attention(q, repeated(k, HEADS), repeated(v, HEADS), is_causal=True)
 
 
 def run(function: Call, tokens: int = 1, mask: str = "bool", dim: int = DIM, dtype: torch.dtype = torch.float32) -> int:

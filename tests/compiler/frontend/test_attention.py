@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from _attention import Call, repeated
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 from lowbit.compiler.frontend.attention import share_heads
 
 B, HEADS, SHARED, KEYS, DIM = 2, 6, 2, 10, 8
-Call = Callable[..., torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +23,8 @@ def _fresh() -> Iterator[None]:
         yield
 
 
-def repeated(x: torch.Tensor) -> torch.Tensor:
-    wide = x[:, :, None, :, :].expand(B, SHARED, HEADS // SHARED, x.shape[2], DIM)
-    return wide.reshape(B, HEADS, x.shape[2], DIM)
-
-
 def with_copies(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return attention(q, repeated(k), repeated(v), attn_mask=mask, scale=0.3).transpose(1, 2)
+    return attention(q, repeated(k, HEADS), repeated(v, HEADS), attn_mask=mask, scale=0.3).transpose(1, 2)
 
 
 def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -37,7 +32,7 @@ def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 
 
 def by_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return attention(value=repeated(v), key=repeated(k), query=q, attn_mask=mask)
+    return attention(value=repeated(v, HEADS), key=repeated(k, HEADS), query=q, attn_mask=mask)
 
 
 def into_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -46,18 +41,18 @@ def into_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Te
 
 
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return attention(q, repeated(k), repeated(v), is_causal=True)
+    return attention(q, repeated(k, HEADS), repeated(v, HEADS), is_causal=True)
 
 
 def overwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    keys = repeated(k)
+    keys = repeated(k, HEADS)
     k.zero_()
-    return attention(q, keys, repeated(v), attn_mask=mask)
+    return attention(q, keys, repeated(v, HEADS), attn_mask=mask)
 
 
 def by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     bias = torch.arange(HEADS).view(1, HEADS, 1, 1) * torch.linspace(0, 1, k.shape[2])
-    return attention(q, repeated(k), repeated(v), attn_mask=bias)
+    return attention(q, repeated(k, HEADS), repeated(v, HEADS), attn_mask=bias)
 
 
 def run(function: Call, tokens: int, mask: str = "float") -> tuple[int, bool]:

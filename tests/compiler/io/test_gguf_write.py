@@ -217,14 +217,6 @@ def test_mistral_is_a_llama_of_its_windows_length(tmp_path: Path, caplog: pytest
     assert "no sliding window" in caplog.text
 
 
-def test_a_quantized_cache_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    given = checkpoint(tmp_path)
-    given = replace(given, quantization_config={**given.quantization_config, "kv": "kv4.kc64.vt.w64"})
-    with caplog.at_level(logging.WARNING, "lowbit"):
-        write_gguf(given, tmp_path / "out.gguf")
-    assert "kv4.kc64.vt.w64" in caplog.text
-
-
 def test_rope_scaling(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
     given = checkpoint(tmp_path, Qwen2ForCausalLM(Qwen2Config(**WIDE, rope_parameters=yarn)))
