@@ -30,7 +30,7 @@ def check_model_type(model_type: Any, where: str) -> None:
 
 
 def check_model(config: Any, where: str) -> None:
-    """Raise CheckpointError (LB0123) for a transformers config, of a type that `check_model_type` takes, which says what
+    """Raise CheckpointError (LB0123) for a transformers config, of a type that `check_model_type` takes, that says what
     llama.cpp's architecture cannot do."""
     model_type = config.model_type
     if config.hidden_act != "silu":
