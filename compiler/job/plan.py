@@ -22,27 +22,26 @@ from lowbit.compiler.errors import LowbitError
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.job.blocks import linears_in
+from lowbit.compiler.job.consumers import consumers
 from lowbit.compiler.job.layers import select_layers
 from lowbit.compiler.job.prepare import calibrates, check_inputs
-from lowbit.compiler.runtime.experts import expert_layers
 from lowbit.quantizers.formats import (
     ChoiceFormat,
     Format,
-    IntElement,
     WeightFormat,
     parse_activation,
     parse_format,
     sixteen_bit_products,
 )
 from lowbit.quantizers.methods import METHODS, Fmpq, Method, asymmetric, in_mode, make_method
-from lowbit.quantizers.rewrites import Rotate, Smooth, rewrite_text
+from lowbit.quantizers.rewrites import rewrite_text
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import stored_shapes
 
 if TYPE_CHECKING:
     from lowbit.compiler.io.source import ModelSource
 
-__all__ = ["LayerPlan", "Plan", "Sizes", "make_plan", "runs_on", "vllm_notes"]
+__all__ = ["LayerPlan", "Plan", "Sizes", "make_plan", "runs_on"]
 
 _SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 _PROCESS_BYTES = 650e6  # Python with torch and transformers loaded
@@ -180,7 +179,7 @@ def make_plan(
         free,
         _seconds(chosen, tokens, sequential, scheme, method, seen),
         _runs(chosen),
-        _consumers(chosen, scheme, bool(expert_layers(source.empty_model()))),
+        consumers(chosen, scheme, source.empty_model()),
         (*kept_notes, *_notes(layers, chosen)),
         tuple(problems),
         _activation_lines(source, scheme, chosen),
@@ -406,91 +405,6 @@ def _refusal(name: str, reasons: list[tuple[int, str]], host: Target) -> str | N
     except ImportError as e:
         return str(e)
     return backend.available(host) if host.kind in backend.kinds else None
-
-
-def _consumers(chosen: list[LayerPlan], scheme: Scheme, experts: bool) -> dict[str, str]:
-    """Who can load the result, and who cannot and why. experts: the model has some, as layers."""
-    from lowbit.compiler.io import ct_floats
-    from lowbit.compiler.io.checkpoint import checkpoint_layout, export_layout
-
-    if experts:
-        only = "with `import lowbit` only: experts are written in lowbit's own layout"
-        return {"lowbit": "yes", "transformers": only, "vllm": "no: it does not know lowbit's own layout"}
-    if any(layer.activation for layer in chosen):
-        return _rounding_consumers(chosen, scheme)
-    layers = [(x.path, x.n, x.k, parse_format(str(x.format))) for x in chosen]
-    native = [path for path, n, k, fmt in layers if export_layout(fmt, n, k) != "compressed-tensors"]
-    formats, shapes = {p: fmt for p, _, _, fmt in layers}, {p: (n, k) for p, n, k, _ in layers}
-    layout = checkpoint_layout(formats, shapes)
-    reasons = vllm_notes(layers)
-    if native and not reasons:
-        reasons = ["it does not know lowbit's own layout"]
-    first = native[0] if native else ""
-    narrow = any(isinstance(fmt, Format) and ct_floats.scale_note(fmt, torch.float32) for *_, fmt in layers)
-    why = f"with `import lowbit` only: compressed-tensors cannot hold {len(native)} layers, such as {first}"
-    if layout == "vptq":
-        why = "with the vptq package and a GPU: 4.53 loads VPTQ's layout, 5.23 stops at it"
-    return {
-        "lowbit": "yes",
-        "transformers": why if native else "yes, in bfloat16" if narrow else "yes",
-        "vllm": "no: " + "; ".join(reasons) if reasons else "yes",
-    }
-
-
-def _rounding_consumers(chosen: list[LayerPlan], scheme: Scheme) -> dict[str, str]:
-    """The same where inputs are rounded: 8 bits both ways is common ground, everything else is lowbit's."""
-    from lowbit.compiler.io import ct_rounded
-    from lowbit.compiler.io.native import StoredInput
-
-    inputs = {x.path: StoredInput(x.activation) for x in chosen}
-    free = all(isinstance(r, Smooth) or (isinstance(r, Rotate) and not r.online) for r in scheme.rewrites)
-    if free and ct_rounded.can_hold({x.path: parse_format(str(x.format)) for x in chosen}, inputs):
-        return dict.fromkeys(("lowbit", "transformers", "vllm"), "yes")
-    first = next(x for x in chosen if x.activation)
-    return {
-        "lowbit": "yes",
-        "transformers": "with `import lowbit` only: inputs are rounded in ways that compressed-tensors does not know",
-        "vllm": f"no: it does not know inputs rounded to {first.activation} before {first.format} weights",
-    }
-
-
-def vllm_notes(layers: Iterable[tuple[str, int, int, WeightFormat]]) -> list[str]:
-    """Why vLLM's compressed-tensors loader would refuse (path, n, k, format) layers; empty when it takes them."""
-    counts: dict[str, int] = {}
-    first: dict[str, str] = {}
-    for path, _, k, fmt in layers:
-        for reason in _vllm_reasons(fmt, k):
-            counts[reason] = counts.get(reason, 0) + 1
-            first.setdefault(reason, path)
-    return [f"{reason} ({count} layers, first {first[reason]})" for reason, count in counts.items()]
-
-
-def _vllm_reasons(fmt: WeightFormat, k: int) -> list[str]:
-    from lowbit.compiler.io import ct_floats
-
-    if isinstance(fmt, ChoiceFormat):
-        return [reason for candidate in fmt.candidates for reason in _vllm_reasons(candidate, k)]
-    if not isinstance(fmt, Format):
-        return ["it has no kernels for vector quantization"]
-    if ct_floats.layout_of(fmt):
-        return [reason] if (reason := ct_floats.misfit(fmt, k)) else []
-    g = fmt.granularity
-    if fmt.terms > 1:
-        return ["it has no kernels for binary coding"]
-    reasons = ["it has no kernels for float offsets"] if fmt.offset else []
-    if not isinstance(fmt.element, IntElement):
-        reasons.append(f"it reads integers from this layout, not {fmt.element.name}")
-    if fmt.bits not in (4, 8):
-        reasons.append(f"it has kernels for 4 and 8 bits, not {fmt.bits}")
-    if fmt.scale not in ("f16", "bf16"):
-        reasons.append("it wants 16-bit scales")
-    if g.kind == "t":
-        reasons.append("it wants scales per channel or group")
-    if g.kind == "g" and k % g.group:
-        reasons.append(f"group {g.group} does not divide {k} input columns")
-    elif g.kind == "g" and g.group not in (32, 64, 128):
-        reasons.append(f"it has no kernel for groups of {g.group}")
-    return reasons
 
 
 def _notes(layers: tuple[LayerPlan, ...], chosen: list[LayerPlan]) -> Iterable[str]:

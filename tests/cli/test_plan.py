@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from _cli import error_line, invoke, invoke_json, save_tiny_llama
 
-from lowbit.compiler.job.plan import vllm_notes
+from lowbit.compiler.job.consumers import vllm_notes
 from lowbit.quantizers.formats import parse_format
 
 # Linear layers of the tiny Llama: [out, in] of q, k, v, o, gate, up, down, twice.
@@ -46,6 +46,28 @@ def test_plan_lists_layers_and_who_runs_them(tiny: Path) -> None:
     assert plan["seconds"]["low"] < plan["seconds"]["likely"] < plan["seconds"]["high"]
     assert plan["peak_memory_bytes"] > plan["sizes"]["source_bytes"]
     assert "vllm" in plan["consumers"]
+
+
+@pytest.mark.parametrize(
+    ("text", "gptq", "gguf"),
+    [
+        ("int4.g32.sym", "after `quantize convert --to gptq`", "after `quantize convert --to gguf`"),
+        ("int4.g64.sym", "no: groups of 64 do not divide 96", "after"),
+        ("int8.ch.asym", "after", "no: it is int8.ch.asym, and GGUF has no such numbers"),
+        ("vq.d4.k16", "no: GPTQ's layout holds one code", "no: it is vq.d4.k16"),
+    ],
+)
+def test_a_plan_says_who_reads_it_after_conversion(tiny: Path, text: str, gptq: str, gguf: str) -> None:
+    plan = invoke_json("plan", tiny, "--format", text)
+    assert plan["consumers"]["gptqmodel"].startswith(gptq)
+    assert plan["consumers"]["llama.cpp"].startswith(gguf)
+    assert plan["consumers"]["lowbit"] == "yes"
+
+
+def test_inputs_that_are_rounded_are_not_converted(tiny: Path) -> None:
+    plan = invoke_json("plan", tiny, "--scheme", "w8a8-int8")
+    assert plan["consumers"]["gptqmodel"].startswith("no: its inputs are")
+    assert plan["consumers"]["llama.cpp"].startswith("no: inputs are rounded")
 
 
 def test_more_calibration_takes_longer(tiny: Path) -> None:

@@ -14,7 +14,7 @@ from lowbit.compiler.io import ct_floats
 from lowbit.compiler.io.checkpoint import read_checkpoint, write_checkpoint
 from lowbit.compiler.io.load import load_quantized, save_quantized
 from lowbit.compiler.io.source import open_model
-from lowbit.compiler.job.plan import vllm_notes
+from lowbit.compiler.job.consumers import vllm_notes
 from lowbit.quantizers.formats import parse_format, scalar_format
 from lowbit.quantizers.qtensor import QTensor
 from lowbit.quantizers.scales import tensor_scale_of
