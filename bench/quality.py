@@ -25,6 +25,7 @@ from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import Trunk, find_blocks, linears_in, materialize
 from lowbit.compiler.job.inmemory import choose_codes
 from lowbit.compiler.job.layers import versions
+from lowbit.compiler.runtime.paths import prepare_search
 from lowbit.quantizers.calibration import HessianAccumulator, InputGroups, LayerStats, calibration_tokens
 from lowbit.quantizers.formats import Format, parse_format, scalar_format
 from lowbit.quantizers.methods import Method, in_mode, make_method
@@ -116,6 +117,7 @@ def parallel(
             assert isinstance(weight, Tensor)
             for size, stats in by_size.items():
                 for fmt in formats:
+                    prepare_search(fmt)
                     found[str(fmt), size][path] = method.quantize(weight, fmt, stats).qtensor
         print(f"block {number} done", flush=True)
     return found

@@ -92,9 +92,8 @@ def _unpadded(spec: KernelSpec, fmt: Format) -> bool:
 
 def dense_on_device(weight: PackedWeight) -> torch.Tensor:
     """float32 [N, K] of plain scalar formats on the weight's device, by the layout's own inverse."""
-    device = next(iter(weight.tensors.values())).device
     n, k, fmt, layout = weight.n, weight.k, scalar_format(str(weight.fmt)), weight.layout
-    values = fmt.element.levels().to(device)[layout.unpack(list(weight.planes), fmt.bits, n, k).long()]
+    values = fmt.element.values(layout.unpack(list(weight.planes), fmt.bits, n, k))
     size = fmt.granularity.group_size(k)
 
     def spread(side: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,14 @@ from lowbit.compiler.ir.layout import plane_bits
 from lowbit.compiler.ir.program import Program, program
 from lowbit.quantizers.formats import Format, VectorFormat, WeightFormat
 
-__all__ = ["decode_program", "extract_program", "outlier_program", "scalar_program", "vector_program"]
+__all__ = [
+    "decode_program",
+    "extract_program",
+    "outlier_program",
+    "scalar_program",
+    "trellis_program",
+    "vector_program",
+]
 
 
 @cache
@@ -65,6 +72,29 @@ def outlier_program() -> Program:
     """The same for outlier columns: element `lane` of the centroid `index` in `outlier_book`."""
     p = program("index", "lane")
     p.result(p.gather(p.arg("index"), p.arg("lane"), "outlier_book"))
+    return p.done()
+
+
+@cache
+def trellis_program(fmt: Format, shifts: tuple[int, ...]) -> Program:
+    """`value(state) * scale` of a trellis, out of 32-bit words that hold a row's codes in their order.
+
+    Arguments `w0, p0, w1, p1 ...`: the word with a column's part of plane 0, 1 ..., from the constant bit `shifts` on,
+    and the word before it; then `scale`.
+    """
+    element, widths = fmt.element, plane_bits(fmt.bits)
+    p = program(*(f"{letter}{i}" for i in range(len(widths)) for letter in "wp"), "scale")
+    state, low = None, 0
+    for i, (width, shift) in enumerate(zip(widths, shifts, strict=True)):
+        size = width * element.window
+        first, word = shift + width - size, p.arg(f"w{i}")
+        if first < 0:
+            word = p.or_(p.shl(word, p.int(-first)), p.shr(p.arg(f"p{i}"), p.int(32 + first)))
+        part = p.and_(p.shr(word, p.int(first)) if first > 0 else word, p.int(2**size - 1))
+        state, low = part if state is None else p.or_(state, p.shl(part, p.int(low))), low + size
+    assert state is not None
+    value = p.inline(element.decode(), {"code": state})
+    p.result(p.mul(value, p.arg("scale")))
     return p.done()
 
 

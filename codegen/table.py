@@ -24,7 +24,7 @@ class TableSpec:
 
     def __post_init__(self) -> None:
         fmt = self.linear.weight_format
-        if not isinstance(fmt, Format) or fmt.ordered or fmt.terms > 1:
+        if not isinstance(fmt, Format) or fmt.ordered or fmt.terms > 1 or fmt.element.window > 1:
             raise KernelError(
                 "LB0431", f"rows of {self.format} are not looked up", hint="use a format such as int8.ch.sym"
             )

@@ -117,13 +117,13 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The [N, K] matrix of numbers these codes stand for: the oracle every kernel is compared with."""
         n, k = self.shape
-        levels, terms = self.fmt.element.levels().to(self.codes.device), self.fmt.terms
-        values = levels[self.term(0).long()]
+        element, terms = self.fmt.element, self.fmt.terms
+        values = element.values(self.term(0))
         if self.zero is not None:
             values = values - self._spread(self.zero.float(), n, k)
         values = values * self._spread(self.full_scale[:, ::terms], n, k)
         for i in range(1, terms):
-            values = values + levels[self.term(i).long()] * self._spread(self.full_scale[:, i::terms], n, k)
+            values = values + element.values(self.term(i)) * self._spread(self.full_scale[:, i::terms], n, k)
         if self.offset is not None:
             values = values + self._spread(self.offset.float(), n, k)
         if self.perm is not None:

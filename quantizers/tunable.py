@@ -68,8 +68,7 @@ class TunableScalar(Tunable):
         self._q = q
         n, k = q.shape
         size, groups = q.fmt.granularity.group_size(k), q.fmt.granularity.groups(k)
-        codes = torch.stack([q.term(i) for i in range(q.fmt.terms)])
-        levels = q.fmt.element.levels().float()[codes.long()]
+        levels = q.fmt.element.values(torch.stack([q.term(i) for i in range(q.fmt.terms)]))
         if q.zero is not None:
             levels = levels - q.zero.float().repeat_interleave(size, dim=1)[:, :k]
         # Groups as a dimension of their own; a ragged last one is padded, and the padding cut off again.

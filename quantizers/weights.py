@@ -195,7 +195,8 @@ def random_weight(fmt: WeightFormat, n: int, k: int, rng: torch.Generator) -> QW
         return _random_vectors(fmt, n, k, rng)
     assert isinstance(fmt, Format)
     side = fmt.side_shape(n, k)
-    finite = fmt.element.levels().isfinite().nonzero().flatten().to(torch.uint8)
+    used = torch.ones(2**fmt.bits) if fmt.element.window > 1 else fmt.element.levels().isfinite()
+    finite = used.nonzero().flatten().to(torch.uint8)
     codes = finite[torch.randint(0, len(finite), (n, k), generator=rng)]
     for i in range(1, fmt.terms):
         codes |= finite[torch.randint(0, len(finite), (n, k), generator=rng)] << i * fmt.bits

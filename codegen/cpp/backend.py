@@ -46,6 +46,8 @@ class CppBackend(Backend):
     )
 
     def layout_of(self, fmt: WeightFormat, target: Target | None = None) -> str:
+        if isinstance(fmt, Format) and fmt.element.window > 1:
+            return "runs16"
         split = isinstance(fmt, Format) and len(plane_bits(fmt.bits)) > 1
         if not (split and target and target.arch in WHOLE_ARCHES):
             return super().layout_of(fmt)
@@ -53,7 +55,9 @@ class CppBackend(Backend):
         return "signs16" if levels and level_magnitudes(levels) else "whole16"
 
     def reads(self, spec: KernelSpec) -> bool:
-        return super().reads(spec) or (not spec.vector and spec.layout_ in PANELS.values())
+        if not spec.vector and spec.fmt.element.window == 1 and spec.layout_ in PANELS.values():
+            return True
+        return super().reads(spec)
 
     def available(self, target: Target) -> str | None:
         if target.kind != "cpu":

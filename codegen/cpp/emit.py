@@ -10,9 +10,10 @@ from lowbit.codegen.cpp.buffered import buffered_text
 from lowbit.codegen.cpp.direct import direct_chunk, direct_text
 from lowbit.codegen.cpp.lut import lut_chunk, lut_types
 from lowbit.codegen.cpp.plan import PANEL, Plan
-from lowbit.codegen.cpp.products import products
+from lowbit.codegen.cpp.products import Products, products
 from lowbit.codegen.cpp.rounding import rounding_macros, rounding_types
 from lowbit.codegen.cpp.sides import indent
+from lowbit.codegen.cpp.trellis import TrellisWords, trellis_header, trellis_products
 
 __all__ = ["emit_text"]
 
@@ -32,7 +33,7 @@ _LUT_PLACES = (
 
 def emit_text(plan: Plan, arch: str) -> str:
     """The whole source of one kernel for instruction set `arch`."""
-    form = products(plan)
+    form = products_of(plan)
     chunk = lut_chunk if plan.lut else direct_chunk
     kernel = buffered_text(plan, form) if plan.buffered else direct_text(plan, form, chunk)
     fmt = plan.spec.fmt
@@ -41,6 +42,8 @@ def emit_text(plan: Plan, arch: str) -> str:
     macros = {"LB_CODE_TOP": top, "LB_LIMBS": plan.spec.limbs, "LB_ZERO": int(fmt.zero)}
     macros |= rounding_macros(plan.spec)
     macros["LB_WORDS"] = 0 if not plan.words else 2 if plan.magnitudes else 1
+    if isinstance(form, TrellisWords):
+        macros |= {"LB_WORDS": 3, "LB_HALF": form.half}
     macros["LB_PAIRS"] = int(plan.half_factor is not None and not plan.buffered)
     macros |= {"LB_LUT": 1} if plan.lut else {}
     prepare = "LB_INLINE void prepare(const Args&, int, int) {}\n"
@@ -48,8 +51,16 @@ def emit_text(plan: Plan, arch: str) -> str:
         [prepare, form.printer.tables, _word_table(plan), _unit_of(plan), _place(plan), _finish(plan), kernel]
     )
     headers, rows = (("lut_avx2.h",), ("lut_rows.h", "scalar_rows.h")) if plan.lut else ((), ("scalar_rows.h",))
+    found = (*headers, trellis_header(arch)) if fmt.element.window > 1 else headers
     types = (lut_types(plan) if plan.lut else "") + _types(plan)
-    return assemble(plan, arch, Pieces(macros, headers, _constants(plan), types, rows, "{y}", text))
+    return assemble(plan, arch, Pieces(macros, found, _constants(plan), types, rows, "{y}", text))
+
+
+def products_of(plan: Plan) -> Products:
+    """How the plan's weights meet activations."""
+    if plan.spec.fmt.element.window > 1:
+        return trellis_products(plan.integer, plan.words)(plan)
+    return products(plan)
 
 
 def _word_table(plan: Plan) -> str:

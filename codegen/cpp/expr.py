@@ -140,6 +140,8 @@ _TABLE: dict[str, Callable[..., Node]] = {
     "shl": _shl,
     "and": _and,
     "or": _or,
+    "multiply": _primitive("multiply"),
+    "plus": _primitive("vadd"),
     "bitcast": _primitive("bitcast"),
     "half": _primitive("half"),
     "int_to_float": _primitive("cvt"),

@@ -109,6 +109,8 @@ def lut_problem(spec: KernelSpec) -> str | None:
     levels = spec.integer_levels
     if not spec.limbs or spec.vector or levels is None:
         return "tables are of sums of integer products"
+    if spec.fmt.element.window > 1:
+        return "tables are of codes, not of states"
     if spec.layout_.whole:
         return "tables are for codes in planes"
     if max(plane_bits(spec.fmt.bits)) > WIDEST:

@@ -28,6 +28,7 @@ __all__ = [
     "half_factor",
     "level_magnitudes",
     "magnitudes",
+    "plain_codes",
     "short_steps",
 ]
 
@@ -150,7 +151,7 @@ class Plan(KernelPlan):
     @property
     def residues(self) -> int:
         """The most accumulators each sum has for codes left where they stand; 1 for codes moved to their value."""
-        plain = self.integer and self.levels.plain and self.spec.fmt.bits < 8 and self.spec.parts == 1
+        plain = self.integer and plain_codes(self.spec) and self.spec.parts == 1
         plain = plain and not (self.buffered or self.words or self.lut)
         return self.schedule.get("residues", 1) if plain else 1
 
@@ -391,6 +392,12 @@ class Magnitudes:
     def digits(self) -> tuple[tuple[int, ...], ...]:
         """What is looked up for one weight vector each: high, then low ones; or both, where they make one byte."""
         return (self.high, self.low) if self.shift else (self.low + self.high,)
+
+
+def plain_codes(spec: KernelSpec) -> bool:
+    """Whether codes of less than a byte are multiplied as they are."""
+    levels, fmt = spec.integer_levels, spec.fmt
+    return levels is not None and levels.plain and fmt.element.state_bits < 8
 
 
 def magnitudes(spec: KernelSpec) -> Magnitudes | None:

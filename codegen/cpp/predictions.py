@@ -11,6 +11,7 @@ from lowbit.codegen.cpp.plan import PANEL, Plan
 __all__ = ["predict"]
 
 _FILL = 10.0  # cycles that filling one table of sums takes
+_STATES = {1: 19.0, 2: 29.0}  # operations that make 64 values of states, by planes; 5 more as bytes
 _NEAR = 2**20  # bytes of tables that caches of a core hold
 _SIDE_BYTES = {"f32": 4, "f16": 2, "e8m0": 1, "e4m3": 1}
 
@@ -119,6 +120,9 @@ def _tables(plan: Plan, cpu: Machine, m: int) -> float:
 def _decode(plan: Plan, cpu: Machine) -> float:
     """Operations that turn words into one vector of weights."""
     planes, wide = plan.containers, not cpu.halves
+    if plan.spec.fmt.element.window > 1:
+        made = _STATES[len(plan.planes)]
+        return made if plan.words else made + 5 if plan.integer else made / 4
     if not plan.integer:
         return (2.0 * planes + 0.3) * (1.0 if wide or plan.buffered else 2.2)
     unpacked = (cpu.unpack - 0.5 * (plan.residues > 1)) * planes

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lowbit.codegen.cpp.lut_plan import lut_problem
 from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN_ARCHES, WORD_ARCHES
-from lowbit.codegen.cpp.plan import MADE, PANEL, half_factor, level_magnitudes, magnitudes, short_steps
+from lowbit.codegen.cpp.plan import MADE, PANEL, half_factor, level_magnitudes, magnitudes, plain_codes, short_steps
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
@@ -77,8 +77,7 @@ def _lut(spec: KernelSpec, tokens: int, pair: int) -> Iterator[Schedule]:
 def _residues(spec: KernelSpec, arch: str, room: int) -> int:
     """Accumulators of a sum for codes that are multiplied where they stand: only byte dot products of full range, which
     machines without VNNI take three instructions for, multiply them so."""
-    plain = spec.integer_levels is not None and spec.integer_levels.plain and spec.fmt.bits < 8
-    return min(4, room) if spec.limbs and plain and spec.parts == 1 and MACHINES[arch].full else 1
+    return min(4, room) if spec.limbs and plain_codes(spec) and spec.parts == 1 and MACHINES[arch].full else 1
 
 
 def _with_residues(found: Schedule, residues: int) -> Schedule:

@@ -13,7 +13,7 @@ from lowbit.codegen.cpp.bytes_plan import PERMUTED, BytesPlan, vector_plan
 from lowbit.codegen.cpp.input_plan import ROWS, SUMLESS, InputPlan, SumsPlan, looks_sums_up
 from lowbit.codegen.cpp.lut_plan import lut_problem
 from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN_ARCHES, WORD_ARCHES
-from lowbit.codegen.cpp.plan import MADE, PANEL, Plan, magnitudes, short_steps
+from lowbit.codegen.cpp.plan import MADE, PANEL, Plan, magnitudes, plain_codes, short_steps
 from lowbit.codegen.cpp.schedules import schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.cpp.vector_schedules import byte_words, permute_of, vector_schedules
@@ -58,7 +58,7 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Schedule]:
     heights = [h for h in (1, 2, 4, 8) if h <= tokens]
-    plain = not words and spec.integer_levels is not None and spec.integer_levels.plain
+    plain = not words and plain_codes(spec)
     residues = ((2, 1), (1, 2), (1, 3), (1, 4)) if plain else ((2, 1),)
     splits = ((1, 1), *residues)
     for height, panels, split, prefetch in product(heights, (1, 2, 4), splits, (0, 512, 1024, 2048)):

@@ -178,6 +178,8 @@ def _unserved(fmt: Format) -> str | None:
     g = fmt.granularity
     if g.kind == "g" and g.group < 16:
         return f"groups of {g.group} columns are smaller than a step of 16"
+    if fmt.element.window > 1:
+        return f"values of {fmt.element.name} depend on codes of columns before, which other lanes hold"
     for dtype in ("f16", "bf16"):
         if find_recipe(fmt.element, dtype) is None:
             return f"{fmt.element.name} has no exact {dtype} operands"

@@ -54,7 +54,7 @@ def row_decoder(fmt: Format, layout: Layout, k: int, dtype: torch.dtype) -> RowD
     """A function of tensors alone that decodes rows of [N, k] matrices in `fmt` and `layout` to `dtype`."""
     if fmt.terms > 1:
         return _sum_decoder(fmt, layout, k, dtype)
-    levels = fmt.element.levels()
+    element, levels = fmt.element, fmt.element.levels()
     affine = bool((levels == levels[0] + torch.arange(len(levels))).all())
     lowest, where, size = float(levels[0]), column_map(fmt, k), fmt.granularity.group_size(k)
     extract = _extractor(fmt, layout, k)
@@ -63,8 +63,8 @@ def row_decoder(fmt: Format, layout: Layout, k: int, dtype: torch.dtype) -> RowD
     def decode(parts: dict[str, torch.Tensor]) -> torch.Tensor:
         codes = extract(parts)
         codes = codes[:, :k] if dense else codes.index_select(1, where.to(codes.device))
-        table = levels.to(codes.device)
-        values = codes.float() + lowest if affine else table.index_select(0, codes.flatten().int()).view(codes.shape)
+        table, states = levels.to(codes.device), element.windows(codes) if element.window > 1 else codes
+        values = codes.float() + lowest if affine else table.index_select(0, states.flatten().int()).view(codes.shape)
         if "zero" in parts:
             values = values - _spread(layout, parts["zero"].float(), k, size)
         scale = parts["scale"].float()

@@ -50,8 +50,8 @@ def decode_stored(weight: PackedWeight) -> torch.Tensor:
 
     def term(i: int) -> torch.Tensor:
         args = {name: side[:, group + i] for name, side in sides.items()}
-        args |= {"w0": codes[:, where + i * step].to(torch.int64), "s0": torch.tensor(0)}
-        return scalar_program(fmt, (fmt.bits,)).run(TORCH, args)
+        args |= {"w0": fmt.element.windows(codes[:, where + i * step]), "s0": torch.tensor(0)}
+        return scalar_program(fmt, (fmt.element.state_bits,)).run(TORCH, args)
 
     dense = sum((term(i) for i in range(1, fmt.terms)), term(0))
     tile, start, keep = layout.row_tile, 0, []

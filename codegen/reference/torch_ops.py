@@ -30,6 +30,8 @@ TORCH: dict[str, Callable[..., Any]] = {
     "shl": lambda x, by: x << by,
     "and": lambda x, y: x & y,
     "or": lambda x, y: x | y,
+    "multiply": lambda x, y: x * y & 0xFFFFFFFF,
+    "plus": lambda x, y: x + y & 0xFFFFFFFF,
     "bitcast": _bitcast,
     "half": _half,
     "int_to_float": lambda x: x.float(),

@@ -102,6 +102,8 @@ class Printer:
             "shl": _shl,
             "and": _and,
             "or": _or,
+            "multiply": lambda x, y: Expr(self.let(f"{x} * {y}")),
+            "plus": lambda x, y: Expr(self.let(f"{x} + {y}")),
             "bitcast": lambda x: Expr(f"({x}).to(tl.float32, bitcast=True)"),
             "half": lambda x: Expr(f"({x}).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)"),
             "int_to_float": _int_to_float,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from lowbit.codegen.decode import decode_program, extract_program
+from lowbit.codegen.decode import decode_program, extract_program, trellis_program
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.triton.table import Printer
@@ -155,7 +155,16 @@ class Tiles:
             where = f"at{p}" if v == 0 else f"at{p} + {v * self.spec.rows}"
             load = f"tl.load(w{p}_ptr + {where}{self._mask(a, self.block_mask)}{hint})"
             out.append(f"w{p}_{v} = {load}.to(tl.uint32, bitcast=True)")
-        return out
+        return out + (self._load_before(a) if self.spec.fmt.element.window > 1 else [])
+
+    def _load_before(self, a: int) -> list[str]:
+        """The word before each block's first one of every plane, `p<plane>`: 0 before a row's first block."""
+        rows, guards = self.spec.rows, [f"n_{a}_ok[:, None]"] * self.row_mask + ["block_ok[None, :]"] * self.block_mask
+        mask = " & ".join([*guards, "(block > 0)[None, :]"])
+        return [
+            f"p{p} = tl.load(w{p}_ptr + at{p} - {rows}, mask={mask}, other=0).to(tl.uint32, bitcast=True)"
+            for p in range(len(plane_bits(self.spec.fmt.bits)))
+        ]
 
     def load_sides(self, a: int) -> list[str]:
         """`scale`, `zero`, `offset` as float32 tiles [rows, 1], or [rows, blocks] where a step crosses groups; where
@@ -223,6 +232,8 @@ class Tiles:
 
     def decode(self, printer: Printer, column: int) -> str:
         """Expression [rows, blocks] of one column of every block: float32, or the signed int32 code if `integer`."""
+        if self.spec.fmt.element.window > 1:
+            return self._decode_state(printer, column)
         args = self.word_args(column)
         if self.integer:
             code = printer.run(extract_program(*plane_bits(self.spec.fmt.bits)), args)
@@ -236,6 +247,15 @@ class Tiles:
         if self.spec.fmt.offset:
             args["offset"] = "0.0" if self.offset_after else "offset"
         return printer.run(decode_program(self.spec.fmt), args)
+
+    def _decode_state(self, printer: Printer, column: int) -> str:
+        """The same of a trellis, whose state also has codes of the word before."""
+        args, shifts = {"scale": "1.0" if self.scale_after else "scale"}, []
+        for p, width in enumerate(plane_bits(self.spec.fmt.bits)):
+            word, place = divmod(column, 32 // width)
+            args |= {f"w{p}": f"w{p}_{word}", f"p{p}": f"w{p}_{word - 1}" if word else f"p{p}"}
+            shifts.append(place * width)
+        return printer.run(trellis_program(self.spec.fmt, tuple(shifts)), args)
 
 
 @lru_cache(maxsize=4096)

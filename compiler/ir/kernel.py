@@ -51,8 +51,10 @@ __all__ = [
     "Lut",
     "Mma",
     "Mul",
+    "Multiply",
     "NormActivation",
     "Or",
+    "Plus",
     "QuantizeActivation",
     "Residual",
     "RotateActivation",
@@ -133,6 +135,22 @@ class Or(_Scalar):
     """Bitwise or."""
 
     name = "lbk.or"
+    SIGNATURE: ClassVar[Signature] = ((i32, i32), i32)
+
+
+@irdl_op_definition
+class Multiply(_Scalar):
+    """Product of two integers, its lowest 32 bits."""
+
+    name = "lbk.multiply"
+    SIGNATURE: ClassVar[Signature] = ((i32, i32), i32)
+
+
+@irdl_op_definition
+class Plus(_Scalar):
+    """Sum of two integers, its lowest 32 bits."""
+
+    name = "lbk.plus"
     SIGNATURE: ClassVar[Signature] = ((i32, i32), i32)
 
 
@@ -359,7 +377,7 @@ class Kernel(IRDLOperation):
 
 
 _OPS: list[type[Operation]] = [
-    Const, IntConst, Shr, Shl, And, Or, Bitcast, Half, IntToFloat, Lut, Gather, AddFloat, SubFloat, Mul, Fma, ArgName,
-    Yield, NormActivation, QuantizeActivation, RotateActivation, Mma, AddBias, SiluMul, Residual, Kernel,
+    Const, IntConst, Shr, Shl, And, Or, Multiply, Plus, Bitcast, Half, IntToFloat, Lut, Gather, AddFloat, SubFloat, Mul,
+    Fma, ArgName, Yield, NormActivation, QuantizeActivation, RotateActivation, Mma, AddBias, SiluMul, Residual, Kernel,
 ]  # fmt: skip
 LBK = Dialect("lbk", _OPS, [])

@@ -319,6 +319,7 @@ def _digits_text(digits: tuple[tuple[str, int], ...]) -> str:
 #   whole16: the same with codes of 3, 5, 6 and 7 bits whole, for AVX2, where putting planes together costs most.
 #   signs16: the same for codes that are looked up by their lowest four bits, a fifth and a sign apart: where the fifth
 #            is the byte's highest bit, the byte is an index of `vpshufb` as it is.
+#   runs16:  for codes whose values depend on those before them: a 32-bit lane has a row's columns in their order.
 #   fragments: tensor cores (sm_80 on), weights as left operand. A block of 64 rows x 64 columns is contiguous; a lane
 #            of a warp finds its registers of 16 rows x 64 columns side by side, `bits` words. Row = w16 + h8 + g,
 #            column = s32 + q16 + c8 + t2 + e, lane = 4g + t: `c`, `h` and `e` are those of an operand of m16n8k16 (or
@@ -330,6 +331,7 @@ def _digits_text(digits: tuple[tuple[str, int], ...]) -> str:
 LAYOUTS = {
     "panel16": Layout.parse("n=p.r16 k=b.v.s.j4 mem=p.b.v.r.j pack=s/8 block=32"),
     "whole16": Layout.parse("n=p.r16 k=b.v.s.j4 mem=p.b.v.r.j pack=s/8 block=32 whole=8"),
+    "runs16": Layout.parse("n=p.r16 k=b.v.j4.s mem=p.b.v.r.j pack=s/8 block=32"),
     "signs16": Layout.parse("n=p.r16 k=b.v.s.j4 mem=p.b.v.r.j pack=s/8 block=32 whole=4"),
     "fragments": Layout.parse("n=p.w4.h2.g8 k=b.s2.q2.c2.t4.e2 mem=p.b.w.g.t.s.q.h pack=e.c/32 block=64 side=g.w.h"),
     "words": Layout.parse("n=n k=b.v.s mem=b.v.n pack=s/32 block=32"),

@@ -118,6 +118,14 @@ class ProgramBuilder:
         """Bitwise or."""
         return self._emit(lbk.Or(x, y))
 
+    def multiply(self, x: SSAValue, y: SSAValue) -> SSAValue:
+        """Integers: the lowest 32 bits of x * y."""
+        return self._emit(lbk.Multiply(x, y))
+
+    def plus(self, x: SSAValue, y: SSAValue) -> SSAValue:
+        """Integers: the lowest 32 bits of x + y."""
+        return self._emit(lbk.Plus(x, y))
+
     def bitcast(self, x: SSAValue) -> SSAValue:
         """float32 with the bits of `x`."""
         return self._emit(lbk.Bitcast(x))

@@ -96,6 +96,8 @@ def _vllm_reasons(fmt: WeightFormat, k: int) -> list[str]:
     g = fmt.granularity
     if fmt.terms > 1:
         return ["it has no kernels for binary coding"]
+    if fmt.element.window > 1:
+        return ["it has no kernels for trellises"]
     reasons = ["it has no kernels for float offsets"] if fmt.offset else []
     if not isinstance(fmt.element, IntElement):
         reasons.append(f"it reads integers from this layout, not {fmt.element.name}")

@@ -338,8 +338,13 @@ def _seconds(
 
 
 def _search_seconds(fmt: WeightFormat) -> float:
-    """Seconds of a weight's share in the search for scales, where it is more than rounding: of sums of signs."""
-    return 1e-7 * 2**fmt.terms if isinstance(fmt, Format) and fmt.terms > 1 else 0.0
+    """Seconds of a weight's share in the search for scales or codes, where it is more than rounding: of sums of signs,
+    and of trellises, whose paths are searched six times."""
+    if not isinstance(fmt, Format):
+        return 0.0
+    if fmt.element.window > 1:
+        return 6e-6
+    return 1e-7 * 2**fmt.terms if fmt.terms > 1 else 0.0
 
 
 def _flops_per_second(size: int = 768) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowbit.compiler.errors import LowbitError
+from lowbit.compiler.runtime.paths import prepare_search
 from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import WeightFormat
 from lowbit.quantizers.methods import Method, Quantized, quantize_weight
@@ -74,6 +75,7 @@ def _initialize() -> None:
 
 def _work(method: Method, weight: Tensor, fmt: WeightFormat, stats: LayerStats | None) -> tuple[Quantized, float]:
     started = perf_counter()
+    prepare_search(fmt)
     with _one_thread():
         return quantize_weight(method, weight, fmt, stats), perf_counter() - started
 

@@ -29,6 +29,7 @@ from lowbit.quantizers.formats.integer import IntElement
 from lowbit.quantizers.formats.levels import NORMAL_FLOAT4, LevelElement
 from lowbit.quantizers.formats.minifloat import FLOAT_NAMES, FloatElement
 from lowbit.quantizers.formats.scaled import IntegerLevels
+from lowbit.quantizers.formats.trellis import TrellisElement
 from lowbit.quantizers.formats.vector import Outliers, VectorFormat
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "IntegerLevels",
     "LevelElement",
     "Outliers",
+    "TrellisElement",
     "VectorFormat",
     "WeightFormat",
     "catalog",
@@ -58,6 +60,7 @@ __all__ = [
     "scalar_format",
     "sixteen_bit_products",
     "sum_catalog",
+    "trellis_catalog",
     "vector_catalog",
 ]
 
@@ -77,6 +80,7 @@ class ElementFamily:
 ELEMENTS: list[ElementFamily] = [
     ElementFamily(IntElement.parse, tuple(f"int{bits}" for bits in range(1, 9)), ("sym", "asym", "fz")),
     ElementFamily(FloatElement.parse, FLOAT_NAMES),
+    ElementFamily(TrellisElement.parse, ()),
 ]
 """One entry per family of elements; the first that knows a name wins. See also `register_element`."""
 
@@ -203,6 +207,12 @@ def sum_catalog() -> Iterator[Format]:
     """Binary coding of every number of signs: what tables show."""
     for terms in range(2, MOST_TERMS + 1):
         yield scalar_format(f"bcq{terms}.g64")
+
+
+def trellis_catalog() -> Iterator[Format]:
+    """Trellis coding of every number of bits: what tables show."""
+    for bits in range(1, 5):
+        yield scalar_format(f"tcq{bits}.g64")
 
 
 def vector_catalog() -> Iterator[VectorFormat]:

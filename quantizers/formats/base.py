@@ -58,16 +58,34 @@ class Element(ABC):
     def name(self) -> str:
         """Text form of the element, such as `int4`."""
 
+    @property
+    def window(self) -> int:
+        """Codes of a row that the value of the last of them depends on: 1, its own, but for trellises."""
+        return 1
+
+    @property
+    def state_bits(self) -> int:
+        """Bits of such a window of codes: those of a code where its value is its own."""
+        return self.bits * self.window
+
     @abstractmethod
     def levels(self) -> torch.Tensor:
-        """float32 [2**bits]: the value of every code. The definition that every decode program is tested against.
+        """float32 [2**state_bits]: the value of every code, or state. What every decode program is tested against.
 
         Codes that are never written, because they stand for infinity or NaN, have these as values.
         """
 
     @abstractmethod
     def decode(self) -> Program:
-        """The decode program: code -> value, over integer and float operations (see `compiler.ir.program`)."""
+        """The decode program: code (or state) -> value, over integer and float operations (`compiler.ir.program`)."""
+
+    def windows(self, codes: torch.Tensor) -> torch.Tensor:
+        """int64 [..., K]: the states of rows of codes [..., K], which are the codes themselves but for trellises."""
+        return codes.long()
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 [..., K]: what rows of codes [..., K], as they are stored, stand for."""
+        return self.levels().to(codes.device)[self.windows(codes)]
 
     @property
     @abstractmethod
@@ -170,6 +188,8 @@ class Format(WeightFormat):
             )
         if self.terms > 1:
             self._check_terms()
+        if self.element.window > 1:
+            self._check_windows()
 
     def _check_terms(self) -> None:
         """Raise FormatError (LB0233) for sums that nothing stores or runs."""
@@ -181,6 +201,16 @@ class Format(WeightFormat):
         if g.kind == "t" or (g.kind == "g" and g.group < K_ALIGN):
             hint = f"write bcq{self.terms}.g64, or bcq{self.terms}.ch"
             raise FormatError("LB0233", f"binary coding has scales per row or per {K_ALIGN} columns or more", hint=hint)
+
+    def _check_windows(self) -> None:
+        """Raise FormatError (LB0234) for trellises that nothing runs: groups are packed without padding between them,
+        so that a window's codes are neighbours."""
+        g, name = self.granularity, self.element.name
+        if g.kind == "g" and g.group % K_ALIGN:
+            why = f"groups of {g.group} columns are no multiple of {K_ALIGN}, which trellises need"
+            raise FormatError("LB0234", why, hint=f"write {name}.g64, or {name}.ch")
+        if self.offset or self.channel or self.tensor:
+            raise FormatError("LB0234", "trellises have a scale per group, and nothing else", hint=f"write {name}.g64")
 
     def __str__(self) -> str:
         if self.terms > 1:

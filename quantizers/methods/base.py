@@ -60,6 +60,8 @@ def scalar_only(fmt: WeightFormat, method: str) -> Format:
         )
     if fmt.terms > 1 and method not in ("rtn", "gptq"):
         raise RunError("LB0515", f"{method} cannot produce {fmt}", hint="use method gptq, or an integer format")
+    if fmt.element.window > 1 and method not in ("rtn", "gptq"):
+        raise RunError("LB0515", f"{method} cannot produce {fmt}", hint="use method gptq, or an integer format")
     if fmt.channel and method not in ("rtn", "gptq", "fmpq"):
         raise RunError(
             "LB0515", f"{method} cannot produce scales in i8ch", hint="use method gptq, or another scale type"

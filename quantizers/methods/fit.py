@@ -83,13 +83,13 @@ def _normal_equations(weight: Tensor, grid: Grid, codes: Tensor, hessian: Tensor
     terms, q = grid.fmt.terms, grid.qtensor(codes)
     blocks = [slice(start, start + size) for start in range(0, k, size)]
     sums = torch.cat([_group_sums(part.double(), size) for part in hessian.split(size)])  # H E, [K, G]
-    elements, zero = grid.fmt.element.levels().double(), grid.column(k)[1]
+    element, zero = grid.fmt.element, grid.column(k)[1]
     missing = weight - q.dequantize()
     count = sides * (2 if joint else 1)
     step = max(1, _ROW_BYTES // (8 * ((3 + terms) * k + count * count)))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        levels, left = [elements[q.term(i)[rows].long()] for i in range(terms)], missing[rows].double()
+        levels, left = [element.values(q.term(i)[rows]).double() for i in range(terms)], missing[rows].double()
         if zero is not None:
             levels[0] -= zero[slice(None) if len(zero) == 1 else rows]
         normal, right = left.new_empty(len(left), count, count), left.new_empty(len(left), count)

@@ -23,6 +23,7 @@ from lowbit.quantizers.methods.grid import Grid, search_grid
 from lowbit.quantizers.methods.rtn import Rtn
 from lowbit.quantizers.methods.sweep import ColumnGrid, descend, feedback
 from lowbit.quantizers.methods.target import SecondOrder
+from lowbit.quantizers.methods.trellis import feedback_trellis
 from lowbit.quantizers.methods.two_level import two_level_grid, within_bytes
 from lowbit.quantizers.qtensor import QTensor
 
@@ -87,13 +88,19 @@ class Gptq(SecondOrder):
         if fmt.channel and not self.static_groups:
             raise RunError("LB0515", f"scales of {fmt} are chosen once, from the original weights", where=self.name)
         rtn = Rtn(self.clip_search, self.signed_scale)
-        prepared = prepare(stats, self.damping, self.act_order) if stats is not None else None
+        trellis = fmt.element.window > 1
+        act_order = self.act_order and not trellis  # a path follows the columns as they are stored
+        prepared = prepare(stats, self.damping, act_order) if stats is not None else None
         if prepared is None:
             plain = rtn.quantize(weight, fmt, None)
             why = "no calibration statistics" if stats is None else "the Hessian is zero or not finite"
             return Quantized(plain.qtensor, plain.proxy_error, plain.rtn_error, (f"{why}; rounded to nearest",))
-        grid, codes = self._solve(weight, fmt, prepared)
         baseline = rtn.round(weight, fmt)
+        if trellis:
+            return keep_better(
+                weight, feedback_trellis(weight, fmt, prepared, 1 + min(1, self.refits)), baseline, prepared
+            )
+        grid, codes = self._solve(weight, fmt, prepared)
         found = grid.qtensor(codes)
         return keep_better(weight, within_bytes(found) if fmt.channel else found, baseline, prepared)
 

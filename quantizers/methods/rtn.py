@@ -11,6 +11,7 @@ from lowbit.quantizers.calibration import LayerStats
 from lowbit.quantizers.formats import Format, WeightFormat
 from lowbit.quantizers.methods.base import Method, Quantized, check_finite, proxy_error, scalar_only
 from lowbit.quantizers.methods.grid import search_grid
+from lowbit.quantizers.methods.trellis import round_trellis
 from lowbit.quantizers.methods.two_level import round_two_levels
 from lowbit.quantizers.qtensor import QTensor
 
@@ -41,6 +42,8 @@ class Rtn(Method):
 
     def round(self, weight: Tensor, fmt: Format) -> QTensor:
         """The codes alone."""
+        if fmt.element.window > 1:
+            return round_trellis(weight, fmt)
         if fmt.channel:
             return round_two_levels(weight, fmt)
         return search_grid(weight, fmt, clip=self.clip_search, signed=self.signed_scale).encode(weight)

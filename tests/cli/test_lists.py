@@ -34,10 +34,11 @@ def test_version() -> None:
 
 def test_formats_lists_the_whole_catalogue() -> None:
     rows = invoke_json("formats")["formats"]
-    scalars = [r for r in rows if r["element"] != "vq" and not r["element"].startswith("bcq")]
+    scalars = [r for r in rows if r["element"] != "vq" and not r["element"].startswith(("bcq", "tcq"))]
     kinds = [(f.element.name, "code" if f.zero else "float" if f.offset else "no") for f in catalog()]
     assert [(r["element"], r["zero"]) for r in scalars] == kinds
     assert [r["example"] for r in rows if r["element"].startswith("bcq")] == ["bcq2.g64", "bcq3.g64", "bcq4.g64"]
+    assert [r["example"] for r in rows if r["element"].startswith("tcq")] == [f"tcq{b}.g64" for b in range(1, 5)]
     assert [r["example"] for r in rows if r["element"] == "vq"] == [str(f) for f in vector_catalog()]
     for row in rows:
         fmt = parse_format(row["example"])

@@ -54,6 +54,7 @@ def test_plan_lists_layers_and_who_runs_them(tiny: Path) -> None:
         ("int4.g32.sym", "after `quantize convert --to gptq`", "after `quantize convert --to gguf`"),
         ("int4.g64.sym", "no: groups of 64 do not divide 96", "after"),
         ("int8.ch.asym", "after", "no: it is int8.ch.asym, and GGUF has no such numbers"),
+        ("tcq2.g32", "no: GPTQ's layout holds integers, not tcq2", "no: it is tcq2.g32"),
         ("vq.d4.k16", "no: GPTQ's layout holds one code", "no: it is vq.d4.k16"),
     ],
 )

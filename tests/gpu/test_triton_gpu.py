@@ -71,7 +71,8 @@ def tokens_for(schedule: Schedule) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "fmt", ["int4.g128.sym", "int3.g64.asym", "int8.ch.sym", "int1.g48.sym", "int7.t.asym", "bcq2.g64"]
+    "fmt",
+    ["int4.g128.sym", "int3.g64.asym", "int8.ch.sym", "int1.g48.sym", "int7.t.asym", "bcq2.g64", "tcq2.g64", "tcq3.ch"],
 )
 def test_formats(fmt: str, shape: str, load: Load) -> None:
     problem = problem_of(fmt, (200,), 576)

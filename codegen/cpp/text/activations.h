@@ -19,6 +19,12 @@ static void load_tokens(const Args& a, const XT* x, int64_t t0, int64_t t1, floa
         const Digit second = to[i + 1];
         to[i + 1] = to[i + 2], to[i + 2] = second;
       }
+#elif LB_WORDS == 3
+      Digit *to = a.xq + at * kTokenStride, pairs[2 * LB_HALF];
+      for (int64_t i = 0; i < n; i += 2 * LB_HALF) {
+        for (int64_t j = 0; j < LB_HALF; ++j) pairs[2 * j] = to[i + j], pairs[2 * j + 1] = to[i + LB_HALF + j];
+        memcpy(to + i, pairs, sizeof(pairs));
+      }
 #elif LB_LUT
       look_ahead(a, at, n);
 #endif

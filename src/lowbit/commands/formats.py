@@ -43,6 +43,9 @@ def formats(json_output: JsonFlag = False) -> None:
     typer.echo("  granularity  t (one scale per tensor), ch (per output row), g64 (per 64 input columns; any size)")
     typer.echo(f"  scale        {', '.join(_scales())}; f16 when left out; e4m3.t32 adds a float32 per tensor")
     typer.echo("bcq2 to bcq4 are binary coding: sums of so many signs, each with its own scale, as in bcq3.g128")
+    typer.echo(
+        "tcq1 to tcq4 are trellis codes: a weight's value follows from its code and those before it, as in tcq2.ch"
+    )
     typer.echo("Short names: " + ", ".join(f"{name} = {text}" for name, text in _aliases().items()))
     typer.echo("With | between several formats, each layer gets the one with the lowest error: int6.ch.sym|e2m3.ch")
     typer.echo(
@@ -71,7 +74,14 @@ def _format_rows() -> list[dict[str, Any]]:
 
     from lowbit.compiler.io.checkpoint import export_layout
     from lowbit.compiler.job.plan import runs_on
-    from lowbit.quantizers.formats import Granularity, WeightFormat, catalog, sum_catalog, vector_catalog
+    from lowbit.quantizers.formats import (
+        Granularity,
+        WeightFormat,
+        catalog,
+        sum_catalog,
+        trellis_catalog,
+        vector_catalog,
+    )
 
     def row(fmt: WeightFormat, element: str, bits: float, zero: str) -> dict[str, Any]:
         runs = runs_on(fmt)
@@ -93,6 +103,8 @@ def _format_rows() -> list[dict[str, Any]]:
         rows.append(row(fmt, fmt.element.name, fmt.bits, zero))
     for binary in sum_catalog():
         rows.append(row(binary, f"bcq{binary.terms}", binary.code_bits, "no"))
+    for trellis in trellis_catalog():
+        rows.append(row(trellis, trellis.element.name, trellis.bits, "no"))
     for vector in vector_catalog():
         bits = (vector.index_bits + vector.residual_bits) / vector.dim
         rows.append(row(vector, "vq", bits, "no"))

@@ -24,6 +24,8 @@ CASES = [
     ("neon", "int3.g48.fz", "int8", 2),
     ("neon", "int8.g32.asym", "int16", 1),
     ("neondot", "bcq2.g48", "int8", 1),
+    ("neondot", "tcq2.ch", "int8", 1),
+    ("neon", "tcq3.g32", "int16", 17),
     ("neon", "nvfp4", "int16", 17),
     ("neon", "mxfp8_e4m3", "float", 1),
     ("neon", "vq.d6.k256.o5v4k16.cn", "float", 2),

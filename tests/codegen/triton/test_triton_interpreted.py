@@ -130,7 +130,19 @@ def offsets() -> list[Case]:
     ]
 
 
-CASES = [*formats(), *shapes(), *integers(), *offsets()]
+def trellises() -> list[Case]:
+    """Values that depend on codes of the words before: every width, within and across blocks and steps."""
+    return [
+        Case("tcq2.ch", 3, 130, DOT),
+        Case("tcq2.g64", 3, 192, GEMV_AFTER, x="bf16"),
+        Case("tcq1.ch", 1, 70, GEMV),
+        Case("tcq3.g32", 5, 96, SWAP_AFTER, epilogue=("bias",)),
+        Case("tcq4.g96", 3, 200, SPLIT, x="f16"),
+        Case("tcq2.g64", 2, 192, SPLIT_GEMV, (40, 40), epilogue=("silu_mul",)),
+    ]
+
+
+CASES = [*formats(), *shapes(), *integers(), *offsets(), *trellises()]
 
 
 def inputs(case: Case) -> tuple[torch.Tensor, list[QTensor], torch.Tensor | None, torch.Tensor | None]:

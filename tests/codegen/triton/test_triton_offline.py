@@ -64,6 +64,8 @@ JOBS = [
     Job("sm_90", "int2.g64.fz", Schedule(1, 32, 64, 4, 2, 2).with_extra(gemv=1, scale_after=1)),
     Job("sm_90", "e3m2.ch", Schedule(1, 64, 128, 4, 4).with_extra(gemv=1, scale_after=1)),
     Job("sm_80", "e2m1.g16.e4m3.t32", Schedule(16, 64, 128, 4, 4, 2).with_extra(evict_first=1)),
+    Job("sm_90", "tcq2.g64", Schedule(1, 32, 64, 4, 2, 2).with_extra(gemv=1, scale_after=1)),
+    Job("sm_80", "tcq3.ch", Schedule(16, 64, 64, 4, 4, 2)),
     Job("sm_80", "vq.d4.k256", Schedule(16, 64, 64, 4, 3, 4)),
     Job("sm_90", "vq.d4.k256", Schedule(1, 64, 64, 4, 2, 4).with_extra(gemv=1)),
     Job("sm_80", "vq.d8.k256.r256", Schedule(4, 64, 64, 4, 2, 4).with_extra(gemv=1)),

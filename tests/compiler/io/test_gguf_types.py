@@ -107,6 +107,7 @@ def test_a_scale_that_is_no_number() -> None:
         ("nf4.g32", "no such numbers", "int4.g32.sym"),
         ("nvfp4", "one code per weight and one scale", "int4.g32.sym"),
         ("bcq2.g32", "one code per weight", "int4.g32.sym"),
+        ("tcq2.g32", "no such numbers", "int4.g32.sym"),
         ("vq.d4.k256", "one code per weight", "int4.g32.sym"),
     ],
 )

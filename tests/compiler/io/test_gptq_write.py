@@ -129,6 +129,7 @@ def test_what_is_kept_is_excluded_by_pattern() -> None:
 REFUSED = {
     "vq.d4.k256": "one code per weight",
     "bcq2.g32": "no sums",
+    "tcq2.g32": "integers, not tcq2",
     "e4m3.ch": "integers, not e4m3",
     "nf4.g32": "integers, not nf4",
     "int5.g32.sym": "not 5",

@@ -20,6 +20,7 @@ from lowbit.quantizers.formats import Format, catalog, parse_format
 FORMATS = [
     *(str(f) for f in catalog()),
     "bcq3.g64.e8m0",
+    "tcq2.g64",
     "vq.d4.k256",
     "vq.d8.k4096.r256.c2.o4v4k16.cn",
     "vq.d8.k256.r256.in.rn",

@@ -20,7 +20,7 @@ from lowbit.quantizers.vqtensor import VQTensor
 from lowbit.quantizers.weights import random_weight
 
 VECTORS = ["vq.d4.k16", "vq.d4.k16.r4.c2.o8v2k16.cn", "vq.d3.k8.rn.bf16", "vq.d4.k16.r4.in.rn"]
-SCALARS = ["int2.g16.fz", "int3.g24.asym", "int4.ch.sym.bf16", "int2.t.fz", "int1.g16.sym", "bcq2.g40"]
+SCALARS = ["int2.g16.fz", "int3.g24.asym", "int4.ch.sym.bf16", "int2.t.fz", "int1.g16.sym", "bcq2.g40", "tcq2.g32"]
 
 
 def tokens() -> torch.Tensor:

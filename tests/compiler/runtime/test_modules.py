@@ -85,7 +85,9 @@ def test_gradients_are_refused_where_they_would_be_lost() -> None:
     assert x.grad is None
 
 
-@pytest.mark.parametrize("fmt", ["int4.g64.sym", "int3.g48.asym", "int5.t.asym", "int1.g32.sym", "bcq2.g64"])
+@pytest.mark.parametrize(
+    "fmt", ["int4.g64.sym", "int3.g48.asym", "int5.t.asym", "int1.g32.sym", "bcq2.g64", "tcq3.g32"]
+)
 def test_state_dict_round_trips_before_and_after_preparing(fmt: str) -> None:
     q = random_qtensor(fmt, 21, 100)
     layer = QuantLinear.from_qtensor(q, torch.randn(21))

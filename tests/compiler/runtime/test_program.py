@@ -276,7 +276,7 @@ def test_refusals_name_the_part() -> None:
 
 
 FORMATS = [*map(str, catalog()), "int4.g48.asym.f32", "mxfp4", "nvfp4", "int4.g64.sym.i8ch", "int4.g32.sym.perm"]
-FORMATS += ["bcq2.g64", "bcq3.g80.f32", "bcq4.ch"]
+FORMATS += ["bcq2.g64", "bcq3.g80.f32", "bcq4.ch", "tcq2.g64", "tcq3.ch"]
 
 
 @pytest.mark.parametrize("text", FORMATS)
