@@ -14,6 +14,7 @@ BACKENDS = {
     "cpp": "lowbit.codegen.cpp.backend:CppBackend",
     "cuda": "lowbit.codegen.cuda.backend:CudaBackend",
     "triton": "lowbit.codegen.triton.backend:TritonBackend",
+    "tvm": "lowbit.codegen.tvm.backend:TvmBackend",
     "library": "lowbit.codegen.library.backend:LibraryBackend",
     "reference": "lowbit.codegen.reference.backend:ReferenceBackend",
 }

@@ -58,7 +58,9 @@ class Backend(ABC):
     from coarse to fine, are the schedule fields by which kernels differ in kind: tuning measures one of every kind
     before it measures two alike. `compiles_when_loaded`: `load` does the work of a compiler.
     `any_layout`: weights are read in whatever layout they are packed. `invariant`: what one schedule computes for a
-    token does not depend, to the bit, on the other tokens of a call.
+    token does not depend, to the bit, on the other tokens of a call. `behind`: names of backends it only stands in for:
+    where one of them can run a kernel its turn comes after all others but the reference, unless it was measured to be
+    best.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Backend(ABC):
     compiles_when_loaded: bool = False
     any_layout: bool = False
     invariant: bool = False
+    behind: tuple[str, ...] = ()
 
     def layout_of(self, fmt: WeightFormat, target: Target | None = None) -> str:
         """Name of the packed layout its kernels read for `fmt`: the best one for `target`."""
@@ -80,6 +83,10 @@ class Backend(ABC):
     def reads(self, spec: KernelSpec) -> bool:
         """Whether its kernels read the packed layout of `spec`."""
         return self.any_layout or spec.layout_ == LAYOUTS[self.layout_of(spec.weight_format)]
+
+    def waits(self, others: Iterable[Backend]) -> bool:
+        """Whether one of `others` is a backend it is `behind`."""
+        return any(other.name in self.behind for other in others)
 
     def serves(self, fmt: WeightFormat, activation: str = "") -> str | None:
         """None when there are kernels at all for `fmt` and activations in `activation` (text of an ActivationFormat, or

@@ -84,14 +84,17 @@ def able(spec: KernelSpec, target: Target, ahead: bool = False) -> Iterator[Back
     """Backends that can run `spec`, in order. One that cannot is left out and named once in the log. The environment
     variable LOWBIT_BACKENDS, a list of names, leaves the others out. ahead: those that can compile it into files here,
     for a target that may be another machine's."""
+    found: list[Backend] = []
     for name in _names():
         backend = load_backend(name)
         if target.kind not in backend.kinds or not backend.reads(spec):
             continue
         if why := (backend.builds if ahead else backend.available)(target) or backend.supports(spec, target):
-            if not (ahead or backend.any_layout):  # those serve beside a backend with kernels, where they can
+            # Some serve beside a backend with kernels, where they can, and some in its place.
+            if not (ahead or backend.any_layout or backend.waits(found)):
                 say_once(f"backend {name} cannot run {spec.format} on {target}: {why}")
         else:
+            found.append(backend)
             yield backend
 
 
@@ -121,14 +124,14 @@ def candidates(
 ) -> list[tuple[float, Backend, Schedule]]:
     """Every (seconds, backend, schedule) that can run `spec` for `m` tokens, best first; the reference is always last.
 
-    What was measured on this device comes first, by its time; then what the cost models predict. Nothing is measured
-    here. ahead: as in `able`.
+    What was measured on this device comes first, by its time; then what the cost models predict, backends that only
+    stand in for another one behind it. Nothing is measured here. ahead: as in `able`.
     """
     backends = list(able(spec, target, ahead))
     if spec.invariant:
         return one_for_all(spec, target, backends)
     found = [(b.predict(spec, s, target, m), b, s) for b in backends for s in b.schedules(spec, target, m)]
-    found.sort(key=lambda c: (c[1].name == "reference", c[0]))
+    found.sort(key=lambda c: (c[1].name == "reference", c[1].waits(backends), c[0]))
     first = sorted(((e.seconds, b, e.schedule) for b, e in measured(spec, target, m, backends)), key=lambda c: c[0])
     taken = {(backend.name, schedule) for _, backend, schedule in first}
     return [*first, *(c for c in found if (c[1].name, c[2]) not in taken)]

@@ -74,6 +74,7 @@ def _libraries() -> Iterator[Check]:
     needed = ("torch", "numpy", "safetensors", "xdsl", "transformers")
     optional = {
         "triton": "GPU kernels",
+        "apache-tvm": "CPU kernels without a C++ compiler",
         "gguf": "reading GGUF files",
         "compressed-tensors": "loading exports without lowbit",
     }
@@ -100,7 +101,8 @@ def _compilers() -> Iterator[Check]:
     names = [explicit] if explicit else ["g++", "clang++"]
     found = [path for name in names if (path := shutil.which(name))]
     fix = "unset CXX or point it at a compiler" if explicit else "install g++ or clang (apt install g++)"
-    detail = ", ".join(found) if found else f"none of {', '.join(names)} found: layers run on the slow reference"
+    instead = "kernels of TVM" if importlib.util.find_spec("tvm") else "the slow reference"
+    detail = ", ".join(found) if found else f"none of {', '.join(names)} found: layers run on {instead}"
     yield Check("c++ compiler", "ok" if found else "missing", detail, "" if found else fix)
     nvcc = shutil.which("nvcc")
     if nvcc:

@@ -24,7 +24,7 @@ ATTEMPTS = 3
 """Schedules of one backend that are tried before the next backend's turn comes."""
 
 # No compiler, no cache: another schedule changes nothing.
-_HOPELESS = ("LB0413", "LB0443", "LB0463", "LB0420", "LB0421")
+_HOPELESS = ("LB0413", "LB0443", "LB0453", "LB0463", "LB0420", "LB0421")
 
 _locks: dict[str, threading.Lock] = {}
 
