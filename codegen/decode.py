@@ -48,10 +48,13 @@ def extract_program(*widths: int) -> Program:
 
 
 def decode_program(fmt: WeightFormat) -> Program:
-    """The decode program of any format: `scalar_program`, of codes in planes, or `vector_program`."""
+    """The decode program of any format: `scalar_program`, of codes in planes, `vector_program`, or `trellis_program`,
+    of a column at the start of its words."""
     if isinstance(fmt, VectorFormat):
         return vector_program(fmt)
     assert isinstance(fmt, Format)
+    if fmt.element.window > 1:
+        return trellis_program(fmt, (0,) * len(plane_bits(fmt.bits)))
     return scalar_program(fmt, plane_bits(fmt.bits))
 
 

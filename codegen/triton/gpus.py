@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 from lowbit.codegen.decode import decode_program
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
+from lowbit.compiler.ir import kernel as lbk
 from lowbit.compiler.ir.target import Target
 from lowbit.quantizers.formats import WeightFormat
 
@@ -68,20 +68,19 @@ def gpu_of(target: Target) -> Gpu:
     return _GPUS[max((n for n in _GPUS if n <= number), default=80)]
 
 
+_COSTS = {"shr": 0.25, "shl": 0.25} | dict.fromkeys(
+    ("and", "or", "multiply", "plus", "int_to_float", "half", "add", "sub", "mul", "fma", "gather"), 1.0
+)
+"""Of a decode program's operations. Shifts mostly go into others; what a gather loads is counted elsewhere, and what is
+left is its conversion."""
+
+
 @cache
 def decode_instructions(fmt: WeightFormat) -> float:
     """Lane operations that decode one weight to a 16-bit float, counted over the format's decode program."""
-    costs = {"and": 1.0, "or": 1.0, "shr": 0.25, "shl": 0.25, "int_to_float": 1.0, "bitcast": 0.0, "half": 1.0}
-    costs |= dict.fromkeys(("add", "sub", "mul", "fma"), 1.0)
-    table: dict[str, Callable[..., float]] = {name: _adds(cost) for name, cost in costs.items()}
-    table |= {"const": lambda _: 0.0, "int": lambda _: 0.0, "lut": lambda x, entries: x + 2.0 * len(entries)}
-    table["gather"] = lambda index, lane, book: index + lane + 1.0  # its conversion; loads are counted elsewhere
-    program = decode_program(fmt)
-    return program.run(table, dict.fromkeys(program.args, 0.0)) + 1.0  # and half a conversion, half a store
-
-
-def _adds(cost: float) -> Callable[..., float]:
-    return lambda *operands: cost + sum(operands)
+    counted = {op: _COSTS.get(op.name.removeprefix("lbk."), 0.0) for op in decode_program(fmt).region.block.ops}
+    tables = sum(2.0 * len(op.table.data) for op in counted if isinstance(op, lbk.Lut))
+    return sum(counted.values()) + tables + 1.0  # and half a conversion, half a store
 
 
 def uses_wgmma(schedule: Schedule, target: Target) -> bool:

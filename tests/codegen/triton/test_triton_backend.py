@@ -189,3 +189,19 @@ def test_reasons_against_schedules(schedule: Schedule, reason: str) -> None:
 def test_decode_cost_counts_the_program() -> None:
     cost = {f: gpus.decode_instructions(parse_format(f)) for f in ("int4.ch.sym", "int3.ch.sym", "int7.ch.asym")}
     assert cost["int4.ch.sym"] < cost["int3.ch.sym"] < cost["int7.ch.asym"] < 12
+
+
+def test_decode_cost_counts_an_operation_once() -> None:
+    """Values that several operations read, such as a state's hash, are computed once."""
+    assert 10 < gpus.decode_instructions(parse_format("tcq2.g64")) < 20
+    assert gpus.decode_instructions(parse_format("e3m2.ch")) < 12
+
+
+@pytest.mark.parametrize("fmt", ["tcq2.g64", "tcq3.ch"])
+@pytest.mark.parametrize("m", [1, 16, 512])
+def test_schedules_of_trellises(fmt: str, m: int) -> None:
+    layout = str(LAYOUTS["words"])
+    trellis = KernelSpec((4096,), 4096, fmt, layout, "float", "bf16", "bf16")
+    found = list(TritonBackend().schedules(trellis, HOPPER, m))
+    assert found
+    assert all(TritonBackend().predict(trellis, s, HOPPER, m) > 0 for s in found)
