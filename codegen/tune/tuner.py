@@ -179,12 +179,13 @@ class Run:
         return self.pool.submit(work)
 
     def start(self, job: Job) -> list[Tuning]:
-        """Begin to compile what will be measured for a job, on every backend that can run it."""
-        found = []
-        for backend in able(job.spec, self.target):
-            tuning = Tuning(self, job.spec, job.tokens, backend)
-            if backend.name == "reference":
+        """Begin to compile what will be measured for a job, on every backend that can run it and stands in for none of
+        the others."""
+        found, backends = [], list(able(job.spec, self.target))
+        for backend in backends:
+            if backend.name == "reference" or backend.waits(backends):
                 continue
+            tuning = Tuning(self, job.spec, job.tokens, backend)
             if self.settled(tuning):
                 found.append(tuning)
             elif tuning.ranked:

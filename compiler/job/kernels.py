@@ -154,7 +154,7 @@ def _row(need: KernelNeed, target: Target, m: int) -> Outlook:
     backends = list(able(need.spec, target))
     best = min(measured(need.spec, target, m, backends), key=lambda found: found[1].seconds, default=None)
     foreseen = {b.name: default_of(b, need.spec, target, m) for b in backends}
-    fastest = min(backends, key=lambda b: (b.name == "reference", foreseen[b.name][1]))
+    fastest = min(backends, key=lambda b: (b.name == "reference", b.waits(backends), foreseen[b.name][1]))
     backend, entry = best or (fastest, None)
     return Outlook(need, m, backend.name, *foreseen[backend.name], entry)
 

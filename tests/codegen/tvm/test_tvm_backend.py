@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from lowbit.codegen.check import sample_weight
 from lowbit.codegen.invariant import one_for_all
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.select import able, candidates, layout_name, say_once
+from lowbit.codegen.tune import tuner
 from lowbit.codegen.tvm import toolchain
 from lowbit.codegen.tvm.plan import READS, CodePart, code_parts, plan_of
 from lowbit.codegen.tvm.printing import Expr, Printer
@@ -161,6 +164,17 @@ def test_it_stands_in_for_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert able_names(monkeypatch, {"cpp", "tvm"})[-1] == "reference"
     assert any("backend tvm cannot run" in r.getMessage() for r in caplog.records)
     say_once.cache_clear()
+
+
+@pytest.mark.parametrize("beside", [("cpp",), ()])
+def test_it_is_not_tuned_beside_what_it_stands_in_for(beside: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring its schedules too would make tuning longer for kernels that come last."""
+    backends = [load_backend(name) for name in (*beside, "tvm", "reference")]
+    monkeypatch.setattr(tuner, "able", lambda spec, target: iter(backends))
+    monkeypatch.setattr(tuner, "Tuning", lambda run, spec, tokens, backend: backend.name)
+    run: Any = SimpleNamespace(target=HOST, settled=lambda tuning: True)
+    found: list[Any] = tuner.Run.start(run, tuner.Job(spec_of("int4.g32.sym", (64,), 64, "panel16"), 1))
+    assert found == ["cpp" if beside else "tvm"]
 
 
 def test_one_schedule_for_all_tokens_is_judged_without_it() -> None:
