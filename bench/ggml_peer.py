@@ -26,10 +26,10 @@ TYPES = {"q4_0": 2, "q8_0": 8, "q2_K": 10, "q4_K": 12, "q6_K": 14, "iq2_xxs": 16
 BITS = {"q4_0": 4, "q8_0": 8, "q2_K": 2, "q4_K": 4, "q6_K": 6, "iq2_xxs": 2, "tq2_0": 2, "mxfp4": 4}
 """Bits of a code, without its share of scales."""
 IK_TYPES = {"q4_0_r8": 202, "q8_0_r8": 208, "q2_k_r4": 210, "q4_k_r4": 212, "q6_k_r4": 214, "iq4_ks": 144, "iq4_k": 139,
-            "iq3_k": 138, "iq2_k": 137}  # fmt: skip
+            "iq3_k": 138, "iq2_k": 137, "iq2_kt": 153, "iq3_kt": 154, "iq4_kt": 155}  # fmt: skip
 """Likewise of ik_llama.cpp."""
 BITS |= {"q4_0_r8": 4, "q8_0_r8": 8, "q2_k_r4": 2, "q4_k_r4": 4, "q6_k_r4": 6, "iq4_ks": 4, "iq4_k": 4, "iq3_k": 3,
-         "iq2_k": 2}  # fmt: skip
+         "iq2_k": 2, "iq2_kt": 2, "iq3_kt": 3, "iq4_kt": 4}  # fmt: skip
 _TERNARY = frozenset({"tq2_0"})
 
 SAMPLE_ROWS = 256  # rows that are quantized; the others repeat them, because quantizing K types takes seconds
