@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -148,14 +149,20 @@ def test_a_model_without_linear_layers(out: Path, tmp_path: Path) -> None:
     assert "LB0504" in refuse(out, tmp_path / "m")
 
 
-def test_without_a_compiler_the_reference_runs_and_says_so_once(done: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backends", ["cpp,reference", "cpp,tvm,reference"])
+def test_without_a_compiler_another_backend_runs_and_says_so_once(
+    backends: str, done: Path, text: Path, tmp_path: Path
+) -> None:
     env = {**os.environ, "CXX": "/nonexistent", "PATH": str(tmp_path), "LOWBIT_CACHE": str(tmp_path / "cache")}
+    env["LOWBIT_BACKENDS"] = backends
     args = ["eval", done, "--text", text, "--windows", 2, "--length", 20, "--json"]
     command = [sys.executable, "-m", "lowbit.cli", *map(str, args)]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["perplexity"] > 1
-    assert result.stderr.count("runs on the reference") == 1
+    compiles = "tvm" in backends and find_spec("tvm") is not None
+    assert result.stderr.count("no C++ compiler was found") == 1
+    assert result.stderr.count("runs on the reference") == (0 if compiles else 1)
     assert "Traceback" not in result.stderr
 
 

@@ -242,7 +242,8 @@ def test_a_made_up_element_runs(name: str, schedule: Schedule, outputs: dict[str
 
 
 def test_cases_cover_every_width_and_kernel_shape() -> None:
-    assert {c.fmt.split(".")[0] for c in CASES} == {f"int{b}" for b in range(1, 9)}
+    elements = {f"int{b}" for b in range(1, 9)} | {f"tcq{b}" for b in range(1, 5)}
+    assert {c.fmt.split(".")[0] for c in CASES} == elements
     assert {c.schedule for c in formats()} == set(SHAPES)
     assert len(set(map(str, CASES))) == len(CASES)
 
