@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from lowbit.codegen.cpp.backend import CppBackend
 from lowbit.codegen.cpp.bytes_plan import vector_plan
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.cpp.toolchain import find_compiler
@@ -28,13 +27,11 @@ from lowbit.codegen.cpp.torch_op import (
     operator_problem,
     operator_source,
 )
-from lowbit.codegen.schedule import LARGE_CLASSES, M_CLASSES, Schedule
+from lowbit.codegen.schedule import LARGE_CLASSES, M_CLASSES
 from lowbit.codegen.select import say_once
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.target import host_target
-from lowbit.compiler.runtime import prebuilt
 from lowbit.compiler.runtime.build import BuiltKernel
-from lowbit.compiler.runtime.cache import KernelCache
+from lowbit.compiler.runtime.compiled import compiled
 
 __all__ = ["enter", "forget", "installed", "missing", "prepare", "switched_off", "tokens_of"]
 
@@ -90,18 +87,10 @@ def _install() -> None:
 
 def _artifact() -> Path:
     """The compiled operator, from the cache or a compiler. Raises KernelError (LB04xx)."""
-    spec, backend, cache_ = OperatorSpec(), CppBackend(), KernelCache()
     if why := operator_problem():
         raise KernelError("LB0413", why, hint="install torch from its own packages")
-    source = operator_source(spec)
-    evidence = {"spec": spec.key(), "backend": backend.name, "toolchain": backend.toolchain(), "error": 0.0}
-    key = cache_.key(spec, Schedule(), host_target(), source, backend.toolchain())
-    if found := cache_.lookup(key):
-        return found[0]
-    if prebuilt.frozen():
-        raise KernelError("LB0409", f"the operator is not in the cache, and {prebuilt.frozen()}")
-    _log.info("compiling the operator lowbit::linear for torch %s, once", torch.__version__)
-    return cache_.store(key, source.suffix, evidence, lambda artifact: backend.compile(source, artifact))
+    spec = OperatorSpec()
+    return compiled(spec, operator_source(spec), f"the operator lowbit::linear for torch {torch.__version__}")
 
 
 def tokens_of(token_class: int, invariant: bool) -> tuple[int, int]:

@@ -44,7 +44,8 @@ class Gptq(SecondOrder):
     column's squared error counts in the choice of scales: nothing special (`none`), the Hessian's diagonal, or the
     error's cost after compensation (`conditional`, the inverse diagonal of H^-1's factor squared). refits: rounds of
     re-fitting scales and coordinate descent; sweeps: passes over the columns in each. signed_scale: see `Rtn`.
-    asymmetric: see `SecondOrder`.
+    asymmetric: see `SecondOrder`. Trellises keep the order of columns and choose scales in their own way: of these
+    options `damping` and `asymmetric` hold for them, and `refits` as far as that 0 leaves the second search out.
     """
 
     damping: float = 0.01

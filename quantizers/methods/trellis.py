@@ -108,7 +108,7 @@ class _Rows:
         return self.scale[:, torch.arange(columns.start, columns.stop) // size].expand(len(self.codes), -1)
 
     def decide(self, target: Tensor, importance: Tensor, start: int, count: int) -> Tensor:
-        """Codes of `count` columns from `start` on, of target [N, T] and importance [T or N, T] of at least as many;
+        """Codes of `count` columns from `start` on, of target [N, T] and importance [N, T], T at least as large;
         returns their values [N, count]."""
         element, columns = self.fmt.element, target.shape[1]
         scale = self.wide(slice(start, start + columns))
@@ -142,7 +142,8 @@ def _first_scales(weight: Tensor, fmt: Format) -> Tensor:
 
 
 def round_trellis(weight: Tensor, fmt: Format) -> QTensor:
-    """The paths of the lowest squared error for scales from the weights' sizes, then the best scales for them."""
+    """A weight float32 [N, K]: the paths of the lowest squared error for scales from the weights' sizes, then the best
+    scales for them."""
     k = weight.shape[1]
     rows = _Rows.of(fmt, _first_scales(weight, fmt), weight.shape)
     ones = torch.ones(k).expand(weight.shape)
@@ -153,8 +154,8 @@ def round_trellis(weight: Tensor, fmt: Format) -> QTensor:
 
 
 def feedback_trellis(weight: Tensor, fmt: Format, prepared: Prepared, rounds: int) -> QTensor:
-    """Paths with error feedback under a Hessian whose columns are in their order, `rounds` times with the scales that
-    fit the paths found before."""
+    """A weight float32 [N, K]: paths with error feedback under a Hessian whose columns are in their order, `rounds`
+    times, each but the first with the scales that fit the paths found before."""
     upper = prepared.upper
     grid = Grid(fmt, _first_scales(weight, fmt), None)
     for _ in range(rounds):
