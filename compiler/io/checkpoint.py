@@ -35,7 +35,7 @@ from lowbit.compiler.io import compressed_tensors as ct
 from lowbit.compiler.io.card import model_card
 from lowbit.compiler.io.parts import MARGIN, SHARD_BYTES, copy_extras, quantized_part, scale_part
 from lowbit.compiler.io.safetensors_file import SafetensorsFile, TensorInfo
-from lowbit.compiler.io.source import ModelSource
+from lowbit.compiler.io.source import ModelSource, is_gguf
 from lowbit.compiler.io.source_folder import contained, load_json, open_shards
 from lowbit.compiler.io.write import Blob, Part, staged_folder, write_json, write_shards
 from lowbit.compiler.runtime.experts import expert_layers
@@ -201,9 +201,7 @@ def _config(
     kv: str,
 ) -> dict[str, Any]:
     """Values of config.json, without the guard of native checkpoints."""
-    values: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=True))
-    for key in [k for k in values if k.startswith("_") or k in ("transformers_weights", "auto_map")]:
-        del values[key]  # names of files and folders that this checkpoint does not have
+    values = config_of(source)
     model = source.empty_model()
     values["architectures"] = [type(model).__name__]
     kept_dtype = dtype or getattr(source.config, "dtype", None) or _common_dtype(source)
@@ -221,6 +219,12 @@ def _config(
             form = ct_rounded if inputs else ct
             values["quantization_config"] = form.quantization_config(formats, kept)
     return values
+
+
+def config_of(source: ModelSource) -> dict[str, Any]:
+    """Values of config.json for a model, without names of files and folders that a checkpoint of it does not have."""
+    values: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=True))
+    return {k: v for k, v in values.items() if not k.startswith("_") and k not in ("transformers_weights", "auto_map")}
 
 
 def _common_dtype(source: ModelSource) -> torch.dtype:
@@ -246,6 +250,16 @@ def _provenance(
     }
 
 
+class TensorFile(Protocol):
+    """A file whose tensors are read on request."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Type and shape of one."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one."""
+
+
 class Reader(Protocol):
     """How the tensors of modules in another program's layout become weights. Modules are named by path."""
 
@@ -266,20 +280,24 @@ _Found = tuple[Reader, dict[str, WeightFormat]]
 class Checkpoint:
     """A quantized checkpoint on disk, whose headers are validated and whose tensors are read on request.
 
-    config: values of config.json (without the guard of native checkpoints). modules: format by module path.
+    folder: where it is, for GGUF the file. config: values of config.json (without the guard of native checkpoints).
+    modules: format by module path. source: the same as a model of plain numbers, where it is a GGUF file. notes: what a
+    user should know about how it is read.
     """
 
     folder: Path
     config: dict[str, Any]
     quantization_config: dict[str, Any]
     modules: dict[str, WeightFormat]
-    _files: dict[str, SafetensorsFile]
+    _files: Mapping[str, TensorFile]
     _reader: Reader | None = None
     _inputs: Mapping[str, native.StoredInput] = field(default_factory=dict)
+    source: ModelSource | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
-        """`compressed-tensors`, `lowbit`, `vptq`, `gptq`, `awq`, `aqlm`, `bitsandbytes` or `fp8`."""
+        """`compressed-tensors`, `lowbit`, `vptq`, `gptq`, `awq`, `aqlm`, `bitsandbytes`, `fp8` or `gguf`."""
         return str(self.quantization_config["quant_method"])
 
     @property
@@ -327,20 +345,20 @@ class Checkpoint:
         if self._reader is not None and path in self.modules and (found := self._reader.shape(path)):
             return found
         name = f"{path}.weight_shape"
-        if name in self._files and self._files[name].header.tensors[name].shape == (2,):
+        if name in self._files and self._files[name].info(name).shape == (2,):
             n, k = (int(d) for d in self.tensor(name))
             return (n, k)
         return self.qtensor(path).shape
 
     def info(self, name: str) -> TensorInfo:
         """Type and shape of a stored tensor, without reading it; raises CheckpointError (LB0114) as `tensor`."""
-        return self._file(name).header.tensors[name]
+        return self._file(name).info(name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one stored tensor; raises CheckpointError (LB0114) when there is none of that name."""
         return self._file(name).tensor(name)
 
-    def _file(self, name: str) -> SafetensorsFile:
+    def _file(self, name: str) -> TensorFile:
         if name not in self._files:
             raise CheckpointError("LB0114", f"has no tensor {name[:200]!r}", where=str(self.folder))
         return self._files[name]
@@ -377,14 +395,17 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, SafetensorsFile], 
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized), GPTQ, AWQ, AQLM, VPTQ, bitsandbytes
-    or FP8 in blocks.
+    """Open a quantized checkpoint: lowbit's, compressed-tensors (pack-quantized), GPTQ, AWQ, AQLM, VPTQ, bitsandbytes,
+    FP8 in blocks, or a GGUF file.
 
-    Raises CheckpointError: LB0101 no such folder, LB0102 broken file, LB0103 bad index, LB0108 bad config.json, LB0113
-    GPTQ of a kind that is not supported, LB0114 not a quantized checkpoint, or one that contradicts itself, LB0118 VPTQ
-    of a kind that is not supported, LB0122 AWQ, AQLM, bitsandbytes or FP8 of such a kind.
+    Raises CheckpointError: LB0101 no such folder, LB0102 broken file, LB0103 bad index, LB0108 bad config.json, LB0109
+    a GGUF file that cannot be read, LB0113 GPTQ of a kind that is not supported, LB0114 not a quantized checkpoint, or
+    one that contradicts itself, LB0118 VPTQ of a kind that is not supported, LB0122 AWQ, AQLM, bitsandbytes, FP8 or
+    GGUF of such a kind.
     """
     folder = Path(folder).expanduser()
+    if is_gguf(folder):
+        return _read_gguf(folder)
     if not folder.is_dir():
         raise CheckpointError("LB0101", "no such folder", where=str(folder))
     config = load_json(contained(folder, "config.json"), "LB0108")
@@ -417,6 +438,15 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         "LB0114", f"quantization method {str(method)[:40]!r} is not supported", where=str(folder),
         hint=f"lowbit reads checkpoints of lowbit, compressed-tensors, vptq, {', '.join(_READERS)}",
     )  # fmt: skip
+
+
+def _read_gguf(path: Path) -> Checkpoint:
+    from lowbit.compiler.io.gguf_checkpoint import open_gguf
+
+    source, tensors, reader = open_gguf(path)
+    formats: dict[str, WeightFormat] = {layer: reader.format(layer) for layer in reader.matrices}
+    files, quant = dict.fromkeys(source.names(), tensors), {"quant_method": "gguf"}
+    return Checkpoint(path, config_of(source), quant, formats, files, reader, source=source, notes=reader.notes())
 
 
 def _scale_dtypes(files: dict[str, SafetensorsFile]) -> dict[str, torch.dtype]:

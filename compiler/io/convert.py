@@ -1,5 +1,6 @@
 """Quantized checkpoints in another program's layout, bit by bit: codes, scales and zero points are moved, nothing is
-computed. What a layout cannot hold is refused before anything is written.
+computed (but for GGUF's K-quants, whose products of two scales become one). What a layout cannot hold is refused before
+anything is written.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ class _Plan:
 
 
 def convert(folder: str | Path, out: str | Path, to: TargetLayout) -> Conversion:
-    """Write the quantized checkpoint `folder` in the layout `to`, with exactly its numbers, as `out`.
+    """Write the quantized checkpoint `folder`, or a GGUF file, in the layout `to`, with exactly its numbers, as `out`.
 
+    Scales of GGUF's K-quants, and minima, are rounded to float16 (`gguf_blocks`), which the notes say.
     out: a folder that must be absent or empty; for `gguf` the file to write. Either appears complete or not at all.
     Raises CheckpointError: LB0123 the layout does not exist, or cannot hold the checkpoint; LB0110 `out` is not empty,
     LB0111 disk full, LB0115 not writable; and the codes of `read_checkpoint`.
@@ -97,7 +99,7 @@ def convert(folder: str | Path, out: str | Path, to: TargetLayout) -> Conversion
     plan = _plan(checkpoint, to)
     _check(plan)
     parts = _parts(plan)
-    extras = carried_files(checkpoint.folder)
+    extras = checkpoint.source.extras() if checkpoint.source else carried_files(checkpoint.folder)
     needed = sum(p.nbytes for p in parts) + sum(e.stat().st_size for e in extras) + MARGIN
     config, made = _config(plan), _provenance(plan)
     with staged_folder(out, needed) as stage:
@@ -113,6 +115,8 @@ def convert(folder: str | Path, out: str | Path, to: TargetLayout) -> Conversion
 def _write_gguf(checkpoint: Checkpoint, out: Path) -> Conversion:
     from lowbit.compiler.io.gguf_write import write_gguf
 
+    if checkpoint.source is not None:
+        raise CheckpointError("LB0123", "is a GGUF file already", where=str(checkpoint.folder))
     written = write_gguf(checkpoint, out)
     notes = [*_unkept_notes(checkpoint)]
     if checkpoint.kv:
@@ -221,8 +225,7 @@ def _provenance(plan: _Plan) -> dict[str, Any]:
     checkpoint, version = plan.checkpoint, importlib.metadata.version("lowbit")
     made = _own_provenance(checkpoint)
     if made is None:
-        files = open_shards(checkpoint.folder)
-        source = {"model": checkpoint.folder.resolve().name, "digest": folder_digest(checkpoint.folder, files)}
+        source = {"model": checkpoint.folder.resolve().name, "digest": _digest(checkpoint)}
         made = {"schema": 1, "lowbit": version, "layout": "", "formats": {}, "source": source}
     if checkpoint.kv and plan.layout != "lowbit":
         # Only here do other layouts keep it: `Checkpoint.kv` looks for it in the scheme.
@@ -233,6 +236,12 @@ def _provenance(plan: _Plan) -> dict[str, Any]:
     return {**made, "layout": plan.layout, "formats": texts, "converted": converted}
 
 
+def _digest(checkpoint: Checkpoint) -> str:
+    if checkpoint.source is not None:
+        return checkpoint.source.digest()
+    return folder_digest(checkpoint.folder, open_shards(checkpoint.folder))
+
+
 def _own_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not (checkpoint.folder / "lowbit.json").exists():
         return None
@@ -240,11 +249,11 @@ def _own_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _card(plan: _Plan, made: Mapping[str, Any]) -> str:
-    folder = plan.checkpoint.folder
-    own, source = front_matter(folder), made.get("source")
-    base = own.get("base_model")
+    folder, given, source = plan.checkpoint.folder, plan.checkpoint.source, made.get("source")
+    own = front_matter(folder)
+    base = given.base_model if given else own.get("base_model")
     model = source.get("model") if isinstance(source, dict) else None
-    licence = find_licence(folder, own.get("license")).name
+    licence = given.licence.name if given else find_licence(folder, own.get("license")).name
     layouts = (plan.checkpoint.method, plan.layout)
     name = base or str(model or folder.resolve().name)
     return converted_card(name, base, licence, plan.formats, plan.shapes, layouts, list(_remarks(plan)))
@@ -268,5 +277,6 @@ def _notes(plan: _Plan) -> Iterable[str]:
 
 
 def _unkept_notes(checkpoint: Checkpoint) -> Iterable[str]:
+    yield from checkpoint.notes
     if (checkpoint.folder / MANIFEST).exists():
         yield "compiled kernels are not carried along: run `quantize export` on the result"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quantizers.formats import Format, IntElement, LevelElement, WeightFormat, scalar_format
+from lowbit.quantizers.formats.levels import IQ4_NL
 from lowbit.quantizers.qtensor import QTensor
 
 __all__ = ["BLOCK", "BLOCK_BYTES", "block_type", "misfit", "pack_blocks", "suggestion", "value_misfit"]
@@ -37,7 +38,6 @@ _HALVES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
 """What is added to integers for the codes of a type: it holds those from minus so many up, as many again from 0 on."""
 _MINIMA = {2: "Q4_1", 3: "Q4_1", 4: "Q4_1", 5: "Q5_1"}
 """Types with a minimum, by bits of the code."""
-_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _MXFP4 = scalar_format("mxfp4")
 
 
@@ -51,7 +51,7 @@ def block_type(fmt: WeightFormat) -> str | None:
     if fmt.offset:
         return _MINIMA.get(fmt.bits) if isinstance(fmt.element, IntElement) else None
     if isinstance(fmt.element, LevelElement):
-        return "IQ4_NL" if fmt.element.levels().tolist() == list(_IQ4_NL) else None
+        return "IQ4_NL" if fmt.element.table == IQ4_NL else None
     return _integer_type(fmt) if isinstance(fmt.element, IntElement) else None
 
 

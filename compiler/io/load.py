@@ -34,9 +34,9 @@ def load_quantized(
     """The causal LM of a quantized checkpoint, with its quantized layers on lowbit's kernels, in eval mode.
 
     Reads what `read_checkpoint` does: checkpoints of lowbit, compressed-tensors, GPTQ, AWQ, AQLM, VPTQ, bitsandbytes
-    and FP8 in blocks. Weights stay quantized, one layer is unpacked at a time. dtype: of everything else, the config's
-    when None. Raises CheckpointError as `read_checkpoint`, and LB0114 when tensors and architecture do not fit.
-    trust_kernels: whether kernels compiled into the checkpoint, which are code, may run; see
+    and FP8 in blocks, and GGUF files. Weights stay quantized, one layer is unpacked at a time. dtype: of everything
+    else, the config's when None. Raises CheckpointError as `read_checkpoint`, and LB0114 when tensors and architecture
+    do not fit. trust_kernels: whether kernels compiled into the checkpoint, which are code, may run; see
     `runtime.prebuilt.use_kernels`.
     """
     checkpoint = read_checkpoint(folder)

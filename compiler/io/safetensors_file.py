@@ -189,6 +189,10 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.header = read_header(path)
 
+    def info(self, name: str) -> TensorInfo:
+        """Its entry in the header; KeyError when there is none."""
+        return self.header.tensors[name]
+
     def tensor(self, name: str, part: int | None = None) -> torch.Tensor:
         """The tensor called `name`, or its entry `part` along the first dimension, of which no more is read.
 

@@ -26,6 +26,7 @@ __all__ = [
     "check_depth",
     "expected_tensors",
     "file_digest",
+    "is_gguf",
     "open_model",
     "skeleton",
 ]
@@ -109,7 +110,7 @@ def open_model(model: str | Path) -> ModelSource:
     if path.is_dir():
         return FolderSource(path)
     if path.is_file():
-        if path.suffix == ".gguf" or _magic(path) == b"GGUF":
+        if is_gguf(path):
             return GGUFSource(path)
         raise CheckpointError(
             "LB0101", "is neither a model folder nor a GGUF file", where=str(path), hint="give the folder it lies in"
@@ -121,9 +122,12 @@ def open_model(model: str | Path) -> ModelSource:
     )
 
 
-def _magic(path: Path) -> bytes:
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a file that is called GGUF, or begins as one does."""
+    if not path.is_file() or path.suffix == ".gguf":
+        return path.is_file()
     with path.open("rb") as file:
-        return file.read(4)
+        return file.read(4) == b"GGUF"
 
 
 def _download(model: str) -> Path:

@@ -5,21 +5,37 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowbit.compiler.errors import CheckpointError
 from lowbit.compiler.io.expert_tensors import unstack_tensors
 from lowbit.compiler.io.source import Licence, ModelSource, check_causal_lm, expected_tensors, file_digest, skeleton
 
-__all__ = ["GGUFSource"]
+__all__ = ["GGUFSource", "RawTensor"]
 
 _ONE_TO_ONE = {"TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor", "NemotronTensorProcessor"}
 """transformers' per-architecture fix-ups that turn one GGUF tensor into one model tensor. Others split or merge tensors
 (experts), so for those the whole state dict is read at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class RawTensor:
+    """A matrix in blocks, as the file has it. kind: name of its type; rows: uint8 [N, bytes of a row], mapped; order:
+    the row of the file that each row of the model is."""
+
+    kind: str
+    rows: np.ndarray[Any, Any]
+    order: np.ndarray[Any, Any]
+
+    def read(self) -> torch.Tensor:
+        """uint8 [N, bytes of a row], rows in the model's order, in memory of its own."""
+        return torch.from_numpy(self.rows[self.order])
 
 
 class GGUFSource(ModelSource):
@@ -39,6 +55,7 @@ class GGUFSource(ModelSource):
         self.licence = Licence(self._field("general.license"))
         self.base_model = _hub_id(self._field("general.base_model.0.repo_url"))
         self._shapes = expected_tensors(model)
+        self._raw: dict[str, RawTensor] | None = None
         self._load: dict[str, Callable[[], torch.Tensor]] = self._guard(lambda: self._plan(model))
         missing = [name for name in self._shapes if name not in self._load]
         if missing:
@@ -79,12 +96,18 @@ class GGUFSource(ModelSource):
             return {name: partial(tensor.to, torch.float32) for name, tensor in state.items()}
         self.notes = ("weights are dequantized from GGUF to float32, one tensor at a time",)
         processor = cls(config=parsed)
-        names = hf.get_gguf_hf_weights_map(model, processor)
-        return {names[t.name]: partial(self._dequantize, t, processor) for t in self._reader.tensors if t.name in names}
+        names = hf.get_gguf_hf_weights_map(_Names(model, depth=1), processor)
+        mine = {names[t.name]: t for t in self._reader.tensors if t.name in names}
+        self._raw = {name: _raw(t, processor) for name, t in mine.items() if _in_blocks(t)}
+        return {name: partial(self._dequantize, t, processor) for name, t in mine.items()}
+
+    def raw_tensors(self) -> dict[str, RawTensor] | None:
+        """The matrices that are in blocks, by the model's names; None for an architecture whose tensors are
+        regrouped."""
+        return self._raw
 
     def _dequantize(self, tensor: Any, processor: Any) -> torch.Tensor:
         import gguf
-        import numpy as np
 
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         values = processor.process(values, tensor.name, tensor_key_mapping={}, parsed_parameters={}).weights
@@ -130,6 +153,39 @@ class GGUFSource(ModelSource):
 
     def digest(self) -> str:
         return hashlib.sha256(file_digest(self.path).encode()).hexdigest()
+
+
+class _Names:
+    """A module of which transformers sees the names of tensors, and its own modules to a depth. It looks names up anew
+    for every module, which takes a second per hundred; those that GGUF has begin at the model or one level below."""
+
+    def __init__(self, module: torch.nn.Module, depth: int) -> None:
+        self._module, self._depth = module, depth
+        self.config = getattr(module, "config", None)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """By name."""
+        return self._module.state_dict()
+
+    def named_children(self) -> list[tuple[str, _Names]]:
+        """The modules in it, empty at the last level."""
+        children = self._module.named_children() if self._depth else ()
+        return [(name, _Names(child, self._depth - 1)) for name, child in children]
+
+
+def _in_blocks(tensor: Any) -> bool:
+    """Whether a tensor of a file is a matrix whose numbers share scales."""
+    import gguf
+
+    columns: int = gguf.GGML_QUANT_SIZES[tensor.tensor_type][0]
+    return columns > 1 and tensor.data.ndim == 2
+
+
+def _raw(tensor: Any, processor: Any) -> RawTensor:
+    """A matrix, with the order in which transformers puts its rows: what becomes of their numbers."""
+    rows = np.arange(tensor.data.shape[0])[:, None]
+    order = processor.process(rows, tensor.name, tensor_key_mapping={}, parsed_parameters={}).weights[:, 0]
+    return RawTensor(tensor.tensor_type.name, tensor.data, order)
 
 
 def _open(path: Path) -> Any:

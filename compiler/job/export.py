@@ -31,9 +31,10 @@ from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.select import candidates, kernel_layout, rounded_between
 from lowbit.codegen.spec import KernelSpec, rounded_products
 from lowbit.codegen.table import TableSpec
-from lowbit.compiler.errors import KernelError
+from lowbit.compiler.errors import CheckpointError, KernelError
 from lowbit.compiler.io.kernels import FOLDER, MANIFEST, KernelFolder, StoredKernel, file_digest
 from lowbit.compiler.io.load import load_quantized
+from lowbit.compiler.io.source import is_gguf
 from lowbit.compiler.io.write import staged_folder, write_json
 from lowbit.compiler.ir.target import Target
 from lowbit.compiler.runtime.attend import check_attend
@@ -160,6 +161,9 @@ def export_kernels(
     kernels done and kernels in all. Raises KernelError LB0481 for a kernel that no backend can compile for a target,
     CheckpointError as `load_quantized` and `staged_folder`.
     """
+    if is_gguf(checkpoint.expanduser()):
+        why, hint = "kernels are compiled into folders, not into GGUF files", "run `quantize convert --to lowbit` first"
+        raise CheckpointError("LB0101", why, where=str(checkpoint), hint=hint)
     model = load_quantized(checkpoint, dtype=dtype, trust_kernels=False)
     dtype = dtype or cast(torch.dtype, model.dtype)
     if batch_invariant:

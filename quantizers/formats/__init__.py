@@ -26,7 +26,7 @@ from lowbit.quantizers.formats.base import (
 )
 from lowbit.quantizers.formats.choice import ChoiceFormat
 from lowbit.quantizers.formats.integer import IntElement
-from lowbit.quantizers.formats.levels import NORMAL_FLOAT4, LevelElement
+from lowbit.quantizers.formats.levels import IQ4_NL, NORMAL_FLOAT4, LevelElement
 from lowbit.quantizers.formats.minifloat import FLOAT_NAMES, FloatElement
 from lowbit.quantizers.formats.scaled import IntegerLevels
 from lowbit.quantizers.formats.trellis import TrellisElement
@@ -106,6 +106,7 @@ def register_element(element: Element) -> None:
 
 
 register_element(LevelElement("nf4", NORMAL_FLOAT4))
+register_element(LevelElement("iq4nl", IQ4_NL))
 
 
 @cache

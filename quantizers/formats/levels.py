@@ -3,7 +3,8 @@
     register_element(LevelElement("pot3", (0.0, 1.0, 2.0, 4.0, -1.0, -2.0, -4.0, -8.0)))
 
 is all a new one takes: methods, packing, kernels, storage and `quantize formats` then know `pot3.g64`. The 4-bit normal
-float `nf4` of "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al.) is such a table.
+float `nf4` of "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al.) is such a table, `iq4nl` of llama.cpp
+another.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.program import Program, program
 from lowbit.quantizers.formats.base import Element
 
-__all__ = ["NORMAL_FLOAT4", "LevelElement"]
+__all__ = ["IQ4_NL", "NORMAL_FLOAT4", "LevelElement"]
 
 NORMAL_FLOAT4 = (
     -1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036, 0.0,
@@ -26,6 +27,9 @@ NORMAL_FLOAT4 = (
 )  # fmt: skip
 """Quantiles of the normal distribution, the largest scaled to 1: eight above zero, seven below it, and zero. As float32
 these are the numbers bitsandbytes has, to the bit, so that what was tuned for them meets them."""
+
+IQ4_NL = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
+"""llama.cpp's non-linear 4-bit levels (ggml's `ggml-common.h`): signed bytes, so products are those of integers."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def load(
     trust_kernels: bool | None = None,
     batch_invariant: bool = False,
 ) -> nn.Module:
-    """The model of a quantized checkpoint, on lowbit's kernels. Raises CheckpointError (LB01xx).
+    """The model of a quantized checkpoint, or of a GGUF file, on lowbit's kernels. Raises CheckpointError (LB01xx).
 
     dtype: of activations and of what is not quantized; the checkpoint's own when None. trust_kernels: whether kernels
     that `quantize export` compiled into the checkpoint may run; they are code, so only say True for a folder whose
@@ -110,8 +110,8 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> Path
 
 
 def convert(folder: str | Path, out: str | Path, *, to: TargetLayout) -> Conversion:
-    """Write the quantized checkpoint `folder` in the layout `to`, with exactly its numbers: `gptq`,
-    `compressed-tensors`, `vptq`, `lowbit`, or `gguf`.
+    """Write the quantized checkpoint `folder`, or a GGUF file, in the layout `to`, with exactly its numbers: `gptq`,
+    `compressed-tensors`, `vptq`, `lowbit`, or `gguf`. Scales of GGUF's K-quants are rounded to float16.
 
     out: a folder that must be absent or empty; for `gguf` the file to write. Raises CheckpointError: LB0123 for what
     the layout cannot hold, LB0110, LB0111 and LB0115 for what cannot be written, and others as `load`.

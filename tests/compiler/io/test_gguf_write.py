@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from _models import SIZES, dequantized, random_qtensor, round_to_nearest, tiny_llama
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import nn
+from _gguf import ROWS, TEXT, WIDE, byte_level, checkpoint, save_tokenizer
+from _models import dequantized, random_qtensor, tiny_llama
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     LlamaConfig,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -30,7 +29,7 @@ from transformers import (
 )
 
 from lowbit.compiler.errors import CheckpointError
-from lowbit.compiler.io.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from lowbit.compiler.io.checkpoint import Checkpoint
 from lowbit.compiler.io.gguf_model import check_model, rope_factors, row_order
 from lowbit.compiler.io.gguf_splits import LLAMA3, QWEN2, pre_tokenizer_name
 from lowbit.compiler.io.gguf_tokenizer import read_vocabulary
@@ -40,63 +39,8 @@ from lowbit.compiler.io.native import StoredInput
 from lowbit.compiler.io.source import open_model, skeleton
 from lowbit.quantizers.formats import Format
 from lowbit.quantizers.qtensor import QTensor
-from lowbit.quantizers.scheme import load_scheme
 
 gguf = pytest.importorskip("gguf")
-
-ROWS = 300
-WIDE = {**SIZES, "vocab_size": ROWS}
-TEXT = "Low bits, 12 of them; it's what the rain in Spain says. " * 3
-
-
-def byte_level(split: Any = None, **model: Any) -> Tokenizer:
-    """A small byte-level BPE tokenizer; split: what cuts text before ByteLevel does."""
-    tokenizer = Tokenizer(models.BPE(**model))
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not isinstance(split, pre_tokenizers.Split))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, last]) if split is not None else last
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290, show_progress=False, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    return tokenizer
-
-
-def save_tokenizer(folder: Path, tokenizer: Tokenizer | None = None, **names: str) -> Any:
-    names = {"bos_token": "<s>", "eos_token": "</s>", **names}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer or byte_level(), **names)
-    made.chat_template = "{{ messages }}"
-    made.save_pretrained(folder)
-    return made
-
-
-def checkpoint(
-    folder: Path,
-    model: nn.Module | None = None,
-    text: str = "int4.g32.sym",
-    head: bool = False,
-    make: Any = round_to_nearest,
-    **given: Any,
-) -> Checkpoint:
-    """A quantized checkpoint of a small model, with a tokenizer. make: of a weight and a format, the matrix. given:
-    options of `write_checkpoint`."""
-    model = tiny_llama(vocab_size=ROWS) if model is None else model
-    for name, bias in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(bias)
-    model.save_pretrained(folder / "base")  # type: ignore[operator]
-    save_tokenizer(folder / "base")
-    (folder / "base" / "README.md").write_text("---\nlicense: mit\nbase_model: who/what\n---\n")
-    source, scheme = open_model(folder / "base"), load_scheme("w4a16", format=text, method="rtn")
-    kinds = ("proj.weight", "lm_head.weight") if head else ("proj.weight",)
-    quantized = {
-        name.removesuffix(".weight"): lambda name=name: make(source.tensor(name), scheme.weight)
-        for name in source.names()
-        if name.endswith(kinds)
-    }
-    write_checkpoint(folder / "quantized", source, quantized, scheme, report={}, **given)
-    return read_checkpoint(folder / "quantized")
 
 
 def fields(path: Path) -> dict[str, Any]:
