@@ -3,15 +3,17 @@
     python bench/decode.py MODEL.gguf --json bench/results/decode.json
     python bench/decode.py MODEL --arms program,modules,llama.cpp --threads 1 --llama-python PATH/TO/python
     python bench/decode.py MODEL.gguf --format int8.ch.sym,int4.g64.sym,int2.g64.asym --llama-kind Q8_0,Q4_0,Q2_K
+    python bench/decode.py MODEL.gguf --arms program-head8,llama.cpp --format file --llama-kind file
 
 Arms: `hf-fp32` and `hf-bf16`, transformers as it is; `inductor-bf16`, torch.compile, StaticCache, static shapes;
 `modules`, lowbit.compile; `backend`, torch.compile(backend="lowbit") likewise; `program`, the native program;
 `backend-head8` and `program-head8` with an output layer of 8 bits; `llama.cpp`. With several formats or kinds there is
 an arm for each; `modules:int4.g64.sym` asks for one only.
 
-llama.cpp requantizes the file. Its K kinds and TQ2_0 need rows of a multiple of 256; where a model has others (576 in
-SmolLM2-135M) it takes another type for those tensors, without failing. What a file then really holds is printed and
-recorded with its bits per weight, and a kind that no tensor has is not measured.
+The format and kind `file` are the GGUF file as it is: the same codes and scales in lowbit's kernels and in llama.cpp's.
+Otherwise llama.cpp requantizes the file. Its K kinds and TQ2_0 need rows of a multiple of 256; where a model has others
+(576 in SmolLM2-135M) it takes another type for those tensors, without failing. What a file then really holds is printed
+and recorded with its bits per weight, and a kind that no tensor has is not measured.
 
 Arms take turns, so that what else the machine does meets all of them alike. A figure is the median of rounds; `cpu` is
 tokens per second of processor time, which other processes disturb less (one thread only). llama.cpp runs in a process
@@ -47,6 +49,7 @@ BACKENDS = ("backend", "backend-head8")
 ARMS = ("hf-fp32", "hf-bf16", "inductor-bf16", "modules", *BACKENDS, "program", "program-head8", "llama.cpp")
 DEFAULT = "hf-bf16,inductor-bf16,modules,backend,program,program-head8,llama.cpp"
 PREFILL = 512
+FILE = "file"
 
 LLAMA = """
 import json, os, sys, time
@@ -130,14 +133,14 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("model", help="a GGUF file, folder or hub id")
     p.add_argument("--arms", default=DEFAULT, help=f"from {', '.join(ARMS)}")
     p.add_argument(
-        "--format", default="int4.g64.sym", help="weights of the lowbit arms, rounded to nearest; or several"
+        "--format", default="int4.g64.sym", help="weights of the lowbit arms, rounded to nearest, or `file`; or several"
     )
     p.add_argument("--threads", default="1", help="or several, such as 1,2, with the same programs")
     p.add_argument("--prompt", type=int, default=16)
     p.add_argument("--tokens", type=int, default=128, help="decoded; at most 239 behind a prompt of 16")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--llama-python", default=sys.executable, help="a Python that can import llama_cpp")
-    p.add_argument("--llama-kind", default="Q4_0", help="requantize the file so for llama.cpp; or several")
+    p.add_argument("--llama-kind", default="Q4_0", help="requantize the file so for llama.cpp, or `file`; or several")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     args.counts = [int(n) for n in args.threads.split(",")]
@@ -171,8 +174,7 @@ def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
         name, _, text = full.partition(":")
         text = text or args.format
         if name not in ("hf-fp32", "hf-bf16", "inductor-bf16") and text not in made:
-            scheme = Scheme("bench", parse_format(text), "rtn", {"clip_search": False})
-            made[text] = lowbit.quantize(copy.deepcopy(dense), scheme)
+            made[text] = lowbit.load(args.model) if text == FILE else _rounded(dense, text)
         quantized = made.get(text)
         if name.startswith("program"):
             head = "int8.ch.sym" if name.endswith("head8") else None
@@ -196,6 +198,11 @@ def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
         arms[name](torch.arange(100, 100 + args.prompt), 4)
         arms[name](torch.arange(100, 100 + PREFILL), 0)
     return arms
+
+
+def _rounded(dense: nn.Module, text: str) -> nn.Module:
+    scheme = Scheme("bench", parse_format(text), "rtn", {"clip_search": False})
+    return lowbit.quantize(copy.deepcopy(dense), scheme)
 
 
 def _steps(runs: Any, cache: Any, prompt: torch.Tensor, tokens: int) -> None:
@@ -266,7 +273,7 @@ class Peer(NamedTuple):
 
 def _peer_file(kind: str, args: argparse.Namespace) -> Peer | None:
     """The model requantized to `kind`, as it is when empty; made once, kept beside other temporary files."""
-    given = Path(args.model)
+    given, kind = Path(args.model), "" if kind == FILE else kind
     if given.suffix != ".gguf":
         print("llama.cpp is left out: it needs a GGUF file", file=sys.stderr)
         return None

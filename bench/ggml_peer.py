@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
-TYPES = {"q4_0": 2, "q8_0": 8, "q2_K": 10, "q4_K": 12, "q6_K": 14, "iq2_xxs": 16, "tq2_0": 35, "mxfp4": 39}
+TYPES = {"q4_0": 2, "q5_0": 6, "q8_0": 8, "q2_K": 10, "q3_K": 11, "q4_K": 12, "q5_K": 13, "q6_K": 14, "iq2_xxs": 16,
+         "iq4_nl": 20, "iq4_xs": 23, "tq2_0": 35, "mxfp4": 39}  # fmt: skip
 """`enum ggml_type`; checked against the library's own names."""
-BITS = {"q4_0": 4, "q8_0": 8, "q2_K": 2, "q4_K": 4, "q6_K": 6, "iq2_xxs": 2, "tq2_0": 2, "mxfp4": 4}
+BITS = {"q4_0": 4, "q5_0": 5, "q8_0": 8, "q2_K": 2, "q3_K": 3, "q4_K": 4, "q5_K": 5, "q6_K": 6, "iq2_xxs": 2,
+        "iq4_nl": 4, "iq4_xs": 4, "tq2_0": 2, "mxfp4": 4}  # fmt: skip
 """Bits of a code, without its share of scales."""
 IK_TYPES = {"q4_0_r8": 202, "q8_0_r8": 208, "q2_k_r4": 210, "q4_k_r4": 212, "q6_k_r4": 214, "iq4_ks": 144, "iq4_k": 139,
             "iq3_k": 138, "iq2_k": 137, "iq2_kt": 153, "iq3_kt": 154, "iq4_kt": 155}  # fmt: skip

@@ -40,7 +40,8 @@ _FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 
 @dataclass(frozen=True)
 class LayerParts:
-    """One block. linears: of attention, by name; k and v are absent where q holds all three. mlp: what follows."""
+    """One block. linears: of attention, by name; k and v are absent where their rows are behind those of q, or v's
+    behind those of k. mlp: what follows."""
 
     norms: dict[str, torch.Tensor]
     linears: dict[str, LinearPart]
@@ -144,12 +145,16 @@ def _layer(block: nn.Module, path: str, window: int) -> LayerParts:
 
 
 def _projections(attention: nn.Module, path: str) -> dict[str, LinearPart]:
-    q = attention.q_proj
-    if isinstance(q, SiblingLinear):
-        return {"q": stacked(q.shared, f"{path}.q_proj"), "o": read_linear(attention.o_proj, f"{path}.o_proj")}
-    return {
-        name: read_linear(getattr(attention, f"{name}_proj"), f"{path}.{name}_proj") for name in ("q", "k", "v", "o")
-    }
+    found: dict[str, LinearPart] = {}
+    seen: list[PackedLinear] = []
+    for name in ("q", "k", "v", "o"):
+        module = getattr(attention, f"{name}_proj")
+        if not isinstance(module, SiblingLinear):
+            found[name] = read_linear(module, f"{path}.{name}_proj")
+        elif not any(module.shared is shared for shared in seen):
+            found[name] = stacked(module.shared, f"{path}.{name}_proj")
+            seen.append(module.shared)
+    return found
 
 
 def _norm(module: nn.Module, path: str) -> tuple[torch.Tensor, float]:

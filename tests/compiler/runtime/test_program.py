@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from _models import SIZES, dequantized, swap_linears, tiny_llama
+from _models import SIZES, dequantized, round_to_nearest, swap_linears, tiny_llama
 from torch import nn
 
 import lowbit
@@ -19,6 +19,7 @@ from lowbit.codegen.reference.backend import decode_stored
 from lowbit.compiler.errors import KernelError, RunError
 from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.runtime import dispatch
+from lowbit.compiler.runtime.fused import SiblingLinear
 from lowbit.compiler.runtime.modules import QuantLinear
 from lowbit.compiler.runtime.program import verify
 from lowbit.compiler.runtime.program.cache import ProgramCache
@@ -162,6 +163,23 @@ def test_architectures(name: str, changes: dict[str, Any]) -> None:
     model = _loud(_tiny(name, **changes))
     program = DecoderProgram(read_decoder(model, 48, "f32"), max_tokens=8, context=48)
     assert verify_program(program, model, prompt=20, steps=3) < 1e-4
+
+
+@pytest.mark.parametrize("other", ["q", "k", "v"])
+def test_projections_of_different_formats(other: str) -> None:
+    """Two of three are one matrix then, as in files of llama.cpp, which gives values more bits than queries."""
+    model: Any = tiny_llama()
+    for path, layer in [(p, m) for p, m in model.named_modules() if p.endswith("_proj")]:
+        parent, _, name = path.rpartition(".")
+        fmt = "int8.g32.sym" if name == f"{other}_proj" and "layers.1" in path else "int4.g32.sym"
+        packed = QuantLinear.from_qtensor(round_to_nearest(layer.weight, parse_format(fmt)), None)
+        setattr(model.get_submodule(parent), name, packed)
+    oracle = dequantized(copy.deepcopy(model))
+    ids = _ids(11)[None]
+    with torch.no_grad():
+        got = lowbit.compile(model, max_tokens=4, mode="program", context=64)(ids).logits
+        assert torch.allclose(got, oracle(ids).logits, atol=1e-4)
+    assert isinstance(model.model.layers[1].self_attn.k_proj, SiblingLinear) == (other != "k")
 
 
 @torch.no_grad()

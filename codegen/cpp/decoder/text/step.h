@@ -15,14 +15,17 @@ static int layer_step(const Model& model, const State& s, int64_t n, int64_t m, 
   const Layer& l = model.layers[n];
   norm_rows(s.hidden, l.input_norm, s.normed, m, threads);
   clock.mark(kNorms);
-  const bool fused = !l.k.n;
-  float *q = s.qkv, *k = q + (fused ? kQ : m * kQ), *v = k + (fused ? kKv : m * kKv);
-  const int64_t row = kQ + 2 * kKv, stride[3] = {fused ? row : kQ, fused ? row : kKv, fused ? row : kKv};
+  // A projection without a matrix of its own lies behind another's results: keys behind queries, values behind either.
+  const bool keys_in = !l.k.n, values_in = !l.v.n && l.q.n == kQ + (keys_in ? 2 : 1) * kKv;
+  const int64_t rest = keys_in ? kQ + kKv : kQ, key_row = keys_in ? l.q.n : l.k.n;
+  float *q = s.qkv, *own = q + m * l.q.n, *k = keys_in ? q + kQ : own;
+  float* v = values_in ? q + rest : l.v.n ? own + m * l.k.n : own + kKv;
+  const int64_t stride[3] = {l.q.n, key_row, values_in ? l.q.n : l.v.n ? kKv : key_row};
   if (int e = linear(l.q, s.normed, m, nullptr, q, s, threads)) return e;
-  if (!fused) {
+  if (l.k.n)
     if (int e = linear(l.k, s.normed, m, nullptr, k, s, threads)) return e;
+  if (l.v.n)
     if (int e = linear(l.v, s.normed, m, nullptr, v, s, threads)) return e;
-  }
   clock.mark(kQkv);
   place_heads(model, l, s, n, q, k, v, stride, m, at, threads);
   clock.mark(kHeadsPart);
