@@ -151,7 +151,8 @@ def _weights(plan: AnyPlan) -> int:
     """Weights of a lane in one round of the main loop."""
     if isinstance(plan, VectorPlan):
         return plan.tile_rows * plan.run // 32
-    return plan.parts * 16 * plan.schedule.tile_k // 32
+    units = 2 if plan.warpgroup else 1  # whose operands take turns
+    return units * plan.parts * 16 * plan.schedule.tile_k // 32
 
 
 def _numbers(pattern: str, said: str) -> dict[str, int]:

@@ -17,9 +17,10 @@ def vector_traits(plan: VectorPlan) -> tuple[dict[str, int], dict[str, bool], di
     spec, fmt, s = plan.spec, plan.fmt, plan.schedule
     o = fmt.outliers
     outlier_bits = o.centroids.bit_length() - 1 if o else 0
+    # No stages, so no barriers before the last arriver's flag: it is all that BARRIER_BYTES are for.
     numbers = {
         "K": spec.k, "TILE_M": s.tile_m, "TOKEN_TILES": math.ceil(s.tile_m / 8), "WARPS": s.warps,
-        "GROUPS_OF_WARPS": s.warps, "STAGES": 1, "BARRIER_BYTES": 16, "DIM": fmt.dim, "PHASES": plan.phases,
+        "GROUPS_OF_WARPS": s.warps, "STAGES": 0, "BARRIER_BYTES": 16, "DIM": fmt.dim, "PHASES": plan.phases,
         "VECTOR_ROWS": plan.vector_rows, "TILE_ROWS": plan.tile_rows, "ROW_TILES": plan.row_tiles,
         "TILES": plan.tiles, "TILE_SETS": plan.tile_sets, "UNITS": plan.units, "UNITS_PER_SET": plan.units_per_set,
         "TILE_UNITS": plan.tile_units, "UNIT_STEPS": plan.unit_steps, "GROUPS": fmt.groups,

@@ -327,6 +327,7 @@ template <int> LB_DEV void registers_more() {}
 LB_DEV void warpgroup_fence() {}
 LB_DEV void warpgroup_commit() {}
 template <class S> LB_DEV void warpgroup_wait(S&) {}
+template <int N> LB_DEV void warpgroup_used(const uint32_t (&)[N][4]) {}
 LB_DEV void wait_for_inputs() {}
 LB_DEV void let_next_start() {}
 LB_DEV void warp_sync() { host::agree(nullptr, nullptr, [](host::Warp&) {}); }

@@ -169,44 +169,54 @@ struct Pipeline {
     }
   }
 
-  // All units of a piece. The stage that is read is given back once its product is done. Groups may go over several units.
+  // A unit's weights as left operands, with what flushing its sums takes.
+  struct Unit {
+    uint32_t operand[4][4];
+    Sides sides[T::FLUSHES];
+  };
+
+  // Unit `u` of a piece, while the weights of the next one are decoded into `ahead`. The stage that is read is given back
+  // once its product is done.
+  LB_DEV void multiply_unit(Totals& y, Sums& sum, bool& add, Unit& unit, Unit& ahead, const Piece& p, int u, Slot& at,
+                            int part, int lane) const {
+    constexpr int PER = 4 / T::FLUSHES;
+    Raw x_sum[TT][4], w_sum[1][4];  // not used
+    const int slot = at.slot;
+    const bool ends = T::FLUSHES > 1 || u + 1 == p.end || (u + 1) % T::UNITS_PER_FLUSH == 0;
+    at.advance();
+#pragma unroll
+    for (int j = 0; j < T::FLUSHES; ++j) {
+      auto& into = Pick<T::DIRECT>::of(y[0], sum[0]);
+      warpgroup_fence();
+#pragma unroll
+      for (int step = j * PER; step < (j + 1) * PER; ++step)
+        wgmma(into, unit.operand[step], describe_x(slot, step), T::DIRECT || add || step > j * PER);
+      warpgroup_commit();
+      if (j == T::FLUSHES - 1 && u + 1 < p.end) {
+        barrier_wait(full() + at.slot, at.parity);
+        decode_unit(ahead.operand, ahead.sides, at.slot, part, lane);
+      }
+      warpgroup_wait(into);
+      warpgroup_used(unit.operand);
+      if constexpr (!T::DIRECT) {
+        if (ends) flush<false>(y, sum, x_sum, w_sum, unit.sides[j], x_scales(shared + slot * STAGE, j), lane);
+      }
+      add = !ends;
+    }
+    if (lane == 0) barrier_arrive(empty() + slot);
+  }
+
+  // All units of a piece, two a turn: with one, every operand would be copied. Groups may go over several units.
   LB_DEV void multiply(Totals& y, const Piece& p, Slot& at, int part, int lane) const {
     static_assert(PARTS == 1 && !T::SUMS_X && T::UNIT_BLOCKS * STEPS == 4, "what a warpgroup can do");
-    constexpr int PER = 4 / T::FLUSHES;
-    uint32_t operand[4][4], ahead[4][4];
-    Sides sides[T::FLUSHES], ahead_sides[T::FLUSHES];
+    Unit one, other;
     Sums sum = {};
-    Raw x_sum[TT][4], w_sum[1][4];  // not used
     barrier_wait(full() + at.slot, at.parity);
-    decode_unit(operand, sides, at.slot, part, lane);
+    decode_unit(one.operand, one.sides, at.slot, part, lane);
     bool add = false;
-    for (int u = p.begin; u < p.end; ++u) {
-      const int slot = at.slot;
-      const bool ends = T::FLUSHES > 1 || u + 1 == p.end || (u + 1) % T::UNITS_PER_FLUSH == 0;
-      at.advance();
-#pragma unroll
-      for (int j = 0; j < T::FLUSHES; ++j) {
-        auto& into = Pick<T::DIRECT>::of(y[0], sum[0]);
-        warpgroup_fence();
-#pragma unroll
-        for (int step = j * PER; step < (j + 1) * PER; ++step)
-          wgmma(into, operand[step], describe_x(slot, step), T::DIRECT || add || step > j * PER);
-        warpgroup_commit();
-        if (j == T::FLUSHES - 1 && u + 1 < p.end) {
-          barrier_wait(full() + at.slot, at.parity);
-          decode_unit(ahead, ahead_sides, at.slot, part, lane);
-        }
-        warpgroup_wait(into);
-        if constexpr (!T::DIRECT) {
-          if (ends) flush<false>(y, sum, x_sum, w_sum, sides[j], x_scales(shared + slot * STAGE, j), lane);
-        }
-        add = !ends;
-      }
-      if (lane == 0) barrier_arrive(empty() + slot);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) operand[i / 4][i % 4] = ahead[i / 4][i % 4];
-#pragma unroll
-      for (int j = 0; j < T::FLUSHES; ++j) sides[j] = ahead_sides[j];
+    for (int u = p.begin; u < p.end; u += 2) {
+      multiply_unit(y, sum, add, one, other, p, u, at, part, lane);
+      if (u + 1 < p.end) multiply_unit(y, sum, add, other, one, p, u + 1, at, part, lane);
     }
   }
 

@@ -186,6 +186,12 @@ template <int N> LB_DEV void warpgroup_wait(int (&sums)[N][4]) {
 #pragma unroll
   for (int i = 0; i < N * 4; ++i) asm volatile("" : "+r"(sums[i / 4][i % 4])::"memory");
 }
+// Operands in registers are the matrix units' as well: without a use after the wait, the compiler would put the next ones
+// where they are while a product is under way.
+template <int N> LB_DEV void warpgroup_used(const uint32_t (&operand)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N * 4; ++i) asm volatile("" ::"r"(operand[i / 4][i % 4]) : "memory");
+}
 
 // Programmatic dependent launch: what came before in the stream is finished from here on.
 LB_DEV void wait_for_inputs() {
