@@ -13,6 +13,7 @@ __all__ = ["BACKENDS", "load_backend"]
 BACKENDS = {
     "cpp": "lowbit.codegen.cpp.backend:CppBackend",
     "cuda": "lowbit.codegen.cuda.backend:CudaBackend",
+    "cutlass": "lowbit.codegen.cutlass.backend:CutlassBackend",
     "triton": "lowbit.codegen.triton.backend:TritonBackend",
     "tvm": "lowbit.codegen.tvm.backend:TvmBackend",
     "library": "lowbit.codegen.library.backend:LibraryBackend",

@@ -60,7 +60,8 @@ class Backend(ABC):
     `any_layout`: weights are read in whatever layout they are packed. `invariant`: what one schedule computes for a
     token does not depend, to the bit, on the other tokens of a call. `behind`: names of backends it only stands in for:
     where one of them can run a kernel its turn comes after all others but the reference, unless it was measured to be
-    best.
+    best. `beside`: names of backends whose layout it shares for some kernels: nobody misses it beside them, and
+    it decides for no layout.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Backend(ABC):
     any_layout: bool = False
     invariant: bool = False
     behind: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def layout_of(self, fmt: WeightFormat, target: Target | None = None) -> str:
         """Name of the packed layout its kernels read for `fmt`: the best one for `target`."""
@@ -87,6 +89,10 @@ class Backend(ABC):
     def waits(self, others: Iterable[Backend]) -> bool:
         """Whether one of `others` is a backend it is `behind`."""
         return any(other.name in self.behind for other in others)
+
+    def missed(self, others: Iterable[Backend]) -> bool:
+        """Whether something is lost where it cannot run but `others` can."""
+        return not self.any_layout and not any(other.name in (*self.behind, *self.beside) for other in others)
 
     def serves(self, fmt: WeightFormat, activation: str = "") -> str | None:
         """None when there are kernels at all for `fmt` and activations in `activation` (text of an ActivationFormat, or

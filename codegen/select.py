@@ -55,10 +55,10 @@ def serving(fmt: WeightFormat, kind: str, activation: str = "") -> Iterator[Back
 
 def layout_name(fmt: WeightFormat, target: Target, activation: str = "") -> str:
     """The packed layout that kernels of `fmt` read on a target: that of the first backend which has some and can build
-    them on this machine, or else of the first which has some."""
+    them on this machine, or else of the first which has some. Backends that serve beside another one do not decide."""
     found = list(serving(fmt, target.kind, activation))
     usable = (b for b in found if (b.name, str(target)) in _PREBUILT or b.available(target) is None)
-    backend = next((b for b in usable if b.name != "reference"), found[0])
+    backend = next((b for b in usable if b.name != "reference" and not b.beside), found[0])
     return backend.layout_of(fmt, target)
 
 
@@ -91,7 +91,7 @@ def able(spec: KernelSpec, target: Target, ahead: bool = False) -> Iterator[Back
             continue
         if why := (backend.builds if ahead else backend.available)(target) or backend.supports(spec, target):
             # Some serve beside a backend with kernels, where they can, and some in its place.
-            if not (ahead or backend.any_layout or backend.waits(found)):
+            if not ahead and backend.missed(found):
                 say_once(f"backend {name} cannot run {spec.format} on {target}: {why}")
         else:
             found.append(backend)

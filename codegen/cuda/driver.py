@@ -71,10 +71,10 @@ def tensor_map(
 
 
 class Kernel:
-    """One kernel of a cubin. It is loaded into a device's context when it is first launched there."""
+    """One kernel of a cubin (a file, or its bytes), loaded into a device's context when it is first launched there."""
 
-    def __init__(self, cubin: Path, name: str, threads: int, shared_bytes: int, early: bool = False) -> None:
-        self._image, self._name = cubin.read_bytes(), name.encode()
+    def __init__(self, cubin: Path | bytes, name: str, threads: int, shared_bytes: int, early: bool = False) -> None:
+        self._image, self._name = cubin if isinstance(cubin, bytes) else cubin.read_bytes(), name.encode()
         self._threads, self._shared, self._early = threads, shared_bytes, early
         self._functions: dict[int, ctypes.c_void_p] = {}
 
@@ -89,8 +89,11 @@ class Kernel:
             self._functions[device] = found
         return found
 
-    def launch(self, grid: tuple[int, int], args: ctypes.Structure, device: torch.device) -> None:
-        """Launch on the device's current torch stream. `args` is copied before this returns."""
+    def launch(
+        self, grid: tuple[int, int], args: ctypes.Structure, device: torch.device, offsets: tuple[int, ...] = (0,)
+    ) -> None:
+        """Launch on the device's current torch stream. `args` is copied before this returns; it is the kernel's one
+        parameter, or has its parameters at `offsets`."""
         index = device.index if device.index is not None else torch.cuda.current_device()
         with torch.cuda.device(index):
             function = self.load(index)
@@ -98,5 +101,5 @@ class Kernel:
             if self._early:  # may start before the kernel ahead of it has ended; it waits before it reads activations
                 attribute = _Attribute(_PROGRAMMATIC, 0, (1, 0, 0, 0, 0, 0, 0, 0))
                 config.attributes, config.count = ctypes.pointer(attribute), 1
-            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+            pointers = (ctypes.c_void_p * len(offsets))(*[ctypes.addressof(args) + at for at in offsets])
             _check(driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), "launching a kernel")

@@ -75,6 +75,7 @@ def _libraries() -> Iterator[Check]:
     optional = {
         "triton": "GPU kernels",
         "apache-tvm": "CPU kernels without a C++ compiler",
+        "nvidia-cutlass-dsl": "GPU kernels for many tokens",
         "gguf": "reading GGUF files",
         "compressed-tensors": "loading exports without lowbit",
     }

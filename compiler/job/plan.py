@@ -383,6 +383,8 @@ def runs_on(
         if activation:
             compute = rounded_products(fmt, k, layout, parse_activation(activation))
         spec = KernelSpec((n,), k, str(fmt), str(layout), compute, activation=activation)  # type: ignore[arg-type]
+        if device.kind == "cuda":  # where models have activations of 16 bits
+            spec = spec.typed("bf16")
         found[name] = backend.supports(spec, device)
     return found
 

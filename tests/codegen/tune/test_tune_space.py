@@ -23,6 +23,7 @@ CASES = [
     ("cpp", "cpu-generic", "int3.g64.fz", "float"),
     ("cpp", "cpu-avx512", "vq.d8.k256.r256", "float"),
     ("cuda", "sm_90", "int4.g128.sym", "float"),
+    ("cutlass", "sm_90", "int4.g128.asym", "float"),
     ("triton", "sm_80", "int4.g128.asym", "float"),
     ("triton", "sm_90", "vq.d4.k256", "float"),
     ("triton", "sm_90", "vq.d8.k256.r256.in.rn", "float"),
