@@ -27,6 +27,7 @@ ROWS = 16
 
 _NEVER = "-3.0e38"  # a score that no probability comes from
 _JOINED = 16  # shares that are joined at once
+_FEWEST = 16  # columns of a product that tensor cores take
 _SCALARS = (
     "rows", "queries", "tokens", "k_stored", "v_stored", "capacity", "heads", "splits", "masked", "mask_batch",
     "mask_query",
@@ -169,7 +170,7 @@ def _body(a: TritonAttend) -> list[str]:
         f"u = tl.arange(0, {a.stride_tokens})",
         f"d = tl.arange(0, {a.dims})",
         f"d_ok = d < {a.spec.head_dim}",
-        f"c = tl.arange(0, {_power(a.columns)})",
+        f"c = tl.arange(0, {max(_power(a.columns), _FEWEST)})",
     ]
     for at in range(a.strides["k"]):
         column = _stride("c", a.strides["k"], at) if a.spec.fmt.key.quantized else "c"

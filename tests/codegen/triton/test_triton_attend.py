@@ -17,10 +17,11 @@ from lowbit.compiler.errors import KernelError
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # Format, head size, tokens, query tokens, query heads, heads, masked: groups along tokens and head dimensions on either
-# side, ragged heads, no window, no codes, more rows than a program takes.
+# side, ragged heads, strides narrower than a matrix instruction, no window, no codes, more rows than a program takes.
 CASES = [
     ("kv4.kc64.vt.w64", 64, 200, 1, 6, 2, False),
     ("k2v4.kc32.vt32.w32", 80, 99, 3, 3, 1, False),
+    ("k2v4.kc32.vt32.w32", 32, 70, 1, 2, 1, False),
     ("kv8.kc64.vc32.w64", 64, 130, 1, 2, 2, True),
     ("k16v2.vt.w33", 32, 70, 1, 2, 1, False),
     ("k4v16.kt", 32, 40, 9, 2, 1, True),
@@ -57,6 +58,7 @@ def test_interpreted_kernels_agree_with_the_reference() -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_compiles_without_spills_to_matrix_instructions(arch: str) -> None:
     formats = [("kv4.kc64.vt.w64", 128), ("k2v4.kc32.vt32.w32", 80), ("kv8.kc64.vt.w64", 64)]
+    formats.append(("k2v4.kc32.vt32.w32", 32))
     specs = [AttendSpec(text, dims) for text, dims in formats]
     for spec, reports in zip(specs, compile_offline([(attend_source(s), arch) for s in specs]), strict=True):
         main, join = reports
