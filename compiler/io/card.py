@@ -58,17 +58,19 @@ def converted_card(
     shapes: Mapping[str, tuple[int, int]],
     layouts: tuple[str, str],
     remarks: Sequence[str] = (),
+    rounded: Sequence[str] = (),
 ) -> str:
     """Text of the card of a checkpoint that was converted from the first of `layouts` to the second.
 
     name, base_model, licence: as the checkpoint it was made from says, shown only as plain words. remarks: sentences
-    about inputs and the cache.
+    about inputs and the cache. rounded: what is not exactly as it was.
     """
     before, after = layouts
+    kept = f"the codes are the same, bit by bit; {'; '.join(rounded)}" if rounded else ""
     sections = [
         _front_matter(base_model, licence, after),
         f"# {_plain(name)}, quantized",
-        f"Converted by lowbit from the layout {before}: the quantized weights are the same, bit by bit.",
+        f"Converted by lowbit from the layout {before}: {kept or 'the quantized weights are the same, bit by bit'}.",
         " ".join(remarks),
         _formats_table(formats, shapes),
         _usage(after),

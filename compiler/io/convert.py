@@ -256,7 +256,8 @@ def _card(plan: _Plan, made: Mapping[str, Any]) -> str:
     licence = given.licence.name if given else find_licence(folder, own.get("license")).name
     layouts = (plan.checkpoint.method, plan.layout)
     name = base or str(model or folder.resolve().name)
-    return converted_card(name, base, licence, plan.formats, plan.shapes, layouts, list(_remarks(plan)))
+    remarks, rounded = list(_remarks(plan)), plan.checkpoint.notes
+    return converted_card(name, base, licence, plan.formats, plan.shapes, layouts, remarks, rounded)
 
 
 def _remarks(plan: _Plan) -> Iterable[str]:

@@ -108,6 +108,7 @@ def test_k_quants_are_loaded_and_converted(tmp_path: Path, monkeypatch: pytest.M
     assert done.layers == 14
     assert done.source == "gguf"
     assert any("Q2_K, Q3_K, Q4_K, Q5_K, Q6_K are rounded to float16" in note for note in done.notes)
+    assert f"the codes are the same, bit by bit; {done.notes[0]}." in (done.out / "README.md").read_text()
     again = read_checkpoint(done.out)
     assert again.modules == found.modules
     for layer in found.modules:
@@ -129,6 +130,7 @@ def test_a_converted_file_is_complete(to: str, tmp_path: Path) -> None:
     card = (done.out / "README.md").read_text()
     assert "license: mit" in card
     assert "who/what" in card
+    assert "the quantized weights are the same, bit by bit." in card
     old, new = lowbit.load(path), lowbit.load(done.out)
     want = dequantized(old).state_dict()
     for name, value in dequantized(new).state_dict().items():
