@@ -201,6 +201,10 @@ def _open(path: Path) -> Any:
     except Exception as e:  # the reader indexes a memory map and fails in many ways on a broken file
         why = f"not a valid GGUF file ({path.stat().st_size} bytes): {type(e).__name__}: {str(e)[:200]}"
         raise CheckpointError("LB0109", why, where=str(path), hint="fetch the file again") from e
+    split = reader.fields.get("split.count")
+    if split is not None and int(split.contents()) > 1:
+        why, hint = f"is one of {split.contents()} files of a model", "join them with `llama-gguf-split --merge`"
+        raise CheckpointError("LB0109", why, where=str(path), hint=hint)
     size = path.stat().st_size
     for tensor in reader.tensors:
         end = int(tensor.data_offset) + int(tensor.n_bytes)

@@ -235,12 +235,13 @@ def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
     assert len(open_model(folder).names()) == 21
 
 
-def write_gguf(path: Path, model: torch.nn.Module, *, tied: bool) -> None:
+def write_gguf(path: Path, model: torch.nn.Module, *, tied: bool, files: int = 1) -> None:
     """A Llama GGUF as llama.cpp's converter writes it: q and k rows permuted, matrices in Q8_0."""
     gguf = pytest.importorskip("gguf")
     config, state = model.config, {k: v.numpy() for k, v in model.state_dict().items()}
     w = gguf.GGUFWriter(path, "llama")
     w.add_license("apache-2.0")
+    w.add_uint16("split.count", files)
     w.add_context_length(config.max_position_embeddings)
     w.add_embedding_length(config.hidden_size)
     w.add_block_count(config.num_hidden_layers)
@@ -312,6 +313,13 @@ def test_gguf_that_is_broken(tmp_path: Path) -> None:
         refused(path, "LB0109")
     path.write_bytes(whole.replace(b"llama", b"larva"))
     refused(path, "LB0109")
+
+
+def test_a_part_of_a_gguf_model(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), tied=False, files=3)
+    message = refused(tmp_path / "tiny.gguf", "LB0109")
+    assert "one of 3 files" in message
+    assert "llama-gguf-split --merge" in message
 
 
 def test_gguf_package_that_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
