@@ -209,7 +209,7 @@ PRESETS: dict[str, Scheme] = {
         _preset("w3-tcq", "tcq3.g64"),
         _preset("w2-vptq", "vq.d4.k256", "vptq", Tuning()),
         _preset("w2-decoupleq", "int2.g64.fz", "decoupleq", Tuning()),
-        _preset("w2-tcq", "tcq2.g64"),
+        _preset("w2-tcq", "tcq2.g64", "gptq", Tuning()),
     )
 }
 """Named schemes, sizes from large to small. int4.g64.sym is the default: exact in every consumer, 4.25 bits.

@@ -146,7 +146,7 @@ def test_tuning_that_does_not_help_is_dropped() -> None:
 
 
 def test_settings_in_scheme_files_and_presets() -> None:
-    assert PRESETS["w2-vptq"].tune == Tuning()
+    assert PRESETS["w2-vptq"].tune == PRESETS["w2-tcq"].tune == Tuning()
     text = Scheme.from_dict(
         {"weight": "int2.g64.fz", "method": "rtn", "tune": {"epochs": 3}, "finetune": {"rate": 0.01}}
     )
