@@ -13,8 +13,9 @@ from lowbit.codegen.backend import Backend, Launcher, Source
 from lowbit.codegen.cuda.any_plan import make_plan
 from lowbit.codegen.cuda.arguments import KNOWN, VECTOR_OPERANDS
 from lowbit.codegen.cuda.emit import emit_text
+from lowbit.codegen.cuda.fragments import TILE
 from lowbit.codegen.cuda.launch import core_spec, make_launcher, split
-from lowbit.codegen.cuda.plan import TILE, Plan
+from lowbit.codegen.cuda.plan import Plan
 from lowbit.codegen.cuda.recipe import find_recipe
 from lowbit.codegen.cuda.schedules import candidates, illegal, predict, space
 from lowbit.codegen.cuda.toolchain import FLAGS, arch_of, compile_cubin, compiler_version, no_compiler

@@ -8,8 +8,9 @@ from typing import Literal
 
 from lowbit.codegen.cuda.any_plan import AnyPlan
 from lowbit.codegen.cuda.bits import half_of, text
+from lowbit.codegen.cuda.fragments import TILE
 from lowbit.codegen.cuda.header import header
-from lowbit.codegen.cuda.plan import PREPARE_THREADS, TILE, Plan
+from lowbit.codegen.cuda.plan import PREPARE_THREADS, Plan
 from lowbit.codegen.cuda.vector_emit import VECTOR_HEADERS, vector_traits
 from lowbit.codegen.cuda.vector_plan import VectorPlan
 from lowbit.codegen.rounded import ORDER, PIECE, ROUNDED

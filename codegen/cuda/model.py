@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lowbit.codegen.cuda.plan import TILE, Plan
+from lowbit.codegen.cuda.fragments import TILE
+from lowbit.codegen.cuda.plan import Plan
 from lowbit.codegen.triton.gpus import FINISH, LATENCY, LAUNCH, Gpu, gpu_of, is_hopper
 from lowbit.compiler.ir.target import Target
 

@@ -13,32 +13,24 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lowbit.codegen.cuda.bits import NarrowType, Type16
+from lowbit.codegen.cuda.fragments import BLOCK, TILE, FragmentPlan
 from lowbit.codegen.cuda.recipe import Recipe, find_recipe
 from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
 from lowbit.codegen.rounded import ROUNDED
-from lowbit.codegen.schedule import Schedule
-from lowbit.codegen.spec import KernelSpec
 from lowbit.codegen.streamk import FixedLine, Line
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.layout import plane_bits
-from lowbit.quantizers.formats import K_ALIGN
 
-__all__ = ["BLOCK", "CHUNK", "PREPARE_THREADS", "TILE", "Plan"]
+__all__ = ["CHUNK", "PREPARE_THREADS", "Plan"]
 
-TILE = 64
-"""Rows of a tile."""
-BLOCK = 64
-"""Columns of a block."""
 CHUNK = 32
 """Tokens whose sums wait together to be stored, where warpgroups multiply."""
 PREPARE_THREADS = 256
 """Threads of a block that prepares activations."""
 _OPERAND_BITS = {"f16": 16, "bf16": 16, "s8": 8, "e4m3": 8, "s4": 4}
-_SIDE_BYTES = {"f16": 2, "f32": 4, "e8m0": 1, "e4m3": 1}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(FragmentPlan):
     """See the module's docstring. Schedule: tile_m tokens a thread block multiplies with, tile_n rows and tile_k
     columns of a unit, warps that multiply, stages. Extra: `row_warps` warps share a unit, each taking some of its rows;
     `bulk`: copies by the copy engine of sm_90; `exact`: addends meet weights, not sums; `wgmma`: four warps multiply
@@ -46,9 +38,6 @@ class Plan:
     activations are bfloat16; `resident` thread blocks a multiprocessor holds; split_k: shares of a
     tile's columns, where they must not depend on the number of tokens and `wgmma` multiplies;
     `early`: the kernel may start while the one before it ends."""
-
-    spec: KernelSpec
-    schedule: Schedule
 
     @cached_property
     def dtype(self) -> Type16:
@@ -161,30 +150,10 @@ class Plan:
         whole = self.k_blocks * BLOCK if wide == self.spec.k else self._packed(wide)
         return math.ceil(whole / self.schedule.tile_k)
 
-    @cached_property
-    def planes(self) -> tuple[int, ...]:
-        """Bits of each plane."""
-        return plane_bits(self.spec.fmt.bits)
-
-    @property
-    def k_blocks(self) -> int:
-        """Blocks of a row tile."""
-        return self.spec.blocks * K_ALIGN // BLOCK
-
     @property
     def out_rows(self) -> int:
         """Columns of the output that a set of row tiles is."""
         return TILE if self.gated else self.schedule.tile_n
-
-    @property
-    def gated(self) -> bool:
-        """Whether two segments end in one output."""
-        return "silu_mul" in self.spec.epilogue
-
-    @property
-    def tiles(self) -> int:
-        """Row tiles of the packed matrix."""
-        return self.spec.rows // TILE
 
     @property
     def row_tiles(self) -> int:
@@ -266,14 +235,6 @@ class Plan:
         """Matrix instructions side by side along the tokens, 8 each."""
         return math.ceil(self.schedule.tile_m / 8)
 
-    @property
-    def padded_group(self) -> int:
-        """Packed columns of a group; those of the whole matrix where there is one group."""
-        s = self.spec
-        if s.groups == 1:
-            return self.k_blocks * BLOCK
-        return K_ALIGN // s.parts if s.parts > 1 else s.group_blocks * K_ALIGN
-
     @cached_property
     def in_loop(self) -> bool:
         """Whether side values meet the sums of every group, not only the final ones."""
@@ -308,11 +269,6 @@ class Plan:
     def flushes(self) -> int:
         """Times a unit's sums are scaled."""
         return self.schedule.tile_k // self.flush
-
-    @property
-    def side_bytes(self) -> int:
-        """Bytes of a scale."""
-        return _SIDE_BYTES[self.spec.scale_dtype]
 
     @cached_property
     def stage_bytes(self) -> dict[str, int]:

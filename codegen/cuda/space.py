@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
+from lowbit.codegen.cuda.fragments import BLOCK, TILE
 from lowbit.codegen.cuda.model import predict, registers
-from lowbit.codegen.cuda.plan import BLOCK, TILE, Plan
+from lowbit.codegen.cuda.plan import Plan
 from lowbit.codegen.cuda.recipe import find_recipe
 from lowbit.codegen.cuda.recipe_bytes import find_byte_recipe
 from lowbit.codegen.schedule import Schedule

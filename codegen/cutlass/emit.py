@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from lowbit.codegen.cuda.bits import half_of
-from lowbit.codegen.cutlass.places import TILE, side_places, word_places
+from lowbit.codegen.cuda.fragments import TILE
+from lowbit.codegen.cutlass.places import side_places, word_places
 from lowbit.codegen.cutlass.plan import Plan
 from lowbit.codegen.cutlass.printing import decode_text
 

@@ -17,7 +17,7 @@ from lowbit.codegen.sums import over_repeated
 from lowbit.compiler.errors import KernelError
 from lowbit.quantizers.qtensor import PackedWeight
 
-__all__ = ["PARAMETERS", "Args", "fill", "make_launcher", "packed_columns"]
+__all__ = ["OFFSETS", "PARAMETERS", "Args", "fill", "make_launcher", "packed_columns"]
 
 PARAMETERS = ("x", "plane0", "plane1", "plane2", "scale", "zero", "offset", "tensor_scale", "bias", "residual", "out")
 """The kernel's pointers, in its order; the number of tokens follows, 32 bits."""
@@ -28,10 +28,9 @@ class Args(ctypes.Structure):
 
     _fields_ = [*[(name, ctypes.c_void_p) for name in PARAMETERS], ("tokens", ctypes.c_int)]
 
-    @classmethod
-    def offsets(cls) -> tuple[int, ...]:
-        """Where each parameter begins."""
-        return tuple(getattr(cls, name).offset for name, *_ in cls._fields_)
+
+OFFSETS = tuple(getattr(Args, name).offset for name in (*PARAMETERS, "tokens"))
+"""Where each parameter begins in `Args`."""
 
 
 def fill(
@@ -87,6 +86,6 @@ def make_launcher(artifact: Path, given: KernelSpec, plan: Plan) -> Launcher:
             raise KernelError("LB0462", f"a kernel for {spec.segments} x {spec.k} got {weight.segments} x {weight.k}")
         x = ready(x, weight)
         grid = (plan.tile_sets * plan.token_blocks(x.shape[0]), 1)
-        kernel.launch(grid, fill(x, weight, bias, residual, out), x.device, Args.offsets())
+        kernel.launch(grid, fill(x, weight, bias, residual, out), x.device, OFFSETS)
 
     return over_repeated(given, run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from lowbit.codegen.cutlass.places import BLOCK
+from lowbit.codegen.cuda.fragments import BLOCK
 from lowbit.codegen.cutlass.plan import Plan
 from lowbit.codegen.triton.gpus import LATENCY, LAUNCH, MMA_SYNC_SHARE, Gpu, gpu_of, is_hopper
 from lowbit.compiler.ir.target import Target

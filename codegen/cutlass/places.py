@@ -11,15 +11,12 @@ from functools import cache
 
 import torch
 
+from lowbit.codegen.cuda.fragments import BLOCK, TILE
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.layout import Layout
 
-__all__ = ["BLOCK", "TILE", "SidePlaces", "WordPlaces", "side_places", "word_places"]
+__all__ = ["SidePlaces", "WordPlaces", "side_places", "word_places"]
 
-TILE = 64
-"""Rows of a tile: four parts of 16, one for each warp of a warpgroup."""
-BLOCK = 64
-"""Columns of a block."""
 _LANES = 32
 
 

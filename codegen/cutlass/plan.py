@@ -12,29 +12,21 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lowbit.codegen.cuda.bits import Type16
+from lowbit.codegen.cuda.fragments import BLOCK, TILE, FragmentPlan
 from lowbit.codegen.cuda.recipe import Recipe, find_recipe
 from lowbit.codegen.cutlass.operands import unscaled
-from lowbit.codegen.cutlass.places import BLOCK, TILE
-from lowbit.codegen.schedule import Schedule
-from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
-from lowbit.compiler.ir.layout import plane_bits
-from lowbit.quantizers.formats import K_ALIGN
 
 __all__ = ["CHUNK", "Plan"]
 
 CHUNK = 32
 """Tokens whose outputs wait together in shared memory to be stored."""
-_SIDE_BYTES = {"f16": 2, "f32": 4, "e8m0": 1, "e4m3": 1}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(FragmentPlan):
     """See the module's docstring. Schedule: tile_m tokens, tile_n rows, tile_k 64 columns of a step, warps, stages of
     activations. Extra: `wgmma`, four warps multiply together; `resident` thread blocks of a multiprocessor."""
-
-    spec: KernelSpec
-    schedule: Schedule
 
     @cached_property
     def dtype(self) -> Type16:
@@ -72,26 +64,6 @@ class Plan:
         return self.schedule.tile_n // (16 * self.schedule.warps)
 
     @property
-    def gated(self) -> bool:
-        """Whether two segments end in one output."""
-        return "silu_mul" in self.spec.epilogue
-
-    @property
-    def planes(self) -> tuple[int, ...]:
-        """Bits of each plane."""
-        return plane_bits(self.spec.fmt.bits)
-
-    @property
-    def k_blocks(self) -> int:
-        """Steps along the columns."""
-        return self.spec.blocks * K_ALIGN // BLOCK
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of 64 rows of the packed matrix."""
-        return self.spec.rows // TILE
-
-    @property
     def out_rows(self) -> int:
         """Columns of the output that a thread block makes."""
         return self.schedule.tile_n // (2 if self.gated else 1)
@@ -104,14 +76,6 @@ class Plan:
     def token_blocks(self, tokens: int) -> int:
         """Thread blocks along the tokens."""
         return math.ceil(tokens / self.schedule.tile_m)
-
-    @property
-    def padded_group(self) -> int:
-        """Packed columns of a group; those of the whole matrix where there is one group."""
-        s = self.spec
-        if s.groups == 1:
-            return self.k_blocks * BLOCK
-        return K_ALIGN // s.parts if s.parts > 1 else s.group_blocks * K_ALIGN
 
     @property
     def span(self) -> int:
@@ -137,11 +101,6 @@ class Plan:
     def x_columns(self) -> int:
         """Columns of the activations that the kernel reads."""
         return self.spec.k if self.dense else self.k_blocks * BLOCK
-
-    @property
-    def side_bytes(self) -> int:
-        """Bytes of a scale."""
-        return _SIDE_BYTES[self.spec.scale_dtype]
 
     @property
     def whole_scales(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from lowbit.codegen.cutlass.places import BLOCK, TILE
+from lowbit.codegen.cuda.fragments import BLOCK, TILE
 from lowbit.codegen.cutlass.plan import Plan
 from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec

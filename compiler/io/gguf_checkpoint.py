@@ -67,24 +67,21 @@ class GGUFTensors:
     source: ModelSource
     matrices: Mapping[str, RawTensor]
 
-    def names(self) -> list[str]:
-        """In the order of the model's state dict."""
-        return self.source.names()
-
     def info(self, name: str) -> TensorInfo:
         """Type, shape, and a span as long as the data."""
-        matrix = self.matrices.get(name.removesuffix(".weight"))
-        if matrix is not None and name.endswith(".weight"):
+        if (matrix := self._matrix(name)) is not None:
             return TensorInfo(torch.uint8, tuple(matrix.rows.shape), 0, matrix.rows.size)
         shape, dtype = self.source.shape(name), self._dtype(name)
         return TensorInfo(dtype, shape, 0, torch.Size(shape).numel() * dtype.itemsize)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
-        matrix = self.matrices.get(name.removesuffix(".weight"))
-        if matrix is not None and name.endswith(".weight"):
-            return matrix.read()
-        return self.source.tensor(name).to(self._dtype(name))
+        matrix = self._matrix(name)
+        return self.source.tensor(name).to(self._dtype(name)) if matrix is None else matrix.read()
+
+    def _matrix(self, name: str) -> RawTensor | None:
+        path, _, leaf = name.rpartition(".")
+        return self.matrices.get(path) if leaf == "weight" else None
 
     def _dtype(self, name: str) -> torch.dtype:
         kept = self.source.kept_dtype if len(self.source.shape(name)) > 1 else None

@@ -16,7 +16,7 @@ from _cutlass import AMPERE, BACKEND, HOPPER, mma, needs_dsl, spec_of, wgmma
 from lowbit.codegen import load_backend
 from lowbit.codegen.backend import Source
 from lowbit.codegen.cutlass import toolchain
-from lowbit.codegen.cutlass.launch import PARAMETERS, Args, fill, packed_columns
+from lowbit.codegen.cutlass.launch import OFFSETS, PARAMETERS, fill, packed_columns
 from lowbit.codegen.cutlass.operands import unscaled
 from lowbit.codegen.cutlass.places import side_places, word_places
 from lowbit.codegen.cutlass.plan import Plan
@@ -193,7 +193,7 @@ def test_parameters_are_in_the_kernels_order() -> None:
     text = BACKEND.emit(spec_of("int4.g32.sym", (64,), 64, "bf16"), mma(), AMPERE).text
     kernel = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "kernel")
     assert [a.arg for a in kernel.args.args] == [*PARAMETERS, "tokens"]
-    assert Args.offsets() == tuple(range(0, 8 * len(PARAMETERS) + 8, 8))
+    assert OFFSETS == tuple(range(0, 8 * len(PARAMETERS) + 8, 8))
     x, out = torch.zeros(3, 64), torch.zeros(3, 64)
     args = fill(x, PackedWeight(parse_format("int4.g32.sym"), FRAGMENTS, (64,), 64, {"scale": out}), None, None, out)
     assert (args.x, args.scale, args.bias, args.tokens) == (x.data_ptr(), out.data_ptr(), None, 3)

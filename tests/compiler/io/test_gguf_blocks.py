@@ -63,13 +63,16 @@ def test_numbers_that_are_none(name: str, at: int, value: float, why: str) -> No
         read_blocks(name, raw)
 
 
-def test_tiny_scales_are_refused() -> None:
+def test_the_smallest_scales_are_exact() -> None:
+    """Products of whole numbers and float16's smallest one are float16 numbers again."""
     raw = random_blocks("Q4_K", 2, 256)
     raw[:, 0:2] = raw[:, 2:4] = torch.tensor([2.0**-24], dtype=torch.float16).view(torch.uint8)
-    read_blocks("Q4_K", raw)  # whole multiples of the smallest number are exact
-    raw = random_blocks("Q4_0", 2, 64)
+    assert torch.equal(read_blocks("Q4_K", raw).dequantize(), numbers("Q4_K", raw))
+
+
+def test_rows_that_are_no_blocks() -> None:
     with pytest.raises(ValueError, match="no blocks of 18"):
-        read_blocks("Q4_0", raw[:, :-1])
+        read_blocks("Q4_0", random_blocks("Q4_0", 2, 64)[:, :-1])
 
 
 def test_a_ternary_code_that_stands_for_nothing() -> None:
