@@ -157,22 +157,46 @@ def _lengthen(plan: Plan, form: Products, i: int, height: int, step: int) -> lis
     return lines
 
 
-def direct_chunk(plan: Plan, form: Products, width: int, height: int) -> list[str]:
-    """Sum over one chunk, then add it to the running result with its scales."""
+def direct_chunk(plan: Plan, form: Products, width: int, height: int, in_turn: bool = False) -> list[str]:
+    """Sum over one chunk, then add it to the running result with its scales. in_turn: of several panels and tokens,
+    steps of all panels together, for which registers have to hold all sums beside what a step decodes."""
     lines = [*activations(plan, form), *jump(plan, width)]
     for i in range(width):
         lines += [*_sums(plan, form, i, height), *_short_sums(plan, form, i, height)]
     lines += blocks_loop(plan)
+    lines += (_steps_in_turn if in_turn and width > 1 and height > 1 else _panels)(plan, form, width, height)
     for i in range(width):
-        lines += ["{", *block_at(plan, i), *([] if form.late else decode_sides(plan, i))]
-        steps = [[*_step(plan, form, i, height, s), *_lengthen(plan, form, i, height, s)] for s in range(form.steps)]
-        lines += _loaded_when_read(form, steps)
-        lines += [*(f"p{i}w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}"]
+        lines += [f"p{i}w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)]
     lines += ["x += 32;", "}"]
     for i in range(width):
         for m in range(height):
             lines += collect(plan, form, i, m)
     return [*lines, *group_sums(plan, height)]
+
+
+def _panels(plan: Plan, form: Products, width: int, height: int) -> list[str]:
+    """One block of one panel after the other."""
+    lines = []
+    for i in range(width):
+        lines += ["{", *block_at(plan, i), *([] if form.late else decode_sides(plan, i))]
+        steps = [[*_step(plan, form, i, height, s), *_lengthen(plan, form, i, height, s)] for s in range(form.steps)]
+        lines += [*_loaded_when_read(form, steps), "}"]
+    return lines
+
+
+def _steps_in_turn(plan: Plan, form: Products, width: int, height: int) -> list[str]:
+    """The same step of all panels, then the next one: each broadcasts every token's activations, and compilers share
+    what lies close together. What lies a panel apart they keep, more than registers hold."""
+    lines = []
+    for i in range(width):
+        lines += ["{", *block_at(plan, i), "}"]
+    for s in range(form.steps):
+        for i in range(width):
+            lines += ["{", *(f"const uint8_t* w{j} = p{i}w{j};" for j in range(len(plan.planes)))]
+            lines += [] if form.late else decode_sides(plan, i)
+            step = [*_step(plan, form, i, height, s), *_lengthen(plan, form, i, height, s)]
+            lines += [*_loaded_when_read(form, [step]), "}"]
+    return lines
 
 
 def blocks_loop(plan: Plan) -> list[str]:

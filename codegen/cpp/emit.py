@@ -5,10 +5,13 @@ Nothing in the text comes from a checkpoint: numbers, closed choices, and expres
 
 from __future__ import annotations
 
+from functools import partial
+
 from lowbit.codegen.cpp.assemble import Pieces, assemble
 from lowbit.codegen.cpp.buffered import buffered_text
 from lowbit.codegen.cpp.direct import direct_chunk, direct_text
 from lowbit.codegen.cpp.lut import lut_chunk, lut_types
+from lowbit.codegen.cpp.machines import MACHINES
 from lowbit.codegen.cpp.plan import PANEL, Plan
 from lowbit.codegen.cpp.products import Products, products
 from lowbit.codegen.cpp.rounding import rounding_macros, rounding_types
@@ -34,7 +37,7 @@ _LUT_PLACES = (
 def emit_text(plan: Plan, arch: str) -> str:
     """The whole source of one kernel for instruction set `arch`."""
     form = products_of(plan)
-    chunk = lut_chunk if plan.lut else direct_chunk
+    chunk = lut_chunk if plan.lut else partial(direct_chunk, in_turn=MACHINES[arch].sums > 8)
     kernel = buffered_text(plan, form) if plan.buffered else direct_text(plan, form, chunk)
     fmt = plan.spec.fmt
     digits = plan.magnitudes.digits if plan.magnitudes else plan.levels.digits if plan.integer else ()

@@ -22,8 +22,8 @@ SUMLESS = ("avx2vnni", "avx2")
 centroid and multiplying it with as many activations takes no more."""
 _COLUMNS = 128  # of a chunk of activations, which tables share a scale in
 _ROW_COLUMNS = 1024  # of a chunk of kernels that decode some rows at a time
-_BLOCK_BYTES = 1 << 18
-"""Bytes of tables that a thread uses for all of its rows before it goes on: they stay in the second-level cache."""
+_BLOCK_BYTES = 1 << 14
+"""Bytes of tables that a thread uses for all of its rows before it goes on: they stay in the first-level cache."""
 
 
 def input_plan(spec: KernelSpec, schedule: Schedule) -> InputPlan:
@@ -136,9 +136,14 @@ class SumsPlan(InputPlan):
         return align(book.count * book.dim * entries(book) * 4)
 
     @property
+    def table_slots(self) -> int:
+        """Chunks' tables of a tile of tokens that there is room for: those of two blocks."""
+        return 2 * len(self.spec.segments) * self.tile_m * min(self.block_chunks, self.chunks)
+
+    @property
     def table_bytes(self) -> int:
-        """Bytes of the tables of a tile of tokens (of floats at most), and of the scales of their chunks."""
-        return align(len(self.spec.segments) * self.tile_m * self.chunks * (self.chunk_entries + 1) * 4)
+        """Bytes of these tables (of floats at most), and of the scales of their chunks."""
+        return align(self.table_slots * 4) + align(self.table_slots * self.chunk_entries * 4)
 
     @property
     def shared_bytes(self) -> int:

@@ -6,7 +6,10 @@ What differs by instruction set is in `text/sums_*.h`: entries are 16-bit words 
 
 from __future__ import annotations
 
+from itertools import product
+
 from lowbit.codegen.cpp.input_plan import ROWS, SumsPlan, entries
+from lowbit.codegen.cpp.plan import align
 from lowbit.codegen.cpp.sides import indent
 from lowbit.codegen.cpp.vector_lookup import first_tiles
 from lowbit.codegen.cpp.vector_plan import Book
@@ -20,8 +23,7 @@ _AHEAD = 1024
 def sums_types(plan: SumsPlan) -> list[str]:
     """Members of `Args`, and what `bind` does with them."""
     at = plan.shared_bytes - plan.table_bytes
-    floats = len(plan.spec.segments) * plan.tile_m * plan.chunks
-    return [f"table_scale = (float*)(shared + {at});", f"tables = (uint8_t*)(table_scale + {floats});"]
+    return [f"table_scale = (float*)(shared + {at});", f"tables = shared + {at + align(plan.table_slots * 4)};"]
 
 
 def prepare_books(plan: SumsPlan) -> list[str]:
@@ -67,8 +69,7 @@ def _tables(plan: SumsPlan) -> str:
     for book, at in _places(plan):
         size = entries(book)
         to, flat = f"fresh + g * {step} + {at}", f"a.flat_{book.name} + segment * {book.dim * size}"
-        lines.append(f"products<{book.dim}, {size}>(x, {flat}, {to});")
-        lines.append(f"if (kWords) sum += lb_float(largest_bits({to}, {size}));")
+        lines.append(f"sum += lb_float(products<{book.dim}, {size}>(x, {flat}, {to}));")
     lines += [
         "most = lb_bits(sum) > most ? lb_bits(sum) : most;",
         "}",
@@ -102,21 +103,24 @@ def _pass(plan: SumsPlan) -> str:
         at = f"(({tile} < last ? {tile} : last) * {part.columns} + c0 * {plan.chunk_cols // part.dim}) * {ROWS}"
         lines += [f"const uint8_t* {_index(book, w)} = a.{book.index} + {at};" for book in part.books]
     lines += [
-        "for (int64_t c = c0; c < c1; ++c) {",
-        f"const uint8_t* tables = a.tables + (slot + c) * {plan.chunk_entries} * kEntryBytes;",
+        "for (int64_t c = c0; c < c1; ++c, ++slot) {",
+        f"const uint8_t* tables = a.tables + slot * {plan.chunk_entries} * kEntryBytes;",
         f"const int64_t n = chunk_columns(c) / {part.dim};",
         *(f"Sums s{w} = no_sums();" for w in tiles),
         *(f"Found f{w} = no_found();" for w in tiles),
         "int64_t g = 0;",
         "#pragma GCC unroll 1",
         f"for (; g + {plan.steps} <= n; g += {plan.steps}) {{",
-        *(f"prefetch({_index(book, w)} + {_AHEAD});" for w in tiles for book in part.books),
+        *(
+            f"prefetch_far({_index(book, w)} + {_AHEAD + i * ROWS});"
+            for w, book, i in product(tiles, part.books, range(plan.steps))
+        ),
         *_steps(plan, plan.steps),
         "}",
     ]
     if plan.steps > 1:
         lines += ["#pragma GCC unroll 1", "for (; g < n; ++g) {", *_steps(plan, 1), "}"]
-    lines += [f"put_sums(y + {w * ROWS}, s{w}, f{w}, a.table_scale[slot + c]);" for w in tiles]
+    lines += [f"put_sums(y + {w * ROWS}, s{w}, f{w}, a.table_scale[slot]);" for w in tiles]
     return indent([*lines, "}", "}"])
 
 
@@ -129,8 +133,10 @@ def _steps(plan: SumsPlan, many: int) -> list[str]:
     lines, tiles = [], range(plan.pass_tiles)
     for i in range(many):
         for book, at in _places(plan):
-            table = f"tables + {i * plan.step_entries + at} * kEntryBytes"
-            lines += [f"look_up<{book.size}>(f{w}, {_index(book, w)} + {i * ROWS}, {table});" for w in tiles]
+            place = f"tables + {i * plan.step_entries + at} * kEntryBytes"
+            lines += ["{", f"const auto table = table_at<{book.size}>({place});"]
+            lines += [f"look_up<{book.size}>(f{w}, {_index(book, w)} + {i * ROWS}, table);" for w in tiles]
+            lines.append("}")
     lines += [f"add_up(s{w}, f{w});" for w in tiles]
     lines += [f"{_index(book, w)} += {many * ROWS};" for w in tiles for book in plan.part.books]
     return [*lines, f"tables += {many * plan.step_entries} * kEntryBytes;"]
@@ -148,27 +154,25 @@ def _finish(plan: SumsPlan) -> str:
 
 
 def _work(plan: SumsPlan) -> str:
-    """Tables of a tile of tokens are made by all threads; a barrier later each has its own rows, chunks after chunks
-    whose tables stay in its cache."""
+    """Tables of a block of chunks are made by all threads; a barrier later each has its own rows. The next block's lie
+    in another place, so that nobody has to wait until all have read them."""
     segments, row = len(plan.spec.segments), plan.pair * plan.unit_rows
     lines = [
         "static void work(const Args& a, int part, int parts, uint8_t* room) {",
         "float* const sums = (float*)room;",
         "const int64_t first = kUnits * part / parts, end = kUnits * (part + 1) / parts;",
+        "int64_t place_of_block = 0;",
         f"for (int64_t t0 = 0; t0 < a.m; t0 += {plan.tile_m}) {{",
         f"const int64_t tokens = a.m - t0 < {plan.tile_m} ? a.m - t0 : {plan.tile_m};",
-        f"const int64_t items = tokens * kChunks * {segments};",
-        "if (t0) {",
-        "#pragma omp barrier",
-        "}",
-        "for (int64_t i = items * part / parts; i < items * (part + 1) / parts; ++i) {",
-        "const int64_t c = i % kChunks, t = i / kChunks % tokens, segment = i / kChunks / tokens;",
-        f"make_tables(a, segment, t0 + t, c, i, sums + {plan.sum_floats});",
-        "}",
-        "#pragma omp barrier",
         f"memset(sums, 0, size_t(end - first) * size_t(tokens) * {row * 4});",
         f"for (int64_t c = 0; c < kChunks; c += {plan.block_chunks}) {{",
-        f"const int64_t c1 = c + {plan.block_chunks} < kChunks ? c + {plan.block_chunks} : kChunks;",
+        f"const int64_t chunks = kChunks - c < {plan.block_chunks} ? kChunks - c : {plan.block_chunks};",
+        f"const int64_t items = tokens * chunks * {segments};",
+        "for (int64_t i = items * part / parts; i < items * (part + 1) / parts; ++i) {",
+        "const int64_t t = i / chunks % tokens, segment = i / chunks / tokens;",
+        f"make_tables(a, segment, t0 + t, c + i % chunks, place_of_block + i, sums + {plan.sum_floats});",
+        "}",
+        "#pragma omp barrier",
         "for (int64_t u = first; u < end; ++u) {",
         "const Place p = place(u);",
         "for (int64_t t = 0; t < tokens; ++t) {",
@@ -176,11 +180,12 @@ def _work(plan: SumsPlan) -> str:
     ]
     for i in range(plan.pair):
         segment = str(i) if plan.silu else "p.segment"
-        slot = f"({segment} * tokens + t) * kChunks"
-        lines.append(f"pass(a, {segment}, p.unit, {slot}, c, c1, y + {i * plan.unit_rows});")
+        slot = f"place_of_block + ({segment} * tokens + t) * chunks"
+        lines.append(f"pass(a, {segment}, p.unit, {slot}, c, c + chunks, y + {i * plan.unit_rows});")
     lines += [
         "}",
         "}",
+        f"place_of_block = {plan.table_slots // 2} - place_of_block;",
         "}",
         "for (int64_t u = first; u < end; ++u) {",
         "const Place p = place(u);",

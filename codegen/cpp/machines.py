@@ -20,7 +20,8 @@ class Machine:
     sums: running sums that fit in registers beside what decoding needs. full: byte dot products take one instruction,
     with unsigned bytes of any size. halves: a 64-byte vector is two registers, of which there are 16; byte dot products
     that are not full take twice as many operations with bytes above 127. ahead: bytes that direct kernels fetch ahead,
-    all panels together, but at least 1024 in each; decode_ahead: those that decoding into a buffer fetches ahead.
+    all panels together, but at least 1024 in each; plane_ahead: those in each plane of a panel instead, where not 0;
+    decode_ahead: those that decoding into a buffer fetches ahead.
     """
 
     ghz: float
@@ -37,6 +38,7 @@ class Machine:
     end: float = 4.4
     unpack: float = 1.7
     ahead: int = 1024
+    plane_ahead: int = 0
     decode_ahead: int = 0
 
 
@@ -56,8 +58,9 @@ _ZEN3 = partial(
     decode_ahead=2048,
 )
 MACHINES = {
+    # Measured on Zen 4 cores.
+    "avx512vbmi": Machine(3.6, 26.0, 2.0, 1.0, 1.8, 1.8, 16, True, plane_ahead=2048),
     # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
-    "avx512vbmi": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True),
     "avx512vnni": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True),
     "avx512": Machine(3.1, 13.0, 2.0, 2.0, 5.0, 5.0, 16),
     # Measured on Zen 3 cores.

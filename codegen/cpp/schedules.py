@@ -10,8 +10,10 @@ from lowbit.codegen.cpp.plan import MADE, PANEL, half_factor, level_magnitudes, 
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
-__all__ = ["TILES", "schedules"]
+__all__ = ["FARTHEST", "TILES", "schedules"]
 
+FARTHEST = 4096
+"""Bytes ahead of which fetching makes sense: what lies further away is evicted before it is read."""
 _FEW = 4  # tokens
 _SIGNED = 2  # tokens that are given the signs of weights
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((4, 1), (2, 2), (1, 2)), 2: ((2, 1), (1, 2))}
@@ -39,7 +41,7 @@ def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
     signs, cpu = _signs(spec, arch, tokens), MACHINES[arch]
-    room = cpu.sums
+    room, planes = cpu.sums, len(spec.layout_.widths(spec.fmt.bits))
     for words in _words(spec, arch, tokens):
         digits, most = _sums(spec, arch, words), 4
         if not spec.limbs and half_factor(spec) is not None:
@@ -57,7 +59,7 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
             accs = max(1, min(2, room // (p * height * digits) // 2))
             residues = 1 if words or signs else _residues(spec, arch, room // (p * height * digits))
             accs = 1 if residues > 1 or cpu.halves else accs
-            ahead = max(1024, cpu.ahead // p)
+            ahead = min(FARTHEST, cpu.plane_ahead * planes) or max(1024, cpu.ahead // p)
             for prefetch in (ahead,) if cpu.halves else (ahead, 0):
                 found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
                 found = found.with_extra(shorts=1) if shorts else found

@@ -89,7 +89,7 @@ def fetched(plan: Plan, blocks: str = "") -> list[str]:
     if not plan.ahead:
         return []
     vectors = [(j, bits, v) for j, bits in enumerate(plan.planes) for v in range(bits)]
-    return [f"prefetch(w{j} + ({blocks}{plan.ahead}) * {64 * bits} + {64 * v});" for j, bits, v in vectors]
+    return [f"prefetch_far(w{j} + ({blocks}{plan.ahead}) * {64 * bits} + {64 * v});" for j, bits, v in vectors]
 
 
 def side_prefetch(plan: Plan, width: int, i: int, group: str) -> list[str]:

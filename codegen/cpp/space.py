@@ -14,7 +14,7 @@ from lowbit.codegen.cpp.input_plan import ROWS, SUMLESS, InputPlan, SumsPlan, lo
 from lowbit.codegen.cpp.lut_plan import lut_problem
 from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN_ARCHES, WORD_ARCHES
 from lowbit.codegen.cpp.plan import MADE, PANEL, Plan, magnitudes, plain_codes, short_steps
-from lowbit.codegen.cpp.schedules import schedules
+from lowbit.codegen.cpp.schedules import FARTHEST, schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.cpp.vector_schedules import byte_words, permute_of, vector_schedules
 from lowbit.codegen.schedule import Schedule, m_class
@@ -28,7 +28,6 @@ _REGISTERS["generic"] = 8
 _MOST_DIRECT, _LEAST_BUFFERED = 16, 3  # tokens for which the one and the other shape are worth a look
 _FETCHING = 64  # tokens up to which buffered kernels wait for weights
 _TILE_SUMS = 8  # vectors of sums of 64 rows, as words and as wider numbers
-_MOST_PREFETCH = 4096  # bytes: what lies further ahead is evicted before it is read
 
 
 def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
@@ -61,7 +60,7 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Sc
     plain = not words and plain_codes(spec)
     residues = ((2, 1), (1, 2), (1, 3), (1, 4)) if plain else ((2, 1),)
     splits = ((1, 1), *residues)
-    for height, panels, split, prefetch in product(heights, (1, 2, 4), splits, (0, 512, 1024, 2048)):
+    for height, panels, split, prefetch in product(heights, (1, 2, 4), splits, (0, 512, 1024, 2048, 4096)):
         found = Schedule(height, panels * PANEL, spec.chunk_blocks * 32)
         found = found.with_extra(accs=split[0], prefetch=prefetch)
         found = found.with_extra(residues=split[1]) if split[1] > 1 else found
@@ -202,8 +201,8 @@ def _no_lut(plan: Plan, arch: str) -> str | None:
 def _no_plan(plan: Plan, arch: str) -> str | None:
     if plan.schedule.get("lut", 0) and (why := _no_lut(plan, arch)):
         return why
-    if plan.prefetch > _MOST_PREFETCH or plan.prefetch % 64:
-        return f"{plan.prefetch} bytes ahead are not whole cache lines within {_MOST_PREFETCH}"
+    if plan.prefetch > FARTHEST or plan.prefetch % 64:
+        return f"{plan.prefetch} bytes ahead are not whole cache lines within {FARTHEST}"
     if plan.accs not in (1, 2):
         return f"sums are split in one or two, not in {plan.accs}"
     if plan.schedule.get("residues", 1) > 1 and (plan.residues == 1 or not MACHINES[arch].full):

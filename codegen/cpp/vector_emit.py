@@ -47,7 +47,7 @@ def emit_vector_text(plan: VectorPlan, arch: str) -> str:
     macros["LB_NORM"] = ("none", "col", "row").index(norm)
     if isinstance(plan, SumsPlan):
         lanes = _by_arch(arch, "lanes_x86.h", "lanes_x86.h", "lanes_generic.h")
-        headers = (lanes, "sums.h", "sums_avx512.h" if arch.startswith("avx512") else "sums_generic.h")
+        headers = (lanes, "sums_avx512.h" if arch.startswith("avx512") else "sums_generic.h", "sums.h")
         rows = ("vector_rows.h",)
         text = "\n".join([book_functions(plan), _prepare(plan), _place(plan), input_sums_text(plan)])
     elif isinstance(plan, BytesPlan):

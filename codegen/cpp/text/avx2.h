@@ -128,6 +128,7 @@ LB_INLINE F load_e4m3(const uint8_t* p) {
   return half_pairs(_mm256_and_si256(h, _mm256_set1_epi16(short(0xbfff))));
 }
 LB_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+LB_INLINE void prefetch_far(const void* p) { prefetch(p); }
 template <int N> LB_INLINE F lut(V x, const float* table) {
   return {_mm256_i32gather_ps(table, x.a, 4), _mm256_i32gather_ps(table, x.b, 4)};
 }

@@ -122,6 +122,7 @@ LB_INLINE F load_e4m3(const uint8_t* p) {
   return half(vor(vand(shl<8>(x), set1(0x8000)), vand(shl<7>(x), set1(0x3f80))));
 }
 LB_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+LB_INLINE void prefetch_far(const void* p) { prefetch(p); }
 template <int N> LB_INLINE F lut(V x, const float* table) {
   F y;
   for (int i = 0; i < 16; ++i) y[i] = table[x[i]];

@@ -1,7 +1,12 @@
 // Sums of entries of tables, for 64 rows at once: entries are floats, as they were computed, loaded one by one.
 
-constexpr bool kWords = false;
 constexpr int kEntryBytes = 4;
+
+// Nothing is scaled, so nobody asks for the largest.
+struct Most {};
+LB_INLINE Most no_most() { return {}; }
+LB_INLINE void take(Most&, F) {}
+LB_INLINE uint32_t bits_of(const Most&) { return 0; }
 
 // Nothing is widened: what is found is the sum.
 struct Sums {};
@@ -14,6 +19,8 @@ struct Found {
   float v[64];
 };
 LB_INLINE Found no_found() { return {}; }
+
+template <int SIZE> LB_INLINE const uint8_t* table_at(const uint8_t* from) { return from; }
 
 // Adds the entries that 64 indices choose.
 template <int SIZE> LB_INLINE void look_up(Found& found, const uint8_t* index, const uint8_t* table) {
