@@ -24,19 +24,25 @@ _PART_TILES = {16: ((4, 3), (6, 2)), 4: ((2, 1), (1, 2)), 2: ((1, 1), (1, 2))}
 
 
 def schedules(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
-    """Legal schedules for `m` tokens: direct kernels for up to 8, buffered ones from 4 on. Sums are looked up where dot
-    products take several instructions.
+    """Legal schedules for `m` tokens: direct kernels for up to 8 or 32, buffered ones from 4 on. Sums are looked up
+    where dot products take several instructions.
 
     The generic instruction set has no direct kernels: unrolled vectors that the machine lacks take minutes to compile.
     """
     pair = 2 if "silu_mul" in spec.epilogue else 1
     tokens = m_class(m)
-    if tokens <= 8 and arch != "generic":
+    if tokens <= _most_direct(arch) and arch != "generic":
         yield from _direct(spec, arch, tokens, pair)
         if arch in LUT_ARCHES and not MACHINES[arch].full and lut_problem(spec) is None:
             yield from _lut(spec, tokens, pair)
     if tokens > 2 or arch == "generic":
         yield from _buffered(spec, arch, tokens, pair)
+
+
+def _most_direct(arch: str) -> int:
+    """Tokens up to which weights may be decoded again for each tile of tokens: as fast as decoding them into a buffer
+    once where eight tokens are a tile."""
+    return 32 if MACHINES[arch].sums > 8 else 8
 
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:

@@ -107,7 +107,7 @@ def _bytes_predict(plan: BytesPlan, arch: str, m: int) -> float:
             looked = 1.12 if nbytes <= 1 << 14 else 1.29 if nbytes <= 1 << 15 else 1.8 if nbytes <= 1 << 19 else 3.0
             # Panels are stored, and with activations and sums take the codebook's place in the cache.
             looked += plan.buffered * (0.35 if nbytes <= 1 << 14 else 0.8)
-            slow = 1.0 if cpu.sums > 8 or plan.words else 1.2 if arch.startswith("avx2") else 2.0
+            slow = cpu.lookup if cpu.sums > 8 or plan.words else 1.2 if arch.startswith("avx2") else 2.0
             slow *= 1.5 if plan.words and part.lanes == 4 else 1.0  # sixteen of them fill a vector
             # Words of a pass's first token are multiplied while lookups wait.
             products = 0.2 * reuse + 0.6 * (m - reuse) if plan.words and not plan.buffered else m
@@ -131,7 +131,7 @@ def _dot_cycles(arch: str) -> float:
 def _permute_cycles(plan: BytesPlan, part: Part, book: Book, arch: str, m: int) -> float:
     """Cycles of one step of 64 indices, for all tokens: sorting, lookups, products; or reading the indices.
 
-    Fitted to 4096x4096 with 1 to 32 tokens (words: 1 to 16) on Cascade Lake, except for VBMI, which was not measured.
+    Fitted to 4096x4096 with 1 to 32 tokens (words: 1 to 16) on Cascade Lake, VBMI's on Zen 4.
     """
     cpu, words = MACHINES[arch], book.size > byte_entries(arch)
     sort, each = _found_cycles(book, arch)
@@ -155,12 +155,15 @@ def _table_cycles(book: Book, arch: str) -> float:
 def _found_cycles(book: Book, arch: str) -> tuple[float, float]:
     """Cycles of sorting one step's indices, and of looking up one coordinate.
 
-    A shuffle of bytes takes 16 entries, on VBMI 64; on AVX2 it is two halves, for which indices are prepared. A permute
-    of words takes 64 and is three instructions; four of them find half the bytes of two coordinates among 256.
+    A shuffle of bytes takes 16 entries, on VBMI a permute of two registers 128; on AVX2 it is two halves, for which
+    indices are prepared. A permute of words takes 64 and is three instructions; four of them find half the bytes of two
+    coordinates among 256.
     """
     if book.size > byte_entries(arch):
         return 6.3, 2.33 * math.ceil(book.size / 64)
-    pieces = math.ceil(book.size / (64 if arch == "avx512vbmi" else 16))
+    if arch == "avx512vbmi":
+        return 5.0, max(1.0, book.size / 128)
+    pieces = math.ceil(book.size / 16)
     if MACHINES[arch].sums > 8:
         return 3.0 + math.log2(pieces), float(pieces)
     return 2.0 + pieces, 2.5 * pieces - 1.6
@@ -194,7 +197,8 @@ def _input_predict(plan: InputPlan, arch: str, m: int) -> float:
     cpu, part = MACHINES[arch], plan.part
     vectors = sum(part.tiles) * ROWS * part.columns
     if isinstance(plan, SumsPlan):
-        made = len(plan.spec.segments) * part.columns * plan.step_entries * (part.dim / 16 / cpu.ops + 0.35)
+        kept = 0.9 if arch == "avx512vbmi" else 0.35
+        made = len(plan.spec.segments) * part.columns * plan.step_entries * (part.dim / 16 / cpu.ops + kept)
         looked = vectors * sum(_sum_cycles(book, arch) for book in part.books)
         read = vectors * len(part.books) / cpu.bandwidth * cpu.ghz
         cycles = max(m * (made + looked), read) + 0.5 * min(m * (made + looked), read)
@@ -217,8 +221,11 @@ def _row_lookup(book: Book, cpu: Machine) -> float:
 
 
 def _sum_cycles(book: Book, arch: str) -> float:
-    """Cycles of an entry that is looked up and added: permutes of words find 32 among 64; others are loads. Fitted to
-    4096x4096 with 1 to 16 tokens on Cascade Lake (64 and 128 entries: counted)."""
+    """Cycles of an entry that is looked up and added: permutes of words find 32 among 64, those of bytes halves of 64
+    among 128; others are loads. Fitted to 4096x4096 with 1 to 16 tokens on Cascade Lake (64 and 128 entries: counted),
+    256 entries of VBMI on Zen 4."""
+    if arch == "avx512vbmi":
+        return {32: 4.5, 64: 4.5, 128: 5.0, 256: 8.5}[entries(book)] / ROWS
     if not arch.startswith("avx512"):
         return 1.0
     return {32: 5.9, 64: 7.5, 128: 13.5, 256: 25.4}[entries(book)] / ROWS
