@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _cpp import BACKEND, DTYPES, Job, build, error, finished, launch, spec_of, tensors_of
+from _vbmi import emulated
 
 from lowbit.codegen.cpp.input_plan import SUMLESS
 from lowbit.codegen.schedule import M_CLASSES, Schedule
@@ -88,6 +89,19 @@ def test_every_instruction_set_this_machine_runs(arch: str) -> None:
     for job, run in zip(jobs, build(jobs), strict=True):
         # Without AVX-512 entries of tables are floats.
         check(run, job.spec, WORDS if arch.startswith("avx512") and job.spec.compute == "int16" else 1e-5, (1, 3, 17))
+
+
+@needs_compiler
+@pytest.mark.skipif(not isa_runs_here("avx512vnni"), reason="emulating avx512vbmi needs a machine with avx512vnni")
+def test_sums_by_permutes_of_bytes_emulated() -> None:
+    """Where one machine has them they are its own kernels, and tested above; this is for all others."""
+    jobs = [
+        Job(spec_for(fmt, segments, k, s, epilogue=epilogue, x_dtype=x, out_dtype=out), "avx512vbmi", 1, s)
+        for fmt, segments, k, s, epilogue, x, out in CASES
+        if s.get("sums", 0)
+    ]
+    for job, run in zip(jobs, build(jobs, emulated), strict=True):
+        check(run, job.spec, limit_of(job.spec), (1, 5))
 
 
 @needs_compiler
