@@ -67,10 +67,12 @@ def products_of(plan: Plan) -> Products:
 
 
 def _word_table(plan: Plan) -> str:
-    """`kWords`: see `Plan.word_table`."""
+    """`kWords`: see `Plan.word_table`. Behind words that a bit negates are the negated ones, for who looks up both."""
     if not plan.words or plan.word_table is None:
         return ""
-    return f"alignas(64) static const int16_t kWords[] = {{{', '.join(map(str, plan.word_table.integers))}}};\n"
+    low = plan.word_table.integers
+    words = low if plan.word_table.top < 0 else (*low, *(-x for x in low))
+    return f"alignas(64) static const int16_t kWords[] = {{{', '.join(map(str, words))}}};\n"
 
 
 def _constants(plan: Plan) -> dict[str, int]:

@@ -315,7 +315,7 @@ class WordProducts(IntProducts):
             high, *low = (f"word<{odd}>({super(WordProducts, self).weight(quad, e)})" for e in range(self._digits))
             return f"vadd(shl<{DIGIT_BITS}>({high}), {low[0]})" if low else high
         code = self.printer.text(self._codes(quad))
-        return f"{'word_of' if table.top < 0 else f'signed_word_of<{table.top}>'}(word<{odd}>({code}), kWords)"
+        return f"{'word_of' if table.top < 0 else f'signed_word_of<{table.top}>'}(lane<{odd}>({code}), kWords)"
 
     @property
     def _digits(self) -> int:

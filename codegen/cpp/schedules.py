@@ -104,15 +104,16 @@ def _words(spec: KernelSpec, arch: str, tokens: int) -> tuple[int, ...]:
 
     AVX-512: for two digits an activation. They are half as many instructions as products of digits when weights have
     two as well, and half as many sums to bring together at the end of short groups. For single tokens decoding counts
-    more. AVX2: where products of all digits take more operations, or as many and decoding is shared by some tokens;
-    shuffles that look up bytes make words of digits.
+    more, except where one permute looks up words of six bits (Zen 4). AVX2: where products of all digits take more
+    operations, or as many and decoding is shared by some tokens; shuffles that look up bytes make words of digits.
     """
     levels = spec.integer_levels
     if not spec.limbs or levels is None:
         return (0,)
     if arch.startswith("avx512"):
-        short = spec.parts > 1 or (spec.group_blocks == 1 and tokens > 16)
-        return (int(spec.limbs == 2 and (short or len(levels.digits) > 1) and tokens > 1),)
+        short = (spec.parts > 1 and tokens > 1) or (spec.group_blocks == 1 and tokens > 16)
+        wide = len(levels.digits) > 1 and (tokens > 1 or arch == "avx512vbmi")
+        return (int(spec.limbs == 2 and (short or wide)),)
     if arch not in WORD_ARCHES or _signs(spec, arch, tokens):
         return (0,)
     cpu, top, found = MACHINES[arch], max(map(max, levels.digits)), level_magnitudes(levels)

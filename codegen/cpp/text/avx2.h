@@ -168,6 +168,7 @@ LB_INLINE V dot(V acc, V codes, V x) { return kept({dot_half(acc.a, codes.a, x.a
 template <int ODD> LB_INLINE V word(V x) {
   return ODD ? V{_mm256_srli_epi16(x.a, 8), _mm256_srli_epi16(x.b, 8)} : vand(x, set1(0x00ff00ffu));
 }
+template <int ODD> LB_INLINE V lane(V x) { return word<ODD>(x); }
 template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
   uint16_t codes[32];
   int16_t y[32];

@@ -141,6 +141,7 @@ LB_INLINE V dot(V acc, V codes, V x) {
 // The even or odd bytes as 16-bit numbers; the entry of a table of 32 that the lowest five bits of each choose, and
 // this negated where bit BIT is set; acc + sum of 2 products in each 32-bit lane, exact.
 template <int ODD> LB_INLINE V word(V x) { return vand(ODD ? shr<8>(x) : x, set1(0x00ff00ffu)); }
+template <int ODD> LB_INLINE V lane(V x) { return word<ODD>(x); }
 template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
   uint16_t codes[32];
   int16_t y[32];

@@ -176,6 +176,7 @@ template <int ODD> LB_INLINE V word(V x) {
     return vreinterpretq_s32_u16(ODD ? vshrq_n_u16(y, 8) : vandq_u16(y, vdupq_n_u16(255)));
   });
 }
+template <int ODD> LB_INLINE V lane(V x) { return word<ODD>(x); }
 template <int BIT> LB_INLINE V signed_word_of(V x, const int16_t* table) {
   uint16_t codes[32];
   int16_t y[32];
