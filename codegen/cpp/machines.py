@@ -16,13 +16,13 @@ class Machine:
     and loads a cycle, in 64-byte units. dot: operations one dot product of bytes takes; word: one of 16-bit numbers;
     fma: one fused multiply-add of a kernel for many tokens. overlap: what the shorter of waiting for memory and
     computing adds to the other in kernels for few tokens (with `halves` in those that look sums up). end: operations
-    that bring the sums of a chunk to the result. unpack: operations that take one vector's codes out of a plane.
-    sums: running sums that fit in registers beside what decoding needs. full: byte dot products take one instruction,
-    with unsigned bytes of any size. halves: a 64-byte vector is two registers, of which there are 16; byte dot products
-    that are not full take twice as many operations with bytes above 127. ahead: bytes that direct kernels fetch ahead,
-    all panels together, but at least 1024 in each; plane_ahead: those in each plane of a panel instead, where not 0;
-    decode_ahead: those that decoding into a buffer fetches ahead. lookup: time of loading a centroid of bytes, beside
-    Cascade Lake's.
+    that bring the sums of a chunk to the result. unpack: operations that take one vector's codes out of a plane. sums:
+    running sums that fit in registers beside what decoding needs. full: byte dot products take one instruction, with
+    unsigned bytes of any size. halves: a 64-byte vector is two registers, of which there are 16; byte dot products that
+    are not full take twice as many operations with bytes above 127. ahead: bytes that direct kernels fetch ahead, all
+    panels together, but at least 1024 in each; far: they go into the second-level cache instead, and how many depends
+    on the format; decode_ahead: those that decoding into a buffer fetches ahead. lookup: time of loading a centroid of
+    bytes, beside Cascade Lake's.
     """
 
     ghz: float
@@ -39,7 +39,7 @@ class Machine:
     end: float = 4.4
     unpack: float = 1.7
     ahead: int = 1024
-    plane_ahead: int = 0
+    far: bool = False
     decode_ahead: int = 0
     lookup: float = 1.0
 
@@ -74,7 +74,7 @@ MACHINES = {
         overlap=0.15,
         end=7.8,
         unpack=0.3,
-        plane_ahead=2048,
+        far=True,
         lookup=0.68,
     ),
     # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
