@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from lowbit.codegen.attend import MAX_QUERIES, AttendSpec
 from lowbit.codegen.backend import Source
-from lowbit.codegen.cpp.assemble import ISA_FLAGS
+from lowbit.codegen.cpp.assemble import ISA_FLAGS, PRIMITIVES
 from lowbit.codegen.cpp.attend import attend_parts
 from lowbit.codegen.cpp.decoder.spec import DecoderSpec
 from lowbit.codegen.cpp.machines import MACHINES
@@ -26,9 +26,9 @@ def _text(*path: str) -> str:
 
 def emit_program(spec: DecoderSpec, arch: str) -> Source:
     """The program of `spec` for instruction set `arch`; a pure function of its arguments and the texts."""
-    header = "generic.h" if arch == "generic" else "avx512.h" if arch.startswith("avx512") else "avx2.h"
+    header, parts = PRIMITIVES[arch]
     macros: dict[str, int | str] = {
-        "LB_VNNI": int(arch.endswith("vnni")),
+        **parts,
         "LB_CODE_TOP": 255,
         "LB_KV_HALF": int(spec.cache == "f16"),
         "LB_PACKED": int(spec.packed is not None),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,10 +16,12 @@ from _models import SIZES, dequantized, round_to_nearest, swap_linears, tiny_lla
 from torch import nn
 
 import lowbit
+from lowbit.codegen.cpp.decoder.emit import emit_program
 from lowbit.codegen.cpp.toolchain import find_compiler
 from lowbit.codegen.reference.backend import decode_stored
 from lowbit.compiler.errors import KernelError, RunError
 from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.compiler.ir.target import CPU_ISAS, isa_compiles_here
 from lowbit.compiler.runtime import dispatch
 from lowbit.compiler.runtime.fused import SiblingLinear
 from lowbit.compiler.runtime.modules import QuantLinear
@@ -70,6 +74,19 @@ def test_logits_are_the_models(pair: tuple[Any, Any]) -> None:
     one = model(ids, logits_to_keep=2).logits[0]
     assert one.shape[0] == 2
     assert torch.allclose(one, got[-2:], atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["f32", "kv4.kc32.vt.w32.rot"])
+@pytest.mark.parametrize("arch", CPU_ISAS)
+def test_every_instruction_set_has_its_primitives(pair: tuple[Any, Any], arch: str, cache: str) -> None:
+    compiler = find_compiler() if isa_compiles_here(arch) else shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None or not (isa_compiles_here(arch) or arch.startswith("neon")):
+        pytest.skip(f"no compiler here makes code for {arch}")
+    source = emit_program(replace(pair[0].lowbit_program.spec, cache=cache), arch)
+    flags = [flag for flag in source.flags if flag != "-shared"]
+    command = [compiler, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(command, input=source.text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @torch.no_grad()
