@@ -1,10 +1,10 @@
 """CPU kernels side by side with torch, llama.cpp and onnxruntime, interleaved in one process, cold weights.
 
 Every kernel of one shape is visited in turn, and every visit uses the next of several copies of its weights, so that
-weights come from memory as they do in a model. One thread is timed with the thread's CPU clock, several with the wall
-clock. Medians and 5th percentiles are kept; ratios (of medians for one thread, of 5th percentiles for several) above 1
-mean that lowbit is faster. Rows of several threads are marked `contended` when those threads together read memory more
-slowly than one thread's CPU clock says it can: other processes held the cores, and the row says little.
+weights come from memory as they do in a model. One thread is timed with the CPU clock of the thread, several with the
+wall clock. Medians and 5th percentiles are kept; ratios of medians above 1 mean that lowbit is faster. Rows of several
+threads are marked `contended` when those threads together read memory more slowly than one by its CPU clock:
+other processes held the cores, and the row says little.
 
     python bench/cpu.py --quick --json bench/results/cpu.json
     python bench/cpu.py --formats int8.ch.sym int4.g128.sym --activations int8.token --tokens 1 16 512 \
@@ -57,6 +57,7 @@ from lowbit.quantizers.qtensor import PackedWeight
 BACKEND = CppBackend()
 COLD_BYTES = 128 << 20
 _WAITING = 0.025  # seconds; libgomp's threads wait in a loop for up to about 17 ms
+_WAKING = 0.012  # seconds; threads that wake on one core share it, 4 to 6 ms a call, until the scheduler's next rounds
 _PEERS = {"torch": "vs_torch", "ggml": "vs_llamacpp", "ik": "vs_ik_llamacpp", "ort": "vs_onnxruntime"}
 _TORCH_BITS = {"bf16": 16, "f32": 32, "int8": 8, "int4pack.g128": 4}
 Call = Callable[[], object]
@@ -224,7 +225,7 @@ def measure(
         for library, _ in ggml:
             library.set_threads(threads)
         times = interleaved([t.call for t in kernels], reps, threads)
-        peers = {t.label["format"]: typical_us(us, threads) for t, us in zip(kernels, times, strict=True)}
+        peers = {t.label["format"]: statistics.median(us) for t, us in zip(kernels, times, strict=True)}
         for timed, us in zip(kernels, times, strict=True):
             rows.append(
                 row(
@@ -241,23 +242,22 @@ def measure(
 def row(timed: Timed, us: list[float], where: dict[str, Any], roof: float, peers: dict[str, float]) -> dict[str, Any]:
     """One result: median and 5th percentile, share of the read bandwidth, and the peers' times over ours."""
     median, best = statistics.median(us), low(us)
-    typical = typical_us(us, where["threads"])
     found = {
         **timed.label,
         **where,
         "us": round(median, 1),
         "us_p5": round(best, 1),
-        "share_of_read_bandwidth": round(timed.nbytes / typical / 1e3 / roof, 3),
-        "gops": round(2e-3 * where["M"] * where["N"] * where["K"] / typical, 1),
-        "vs_torch_bf16": round(peers["torch bf16"] / typical, 2),
-        "vs_torch_f32": round(peers["torch f32"] / typical, 2),
-        "vs_torch_int4pack": round(peers["torch int4pack.g128"] / typical, 2),
+        "share_of_read_bandwidth": round(timed.nbytes / median / 1e3 / roof, 3),
+        "gops": round(2e-3 * where["M"] * where["N"] * where["K"] / median, 1),
+        "vs_torch_bf16": round(peers["torch bf16"] / median, 2),
+        "vs_torch_f32": round(peers["torch f32"] / median, 2),
+        "vs_torch_int4pack": round(peers["torch int4pack.g128"] / median, 2),
     }
     if "torch int8" in peers:
-        found["vs_torch_int8"] = round(peers["torch int8"] / typical, 2)
+        found["vs_torch_int8"] = round(peers["torch int8"] / median, 2)
     theirs = {name.removeprefix("ggml "): us for name, us in peers.items() if name.startswith("ggml ")}
     if "schedule" in found:
-        found |= against(peers, bits_of(found["format"]), typical)
+        found |= against(peers, bits_of(found["format"]), median)
     shape = f"M={where['M']:<4d} {where['N']}x{where['K']} {where['threads']}t"
     ratios = "  ".join(f"x{v:<5.2f} {peer.removeprefix('vs_torch_')}" for peer, v in found.items() if "vs_" in peer)
     kind = found.get("activation") or found["compute"]
@@ -267,7 +267,7 @@ def row(timed: Timed, us: list[float], where: dict[str, Any], roof: float, peers
         f"{found['share_of_read_bandwidth']:5.2f} of bandwidth {found['gops']:6.1f} GOP/s  {ratios}",
         flush=True,
     )
-    return found | ({"vs_ggml": {name: round(us / typical, 2) for name, us in theirs.items()}} if theirs else {})
+    return found | ({"vs_ggml": {name: round(us / median, 2) for name, us in theirs.items()}} if theirs else {})
 
 
 def bits_of(fmt: str) -> float:
@@ -278,7 +278,7 @@ def bits_of(fmt: str) -> float:
     return found.bits
 
 
-def against(peers: dict[str, float], bits: float, typical: float) -> dict[str, float]:
+def against(peers: dict[str, float], bits: float, median: float) -> dict[str, float]:
     """Time of each library's fastest kernel with codes of at least `bits` bits over ours."""
     best: dict[str, float] = {}
     for name, us in peers.items():
@@ -288,18 +288,12 @@ def against(peers: dict[str, float], bits: float, typical: float) -> dict[str, f
         width = int(kind[3]) if library == "ort" else {**BITS, **_TORCH_BITS}.get(kind.split()[0], 0)
         if width >= bits:
             best[column] = max(best.get(column, 0.0), 1 / us)
-    return {column: round(1 / rate / typical, 2) for column, rate in best.items()}
+    return {column: round(1 / rate / median, 2) for column, rate in best.items()}
 
 
 def low(us: list[float]) -> float:
     """The 5th percentile."""
     return sorted(us)[len(us) // 20]
-
-
-def typical_us(us: list[float], threads: int) -> float:
-    """What ratios are made of: the median of CPU time, or the 5th percentile of wall time, because on a shared machine
-    the median of several threads is the time the others' processes took."""
-    return statistics.median(us) if threads == 1 else low(us)
 
 
 def computes(fmt: str, rounded: bool = False) -> tuple[str, ...]:
@@ -441,7 +435,7 @@ def interleaved(calls: list[Call], reps: int, threads: int) -> list[list[float]]
     """Microseconds of every visit to each call, visited in turn; the first two rounds are not counted.
 
     Each library has threads of its own, which wait in a loop for a while after a call and so take the next one's cores:
-    with several threads a visit begins with a pause until they sleep, and a call that wakes its own.
+    with several threads a visit begins with a pause until they sleep, and with calls until its own are awake and apart.
     """
     clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
     times: list[list[int]] = [[] for _ in calls]
@@ -449,7 +443,10 @@ def interleaved(calls: list[Call], reps: int, threads: int) -> list[list[float]]
         for call, found in zip(calls, times, strict=True):
             if threads > 1:
                 time.sleep(_WAITING)
+                awake = time.perf_counter() + _WAKING
                 call()
+                while time.perf_counter() < awake:
+                    call()
             start = clock()
             call()
             found.append(clock() - start)
