@@ -56,7 +56,7 @@ from lowbit.quantizers.qtensor import PackedWeight
 
 BACKEND = CppBackend()
 COLD_BYTES = 128 << 20
-_WAITING = 0.025  # seconds; libgomp's threads wait in a loop for up to about 17 ms
+_PAUSE = 0.005  # seconds; threads wait in a loop after a call, libgomp's for 6 to 17 ms, onnxruntime's for 40
 _WAKING = 0.012  # seconds; threads that wake on one core share it, 4 to 6 ms a call, until the scheduler's next rounds
 _PEERS = {"torch": "vs_torch", "ggml": "vs_llamacpp", "ik": "vs_ik_llamacpp", "ort": "vs_onnxruntime"}
 _TORCH_BITS = {"bf16": 16, "f32": 32, "int8": 8, "int4pack.g128": 4}
@@ -442,7 +442,7 @@ def interleaved(calls: list[Call], reps: int, threads: int) -> list[list[float]]
     for _ in range(reps + 2):
         for call, found in zip(calls, times, strict=True):
             if threads > 1:
-                time.sleep(_WAITING)
+                settle()
                 awake = time.perf_counter() + _WAKING
                 call()
                 while time.perf_counter() < awake:
@@ -451,6 +451,15 @@ def interleaved(calls: list[Call], reps: int, threads: int) -> list[list[float]]
             call()
             found.append(clock() - start)
     return [[ns / 1e3 for ns in found[2:]] for found in times]
+
+
+def settle() -> None:
+    """Pause until none of this process's threads does anything, or for half a second."""
+    for _ in range(100):
+        before = time.process_time()
+        time.sleep(_PAUSE)
+        if time.process_time() - before < _PAUSE / 10:
+            return
 
 
 def read_bandwidth(threads: int) -> float:

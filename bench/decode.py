@@ -8,7 +8,8 @@
 Arms: `hf-fp32` and `hf-bf16`, transformers as it is; `inductor-bf16`, torch.compile, StaticCache, static shapes;
 `modules`, lowbit.compile; `backend`, torch.compile(backend="lowbit") likewise; `program`, the native program;
 `backend-head8` and `program-head8` with an output layer of 8 bits; `llama.cpp`. With several formats or kinds there is
-an arm for each; `modules:int4.g64.sym` asks for one only.
+an arm for each; `modules:int4.g64.sym` asks for one only. A format may name activations' behind it, as in
+`int4.g64.sym+int8.token`; without one they have 16 bits. llama.cpp rounds them to 8.
 
 The format and kind `file` are the GGUF file as it is: the same codes and scales in lowbit's kernels and in llama.cpp's.
 Otherwise llama.cpp requantizes the file. Its K kinds and TQ2_0 need rows of a multiple of 256; where a model has others
@@ -43,6 +44,7 @@ from torch import nn
 import lowbit
 from lowbit.compiler.job.models import find_model
 from lowbit.quantizers.formats import parse_format
+from lowbit.quantizers.formats.activation import parse_activation
 from lowbit.quantizers.scheme import Scheme
 
 BACKENDS = ("backend", "backend-head8")
@@ -201,7 +203,9 @@ def _build(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
 
 def _rounded(dense: nn.Module, text: str) -> nn.Module:
-    scheme = Scheme("bench", parse_format(text), "rtn", {"clip_search": False})
+    weight, _, activation = text.partition("+")
+    rounded = parse_activation(activation) if activation else None
+    scheme = Scheme("bench", parse_format(weight), "rtn", {"clip_search": False}, activation=rounded)
     return lowbit.quantize(copy.deepcopy(dense), scheme)
 
 

@@ -58,13 +58,28 @@ def _model(bits: int, n: int, k: int, m: int, seed: int) -> tuple[bytes, torch.T
     return model.SerializeToString(), weights.reshape(n, k)
 
 
+_shared: list[int] = []
+"""Threads of the pool that sessions share, once there is one: a process has one pool for good."""
+
+
 def products(ort: Any, bits: int, n: int, x: torch.Tensor, copies: int, threads: int) -> list[Callable[[], Any]]:
     """Calls that multiply x, float32 [M, K], with one copy each of random weights [n, K], on so many threads. The first
-    has run, and its result was compared. Raises RuntimeError where this version has no such kernel."""
+    has run, and its result was compared. Raises RuntimeError where this version has no such kernel.
+
+    Sessions share threads, as layers of one model do: threads of their own would sleep while the other copies have
+    their turns. The first number above one that is asked for gets the shared pool; sessions for others have their own.
+    """
     m, k = x.shape
     model, weights = _model(bits, n, k, m, 1)
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads, settings.inter_op_num_threads, settings.log_severity_level = threads, 1, 3
+    settings.log_severity_level = 3
+    if threads > 1 and not _shared:
+        ort.set_global_thread_pool_sizes(threads, 1)
+        _shared.append(threads)
+    if threads in _shared:
+        settings.use_per_session_threads = False
+    else:
+        settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
     given = {"x": x.numpy()}
     try:
         sessions = [ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"]) for _ in range(copies)]
