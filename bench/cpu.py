@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ _WAKING = 0.012  # seconds; threads that wake on one core share it, 4 to 6 ms a 
 _PEERS = {"torch": "vs_torch", "ggml": "vs_llamacpp", "ik": "vs_ik_llamacpp", "ort": "vs_onnxruntime"}
 _TORCH_BITS = {"bf16": 16, "f32": 32, "int8": 8, "int4pack.g128": 4}
 Call = Callable[[], object]
+Products = list[Callable[[torch.Tensor], object]]
 
 _READ = """
 #include <cstdint>
@@ -118,9 +120,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     ggml = [*open_ggml(options.ggml), *open_ggml(options.ik, fork=True)]
-    ort = Ort.open(options.ort)
     shapes = [(4096, 4096)] if options.quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
     shapes = [(n, k) for n, k in options.shape] if options.shape else shapes
+    ort = Ort.open(options.ort, shapes, options.threads)
     formats = ["int4.g128.asym", "int4.g128.sym", "int8.ch.sym", "int2.g64.asym", "int3.g128.asym", "int2.g64.fz"]
     formats += ["e3m2.ch", "e2m3.ch", "mxfp4", "nvfp4", "e4m3.ch", "vq.d4.k256", "vq.d8.k256.r256", "vq.d8.k4096"]
     formats += ["vq.d8.k256.r256.in", "vq.d4.k256.in"]
@@ -163,20 +165,29 @@ def save(
 
 @dataclass(frozen=True)
 class Ort:
-    """onnxruntime, if it is there and wanted, and the bits to measure."""
+    """onnxruntime, if it is there and wanted: its products by shape [N, K], bits and number of threads.
+
+    All are made before anything is measured, see `ort_peer.products`."""
 
     module: Any
-    bits: tuple[int, ...]
+    products: dict[tuple[int, int], dict[int, dict[int, Products]]]
 
     @staticmethod
-    def open(bits: list[int] | None) -> Ort | None:
+    def open(bits: list[int] | None, shapes: list[tuple[int, int]], counts: list[int]) -> Ort | None:
         module = None if bits == [] else ort_peer.find_onnxruntime()
         if module is None and bits:
             sys.exit("--ort needs onnxruntime and onnx, or LOWBIT_ORT naming the folder of an environment's packages")
         if module is None:
             print("onnxruntime is left out" + ("" if bits == [] else ": it or onnx is not here, LOWBIT_ORT is not set"))
             return None
-        return Ort(module, tuple(bits or ort_peer.BITS))
+        made: dict[tuple[int, int], dict[int, dict[int, Products]]] = {shape: {} for shape in shapes}
+        for threads, (n, k), b in product(sorted(counts), shapes, bits or ort_peer.BITS):
+            copies = max(2, COLD_BYTES // ort_peer.weight_bytes(b, n, k) + 1)
+            try:
+                made[n, k].setdefault(b, {})[threads] = ort_peer.products(module, b, n, k, copies, threads)
+            except RuntimeError as e:
+                print(e)
+        return Ort(module, made)
 
 
 Types = tuple[Ggml, list[str]]
@@ -389,33 +400,22 @@ def ggml_kernels(ggml: Ggml, kinds: list[str], n: int, x: torch.Tensor) -> list[
 
 
 def ort_kernels(ort: Ort, n: int, x: torch.Tensor) -> list[Timed]:
-    """onnxruntime's: groups of 128, scales float32, activations rounded inside to 8 bits in blocks. Its threads belong
-    to a session, so every number of threads has sessions of its own, made when they are first called."""
+    """onnxruntime's: groups of 128, scales float32, activations rounded inside to 8 bits in blocks."""
     found, ort_x = [], x.float().contiguous()
-    for bits in ort.bits:
-        size = n * ort_x.shape[1] * bits // 8 + n * ort_x.shape[1] // ort_peer.GROUP * 4
-        copies = max(2, COLD_BYTES // size + 1)
-        try:
-            made = {1: ort_peer.products(ort.module, bits, n, ort_x, copies, 1)}
-        except RuntimeError as e:
-            print(e)
-            continue
-        found.append(
-            Timed({"format": f"ort int{bits}.g128", "compute": "q8"}, sessions(made, ort, bits, n, ort_x), size)
-        )
+    for bits, made in ort.products[n, x.shape[1]].items():
+        label = {"format": f"ort int{bits}.g128", "compute": "q8"}
+        found.append(Timed(label, rotate(by_threads(made), ort_x, [()]), ort_peer.weight_bytes(bits, n, x.shape[1])))
     return found
 
 
-def sessions(made: dict[int, list[Call]], ort: Ort, bits: int, n: int, x: torch.Tensor) -> Call:
-    """A call that uses the next of the sessions for as many threads as torch has now."""
+def by_threads(made: dict[int, Products]) -> Callable[[torch.Tensor], None]:
+    """A function that uses the next of the products for as many threads as torch has now."""
     turn = [0]
 
-    def call() -> None:
-        threads = torch.get_num_threads()
-        if threads not in made:
-            made[threads] = ort_peer.products(ort.module, bits, n, x, len(made[1]), threads)
+    def call(x: torch.Tensor) -> None:
         turn[0] += 1
-        made[threads][turn[0] % len(made[threads])]()
+        copies = made[torch.get_num_threads()]
+        copies[turn[0] % len(copies)](x)
 
     return call
 

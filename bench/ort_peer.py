@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BITS", "GROUP", "find_onnxruntime", "products"]
+__all__ = ["BITS", "GROUP", "find_onnxruntime", "products", "weight_bytes"]
 
 BITS = (8, 4, 2)
 GROUP = 128
@@ -32,8 +32,13 @@ def find_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _model(bits: int, n: int, k: int, m: int, seed: int) -> tuple[bytes, torch.Tensor]:
-    """A model of one product with random weights, and these weights, float32 [n, k]."""
+def weight_bytes(bits: int, n: int, k: int) -> int:
+    """Size of a matrix with its scales."""
+    return n * k * bits // 8 + n * k // GROUP * 4
+
+
+def _model(bits: int, n: int, k: int, seed: int) -> tuple[bytes, torch.Tensor]:
+    """A model of one product of any number of tokens with random weights, and these weights, float32 [n, k]."""
     from onnx import TensorProto, helper, numpy_helper
 
     rng = torch.Generator().manual_seed(seed)
@@ -50,7 +55,9 @@ def _model(bits: int, n: int, k: int, m: int, seed: int) -> tuple[bytes, torch.T
         numpy_helper.from_array(packed.numpy(), "codes"),
         numpy_helper.from_array(scales.reshape(-1).numpy(), "scales"),
     ]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [m, size]) for name, size in (("x", k), ("y", n))]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", size]) for name, size in (("x", k), ("y", n))
+    ]
     graph = helper.make_graph([node], "product", ends[:1], ends[1:], initializers)
     domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=domains, ir_version=9)
@@ -62,15 +69,15 @@ _shared: list[int] = []
 """Threads of the pool that sessions share, once there is one: a process has one pool for good."""
 
 
-def products(ort: Any, bits: int, n: int, x: torch.Tensor, copies: int, threads: int) -> list[Callable[[], Any]]:
-    """Calls that multiply x, float32 [M, K], with one copy each of random weights [n, K], on so many threads. The first
+def products(ort: Any, bits: int, n: int, k: int, copies: int, threads: int) -> list[Callable[[torch.Tensor], object]]:
+    """Functions that multiply x, float32 [M, K], with one copy each of random weights [n, K], on so many threads. One
     has run, and its result was compared. Raises RuntimeError where this version has no such kernel.
 
-    Sessions share threads, as layers of one model do: threads of their own would sleep while the other copies have
-    their turns. The first number above one that is asked for gets the shared pool; sessions for others have their own.
+    Sessions of several threads share them, as layers of one model do: threads of their own would sleep while the other
+    copies have their turns. The first number above one that is asked for gets the shared pool; a process has one, and
+    makes no sessions with threads of their own once it is there. So those of one thread must be made before.
     """
-    m, k = x.shape
-    model, weights = _model(bits, n, k, m, 1)
+    model, weights = _model(bits, n, k, 1)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     if threads > 1 and not _shared:
@@ -80,13 +87,13 @@ def products(ort: Any, bits: int, n: int, x: torch.Tensor, copies: int, threads:
         settings.use_per_session_threads = False
     else:
         settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
-    given = {"x": x.numpy()}
+    x = torch.randn(2, k, generator=torch.Generator().manual_seed(0))
     try:
         sessions = [ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"]) for _ in range(copies)]
-        got = torch.from_numpy(sessions[0].run(None, given)[0])
+        got = torch.from_numpy(sessions[0].run(None, {"x": x.numpy()})[0])
     except Exception as e:  # onnxruntime's own classes, which differ from version to version
         raise RuntimeError(f"onnxruntime has no {bits}-bit product: {str(e).splitlines()[0]}") from e
     exact = x @ weights.T
     error = float((got - exact).norm() / exact.norm())
     assert error < 0.05, f"onnxruntime's {bits}-bit product is off by {error:.0%}"
-    return [lambda session=session: session.run(None, given) for session in sessions]  # type: ignore[misc]
+    return [lambda x, session=session: session.run(None, {"x": x.numpy()}) for session in sessions]  # type: ignore[misc]
