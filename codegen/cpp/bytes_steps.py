@@ -29,10 +29,6 @@ class Operands:
     made: dict[int, str]
 
 
-_AHEAD = 1024
-"""Bytes of indices that are fetched ahead."""
-
-
 def bytes_direct_text(plan: BytesPlan) -> str:
     """Passes over each codebook, units, and `work`, which runs one thread's share."""
     texts = [first_tiles(part) for part in plan.parts]
@@ -78,7 +74,7 @@ def columns_loop(
 
     # Hardware follows the streams of indices within a page.
     streams = ("p", "q") if plan.many(part) > TILE else ("p",)
-    fetch = [f"prefetch((const uint8_t*){index} + {_AHEAD});" for index in streams if ahead]
+    fetch = [f"prefetch_far((const uint8_t*){index} + {plan.prefetch});" for index in streams if ahead]
     return [
         "int64_t k = 0;",
         "#pragma GCC unroll 1",

@@ -16,9 +16,6 @@ from lowbit.codegen.cpp.vector_plan import Book
 
 __all__ = ["input_sums_text", "prepare_books", "sums_types"]
 
-_AHEAD = 1024
-"""Bytes of indices that are fetched ahead."""
-
 
 def sums_types(plan: SumsPlan) -> list[str]:
     """Members of `Args`, and what `bind` does with them."""
@@ -112,7 +109,7 @@ def _pass(plan: SumsPlan) -> str:
         "#pragma GCC unroll 1",
         f"for (; g + {plan.steps} <= n; g += {plan.steps}) {{",
         *(
-            f"prefetch_far({_index(book, w)} + {_AHEAD + i * ROWS});"
+            f"prefetch_far({_index(book, w)} + {plan.prefetch + i * ROWS});"
             for w, book, i in product(tiles, part.books, range(plan.steps))
         ),
         *_steps(plan, plan.steps),

@@ -16,7 +16,7 @@ from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN
 from lowbit.codegen.cpp.plan import MADE, PANEL, Plan, magnitudes, plain_codes, short_steps
 from lowbit.codegen.cpp.schedules import FARTHEST, schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
-from lowbit.codegen.cpp.vector_schedules import byte_words, permute_of, vector_schedules
+from lowbit.codegen.cpp.vector_schedules import byte_words, far_ahead, permute_of, vector_schedules
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
@@ -41,6 +41,7 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
         yield from vector_schedules(spec, arch, m)
         found = list(_vector_space(tokens, (8,) if spec.limbs else (1, 2, 4, 8)))
         found += [s.with_extra(words=1) for s in found] if spec.limbs and byte_words(arch) else []
+        found = [far_ahead(s, arch) for s in found] if spec.limbs else found
         yield from found
         if permute := permute_of(spec, arch):
             yield from _permuted(found, permute, max(part.dim for part in BytesPlan(spec, Schedule()).parts))
@@ -109,7 +110,7 @@ def _vector_space(tokens: int, passes: tuple[int, ...]) -> Iterator[Schedule]:
 def _input_space(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Schedule]:
     if tokens <= _MOST_DIRECT and looks_sums_up(spec) and arch not in SUMLESS:
         for height, tiles in product([h for h in (1, 2, 4, 8) if h <= tokens], (1, 2)):
-            yield Schedule(height, tiles * ROWS).with_extra(sums=1)
+            yield far_ahead(Schedule(height, tiles * ROWS).with_extra(sums=1), arch)
     yield from _vector_space(tokens, (2, 4, 8))
 
 
@@ -120,7 +121,8 @@ def _permuted(loaded: list[Schedule], permute: int, dim: int) -> Iterator[Schedu
             yield schedule.with_extra(permute=permute)
         else:
             for coordinates in (2, *(c for c in (4, 8, 16) if c < 2 * dim)):
-                yield Schedule(schedule.tile_m, coordinates * PANEL).with_extra(permute=permute)
+                ahead = {"prefetch": far} if (far := schedule.get("prefetch", 0)) else {}
+                yield Schedule(schedule.tile_m, coordinates * PANEL).with_extra(permute=permute, **ahead)
 
 
 def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:

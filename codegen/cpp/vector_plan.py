@@ -103,6 +103,7 @@ class VectorPlan(KernelPlan):
     """Sizes of one kernel of a vector format. Schedule fields it reads, besides those of every kernel:
 
     extra `vectors`: vectors whose sums a direct kernel keeps in registers at a time, a power of two up to 8.
+    extra `prefetch`: bytes ahead of which indices are fetched, 1024 without it; kernels of floats do not fetch.
     A unit of work is the fewest whole tiles (of 8 vectors) whose rows are also whole outlier vectors.
     """
 
@@ -120,6 +121,11 @@ class VectorPlan(KernelPlan):
     def vectors(self) -> int:
         """Vectors of one pass of a direct kernel."""
         return self.schedule.get("vectors", TILE)
+
+    @property
+    def prefetch(self) -> int:
+        """Bytes ahead of which indices are fetched."""
+        return self.schedule.get("prefetch", 1024)
 
     @property
     def pair(self) -> int:
