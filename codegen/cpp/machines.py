@@ -75,7 +75,7 @@ MACHINES = {
         end=7.8,
         unpack=0.3,
         far=True,
-        lookup=0.68,
+        lookup=0.5,
     ),
     # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
     "avx512vnni": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True),

@@ -113,12 +113,13 @@ def _bytes_predict(plan: BytesPlan, arch: str, m: int) -> float:
             nbytes = book.size * book.lanes
             looked = 1.12 if nbytes <= 1 << 14 else 1.29 if nbytes <= 1 << 15 else 1.8 if nbytes <= 1 << 19 else 3.0
             # Panels are stored, and with activations and sums take the codebook's place in the cache.
-            looked += plan.buffered * (0.35 if nbytes <= 1 << 14 else 0.8)
+            stored = plan.buffered * (0.35 if nbytes <= 1 << 14 else 0.8)
             slow = cpu.lookup if cpu.sums > 8 or plan.words else 1.2 if arch.startswith("avx2") else 2.0
             slow *= 1.5 if plan.words and part.lanes == 4 else 1.0  # sixteen of them fill a vector
+            found = looked * slow + stored * max(1.0, slow)
             # Words of a pass's first token are multiplied while lookups wait.
             products = 0.2 * reuse + 0.6 * (m - reuse) if plan.words and not plan.buffered else m
-            cycles += vectors * (reuse * looked * slow + products * part.lanes / BLOCK * _product_cycles(plan, arch))
+            cycles += vectors * (reuse * found + products * part.lanes / BLOCK * _product_cycles(plan, arch))
     return cycles
 
 
@@ -169,7 +170,7 @@ def _found_cycles(book: Book, arch: str) -> tuple[float, float]:
     if book.size > byte_entries(arch):
         return 6.3, 2.33 * math.ceil(book.size / 64)
     if arch == "avx512vbmi":
-        return 5.0, max(1.0, book.size / 128)
+        return 3.5, max(1.0, book.size / 128)
     pieces = math.ceil(book.size / 16)
     if MACHINES[arch].sums > 8:
         return 3.0 + math.log2(pieces), float(pieces)
