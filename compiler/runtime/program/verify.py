@@ -27,12 +27,16 @@ __all__ = ["reference_layers", "verify_program"]
 
 _log = logging.getLogger("lowbit")
 
-TOLERANCE = {"float": 2e-3, "int16": 1e-2, "int8": 0.3}
-"""Largest allowed root-mean-square difference of logits, relative to their spread, by how products are formed."""
-ROUNDING = {"float": 2.0**-13, "int16": 2.0**-15, "int8": 2.0**-8}
-"""How far kernels move activations, relative to a token's largest, by how products are formed."""
+ROUNDED = "rounded"
+TOLERANCE = {"float": 2e-3, "int16": 1e-2, "int8": 0.3, ROUNDED: 2e-2}
+"""Largest allowed root-mean-square difference of logits, relative to their spread, by how products are formed; of
+layers whose inputs have a format, and so are rounded by the reference too, the difference that some other levels make.
+"""
+ROUNDING = {"float": 2.0**-13, "int16": 2.0**-15, "int8": 2.0**-8, ROUNDED: 2.0**-15}
+"""How far kernels move activations, relative to a token's largest, by how products are formed. Where inputs have a
+format it is the order of sums before them, 2**-20 or less, that takes some to another level; farther, more do."""
 _SENSITIVE = 4.0  # times what such a movement of all activations does to the logits; and never more than
-_MOST = 0.3
+_MOST = {"float": 0.3, "int16": 0.3, "int8": 0.3, ROUNDED: 0.6}
 
 
 @contextlib.contextmanager
@@ -56,14 +60,14 @@ def reference_layers(model: nn.Module, moved: bool = False) -> Iterator[None]:
 
 
 def _reference(layer: PackedLinear, moved: bool) -> Any:
-    spec, rng = parse_spec(layer.key), torch.Generator().manual_seed(1)
+    spec, rng, kind = parse_spec(layer.key), torch.Generator().manual_seed(1), _kind(layer)
 
     def forward(
         x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         flat = x.reshape(-1, spec.k)
         if moved:
-            far = flat.abs().amax(1, keepdim=True) * ROUNDING[layer.compute]
+            far = flat.abs().amax(1, keepdim=True) * ROUNDING[kind]
             flat = flat + far * (2 * torch.rand(flat.shape, generator=rng) - 1).to(flat.dtype)
         rest = None if residual is None else residual.reshape(-1, spec.n_out)
         packed = layer.packed()
@@ -71,6 +75,11 @@ def _reference(layer: PackedLinear, moved: bool) -> Any:
         return y.to(x.dtype).view(*x.shape[:-1], spec.n_out)
 
     return forward
+
+
+def _kind(layer: PackedLinear) -> str:
+    """How a layer's products are formed, as the tables above name it."""
+    return ROUNDED if parse_spec(layer.key).activation else layer.compute
 
 
 def _decoded(weight: PackedWeight) -> torch.Tensor | None:
@@ -87,7 +96,8 @@ def verify_program(program: DecoderProgram, model: nn.Module, prompt: int = 6, s
     """Run a prompt and single tokens through both; returns the relative difference of the logits.
 
     Raises RunError (LB0565) when it is not rounding: the model does something the program does not. A model may make
-    much of rounding (one with weights of two bits that nobody tuned does): where the difference is beyond what is
+    much of rounding (one with weights of two bits that nobody tuned does; SmolLM2-135M's logits differ by 0.3 once a
+    single input that is rounded to 8 bits went to its other level): where the difference is beyond what is
     usual, it is compared with what moving the model's own activations as far as kernels round them does to its logits.
     Sparse layers of the model follow the program's choice of experts, which is held to the same limit (see `routing`).
     """
@@ -111,12 +121,13 @@ def verify_program(program: DecoderProgram, model: nn.Module, prompt: int = 6, s
         return float((found - want).square().mean().sqrt() / spread)
 
     error, what = max((difference(got), "logits"), (off, "router logits"))
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    limit = max((TOLERANCE[m.compute] for m in packed), default=TOLERANCE["float"])
+    kinds = {_kind(m) for m in model.modules() if isinstance(m, PackedLinear)} or {"float"}
+    limit = max(TOLERANCE[kind] for kind in kinds)
     low = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     limit += {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(low, 0.0)
     if not error <= limit:
-        usual, limit = limit, max(limit, min(_MOST, _SENSITIVE * difference(logits(moved=True)[0])))
+        most = max(_MOST[kind] for kind in kinds)
+        usual, limit = limit, max(limit, min(most, _SENSITIVE * difference(logits(moved=True)[0])))
         if error <= limit:
             _log.warning("this model makes much of rounding: %s differ by %.2g, usual are %.2g", what, error, usual)
     if not error <= limit:

@@ -32,6 +32,8 @@ from lowbit.compiler.runtime.program.install import compile_program
 from lowbit.compiler.runtime.program.parts import read_decoder
 from lowbit.compiler.runtime.program.verify import _decoded, verify_program
 from lowbit.quantizers.formats import catalog, parse_format
+from lowbit.quantizers.formats.activation import parse_activation
+from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import pack_weights, random_weight
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
@@ -276,6 +278,17 @@ def test_a_difference_may_be_as_large_as_rounding_makes_it(wrong: bool, monkeypa
             verify_program(program, model)
     else:
         assert verify_program(program, model) > 1e-9
+
+
+def test_rounded_inputs_hide_no_mistake() -> None:
+    """A program rounds what the reference rounds, to the same levels but for a few: other differences are its own."""
+    scheme = Scheme("rounded", parse_format("int8.ch.sym"), "rtn", {}, activation=parse_activation("int8.token"))
+    model = lowbit.compile(lowbit.quantize(_loud(tiny_llama()), scheme), max_tokens=8)
+    parts = read_decoder(model, 48, "f32")
+    assert verify_program(DecoderProgram(parts, max_tokens=8, context=48), model) < 0.02
+    parts.rope[:, 1].neg_()
+    with pytest.raises(RunError, match="LB0565"):
+        verify_program(DecoderProgram(parts, max_tokens=8, context=48), model)
 
 
 def test_refusals_name_the_part() -> None:
