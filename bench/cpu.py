@@ -167,7 +167,7 @@ def save(
 class Ort:
     """onnxruntime, if it is there and wanted: its products by shape [N, K], bits and number of threads.
 
-    All are made before anything is measured, see `ort_peer.products`."""
+    All are made before anything is measured, those of one thread first, see `ort_peer.share_threads`."""
 
     module: Any
     products: dict[tuple[int, int], dict[int, dict[int, Products]]]
@@ -180,13 +180,23 @@ class Ort:
         if module is None:
             print("onnxruntime is left out" + ("" if bits == [] else ": it or onnx is not here, LOWBIT_ORT is not set"))
             return None
+        several = [threads for threads in counts if threads > 1]
+        if len(several) > 1:
+            why = f"a process has one number of threads to share, not {several}"
+            if bits:
+                sys.exit(f"--ort takes 1 and one other number of --threads: {why}")
+            print(f"onnxruntime is left out: {why}")
+            return None
         made: dict[tuple[int, int], dict[int, dict[int, Products]]] = {shape: {} for shape in shapes}
-        for threads, (n, k), b in product(sorted(counts), shapes, bits or ort_peer.BITS):
-            copies = max(2, COLD_BYTES // ort_peer.weight_bytes(b, n, k) + 1)
-            try:
-                made[n, k].setdefault(b, {})[threads] = ort_peer.products(module, b, n, k, copies, threads)
-            except RuntimeError as e:
-                print(e)
+        for threads in sorted(counts):
+            if threads > 1:
+                ort_peer.share_threads(module, threads)
+            for (n, k), b in product(shapes, bits or ort_peer.BITS):
+                copies = max(2, COLD_BYTES // ort_peer.weight_bytes(b, n, k) + 1)
+                try:
+                    made[n, k].setdefault(b, {})[threads] = ort_peer.products(module, b, n, k, copies, threads > 1)
+                except RuntimeError as e:
+                    print(e)
         return Ort(module, made)
 
 

@@ -43,8 +43,7 @@ from torch import nn
 
 import lowbit
 from lowbit.compiler.job.models import find_model
-from lowbit.quantizers.formats import parse_format
-from lowbit.quantizers.formats.activation import parse_activation
+from lowbit.quantizers.formats import parse_activation, parse_format
 from lowbit.quantizers.scheme import Scheme
 
 BACKENDS = ("backend", "backend-head8")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BITS", "GROUP", "find_onnxruntime", "products", "weight_bytes"]
+__all__ = ["BITS", "GROUP", "find_onnxruntime", "products", "share_threads", "weight_bytes"]
 
 BITS = (8, 4, 2)
 GROUP = 128
@@ -65,28 +65,22 @@ def _model(bits: int, n: int, k: int, seed: int) -> tuple[bytes, torch.Tensor]:
     return model.SerializeToString(), weights.reshape(n, k)
 
 
-_shared: list[int] = []
-"""Threads of the pool that sessions share, once there is one: a process has one pool for good."""
+def share_threads(ort: Any, threads: int) -> None:
+    """Make the threads that sessions of several threads share, as layers of one model do: threads of their own would
+    sleep while the other copies have their turns. A process does it once, and makes no sessions of one thread then."""
+    ort.set_global_thread_pool_sizes(threads, 1)
 
 
-def products(ort: Any, bits: int, n: int, k: int, copies: int, threads: int) -> list[Callable[[torch.Tensor], object]]:
-    """Functions that multiply x, float32 [M, K], with one copy each of random weights [n, K], on so many threads. One
-    has run, and its result was compared. Raises RuntimeError where this version has no such kernel.
-
-    Sessions of several threads share them, as layers of one model do: threads of their own would sleep while the other
-    copies have their turns. The first number above one that is asked for gets the shared pool; a process has one, and
-    makes no sessions with threads of their own once it is there. So those of one thread must be made before.
-    """
+def products(ort: Any, bits: int, n: int, k: int, copies: int, shared: bool) -> list[Callable[[torch.Tensor], object]]:
+    """Functions that multiply x, float32 [M, K], with one copy each of random weights [n, K], on the shared threads or
+    on one. One has run, and its result was compared. Raises RuntimeError where this version has no such kernel."""
     model, weights = _model(bits, n, k, 1)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
-    if threads > 1 and not _shared:
-        ort.set_global_thread_pool_sizes(threads, 1)
-        _shared.append(threads)
-    if threads in _shared:
+    if shared:
         settings.use_per_session_threads = False
     else:
-        settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+        settings.intra_op_num_threads = settings.inter_op_num_threads = 1
     x = torch.randn(2, k, generator=torch.Generator().manual_seed(0))
     try:
         sessions = [ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"]) for _ in range(copies)]

@@ -41,10 +41,10 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
         yield from vector_schedules(spec, arch, m)
         found = list(_vector_space(tokens, (8,) if spec.limbs else (1, 2, 4, 8)))
         found += [s.with_extra(words=1) for s in found] if spec.limbs and byte_words(arch) else []
-        found = [far_ahead(s, arch) for s in found] if spec.limbs else found
-        yield from found
         if permute := permute_of(spec, arch):
-            yield from _permuted(found, permute, max(part.dim for part in BytesPlan(spec, Schedule()).parts))
+            dim = max(part.dim for part in BytesPlan(spec, Schedule()).parts)
+            found += _permuted(list(found), permute, dim)
+        yield from (far_ahead(s, arch) if spec.limbs else s for s in found)
         return
     yield from schedules(spec, arch, m)
     if tokens <= _MOST_DIRECT and arch in LUT_ARCHES and lut_problem(spec) is None:
@@ -121,8 +121,7 @@ def _permuted(loaded: list[Schedule], permute: int, dim: int) -> Iterator[Schedu
             yield schedule.with_extra(permute=permute)
         else:
             for coordinates in (2, *(c for c in (4, 8, 16) if c < 2 * dim)):
-                ahead = {"prefetch": far} if (far := schedule.get("prefetch", 0)) else {}
-                yield Schedule(schedule.tile_m, coordinates * PANEL).with_extra(permute=permute, **ahead)
+                yield Schedule(schedule.tile_m, coordinates * PANEL).with_extra(permute=permute)
 
 
 def illegal(spec: KernelSpec, schedule: Schedule, arch: str) -> str | None:

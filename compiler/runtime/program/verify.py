@@ -68,6 +68,8 @@ def _reference(layer: PackedLinear, moved: bool) -> Any:
         flat = x.reshape(-1, spec.k)
         if moved:
             far = flat.abs().amax(1, keepdim=True) * ROUNDING[kind]
+            if kind == ROUNDED:  # the model's own numbers, which the program has as float32, decide between levels too
+                far = far + flat.abs() * torch.finfo(flat.dtype).eps
             flat = flat + far * (2 * torch.rand(flat.shape, generator=rng) - 1).to(flat.dtype)
         rest = None if residual is None else residual.reshape(-1, spec.n_out)
         packed = layer.packed()

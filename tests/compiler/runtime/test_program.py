@@ -31,8 +31,7 @@ from lowbit.compiler.runtime.program.engine import DecoderProgram
 from lowbit.compiler.runtime.program.install import compile_program
 from lowbit.compiler.runtime.program.parts import read_decoder
 from lowbit.compiler.runtime.program.verify import _decoded, verify_program
-from lowbit.quantizers.formats import catalog, parse_format
-from lowbit.quantizers.formats.activation import parse_activation
+from lowbit.quantizers.formats import catalog, parse_activation, parse_format
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import pack_weights, random_weight
 
@@ -280,15 +279,26 @@ def test_a_difference_may_be_as_large_as_rounding_makes_it(wrong: bool, monkeypa
         assert verify_program(program, model) > 1e-9
 
 
+def _rounded(activation: str, dtype: torch.dtype) -> Any:
+    scheme = Scheme("rounded", parse_format("int8.ch.sym"), "rtn", {}, activation=parse_activation(activation))
+    return lowbit.compile(lowbit.quantize(_loud(tiny_llama()).to(dtype), scheme), max_tokens=8)
+
+
 def test_rounded_inputs_hide_no_mistake() -> None:
     """A program rounds what the reference rounds, to the same levels but for a few: other differences are its own."""
-    scheme = Scheme("rounded", parse_format("int8.ch.sym"), "rtn", {}, activation=parse_activation("int8.token"))
-    model = lowbit.compile(lowbit.quantize(_loud(tiny_llama()), scheme), max_tokens=8)
+    model = _rounded("int8.token", torch.float32)
     parts = read_decoder(model, 48, "f32")
     assert verify_program(DecoderProgram(parts, max_tokens=8, context=48), model) < 0.02
     parts.rope[:, 1].neg_()
     with pytest.raises(RunError, match="LB0565"):
         verify_program(DecoderProgram(parts, max_tokens=8, context=48), model)
+
+
+def test_numbers_of_16_bits_go_to_other_levels() -> None:
+    """Coarse levels make much of the model's own rounding, which the program does not do."""
+    model = _rounded("int4.token", torch.bfloat16)
+    usual = verify.TOLERANCE[verify.ROUNDED] + 0.05
+    assert usual < verify_program(DecoderProgram(read_decoder(model, 48, "f32"), max_tokens=8, context=48), model) < 0.3
 
 
 def test_refusals_name_the_part() -> None:
