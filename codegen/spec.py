@@ -182,8 +182,10 @@ class KernelSpec:
             sides += ["output_scale"] * (self.out_rounding is not None and self.out_rounding.static)
             return (*planes, "scale", *sides)
         books = ["", *(["residual_"] if v.residual else []), *(["outlier_"] if v.outliers else [])]
-        kinds = ("index", "book", "book_scale") if v.scaled else ("index", "book")
-        parts = [f"{book}{kind}" for book in books for kind in kinds]
+        parts = []
+        for book in books:
+            scale = ["book_scale"] if v.scaled and book != "residual_" else []
+            parts += [f"{book}{kind}" for kind in ("index", "book", *scale)]
         parts += ["columns"] if v.ordered else []
         parts += ["norm_scale", "norm_bias"] if v.norm != "none" else []
         return (*parts, *["output_scale"] * (self.out_rounding is not None and self.out_rounding.static))

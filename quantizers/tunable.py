@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.quantizers.codebooks import store_book
+from lowbit.quantizers.codebooks import store_books
 from lowbit.quantizers.qtensor import QTensor
-from lowbit.quantizers.vqtensor import BOOKS, VQTensor, book_tensors, dequantize_with
+from lowbit.quantizers.vqtensor import BOOKS, VQTensor, added_books, book_tensors, dequantize_with
 from lowbit.quantizers.weights import QWeight
 
 __all__ = ["Tunable", "TunableScalar", "TunableVectors", "tunable"]
@@ -37,16 +37,14 @@ class Tunable(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The side values as they would be stored, differentiable with respect to their masters."""
-        rounded = {}
-        for name, master in self.named_parameters():
-            near = self._near(name, master.detach())
-            rounded[name] = master + (near - master.detach())
-        return rounded
+        near = self._near()
+        return {name: master + (near[name] - master.detach()) for name, master in self.named_parameters()}
 
-    def _near(self, name: str, master: Tensor) -> Tensor:
-        """float32: the value of one parameter nearest to `master` that can be stored."""
+    def _near(self) -> dict[str, Tensor]:
+        """float32: the values nearest to the masters that can be stored."""
         limit = torch.finfo(self.dtype).max
-        return master.clamp(-limit, limit).to(self.dtype).float()
+        masters = ((name, master.detach()) for name, master in self.named_parameters())
+        return {name: master.clamp(-limit, limit).to(self.dtype).float() for name, master in masters}
 
     def weight(self) -> Tensor:
         """float32 [N, K]."""
@@ -57,7 +55,7 @@ class Tunable(nn.Module):
         raise NotImplementedError
 
     def _final(self) -> dict[str, Tensor]:
-        return {name: self._near(name, m.detach()).to(self.dtype).contiguous() for name, m in self.named_parameters()}
+        return {name: near.to(self.dtype).contiguous() for name, near in self._near().items()}
 
 
 class TunableScalar(Tunable):
@@ -103,16 +101,20 @@ class TunableVectors(Tunable):
         return dequantize_with(self._q, self.stored())
 
     def result(self) -> VQTensor:
-        near = {name: self._near(name, master.detach()) for name, master in self.named_parameters()}
+        near = self._near()
         books = book_tensors(self._q.fmt, {name: near.pop(name) for name in BOOKS if name in near})
         norms = {name: value.to(self.dtype).contiguous() for name, value in near.items()}
         found: dict[str, Any] = books | norms
         return replace(self._q, **found)
 
-    def _near(self, name: str, master: Tensor) -> Tensor:
-        if name in BOOKS and self._q.fmt.scaled:
-            return store_book(self._q.fmt, master)
-        return super()._near(name, master)
+    def _near(self) -> dict[str, Tensor]:
+        near = super()._near()
+        if self._q.fmt.scaled:
+            masters = dict(self.named_parameters())
+            for _, names in added_books(near):
+                stored = store_books(self._q.fmt, [masters[name].detach() for name in names])
+                near |= dict(zip(names, stored, strict=True))
+        return near
 
 
 def tunable(q: QWeight) -> Tunable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +19,10 @@ from lowbit.quantizers.qtensor import PackedWeight
 __all__ = ["BOOKS", "VQTensor", "decode_vectors", "pack_vectors", "unpack_vectors"]
 
 BOOKS = ("centroids", "residual_centroids", "outlier_centroids")
-"""Codebooks of a `VQTensor`; the scale of each is called after it."""
-_ZERO = 128
-"""What packed bytes of codebooks exceed levels by: kernels multiply bytes that are never negative."""
+"""Codebooks of a `VQTensor`."""
+_SCALES = dict(zip(BOOKS, ("centroids_scale", "centroids_scale", "outlier_centroids_scale"), strict=True))
+"""The scale of each, where they are bytes."""
+_TOO_LARGE = "quantize again: residual codebooks used to have a scale of their own"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,8 @@ class VQTensor:
     [groups, centroids, dim] and residual_centroids [groups, residual, dim]; outlier_indices int32 [outlier vectors,
     outlier columns], outlier_centroids [centroids, dim]. norm_scale, norm_bias: [k] in the matrix's own order, or [n].
     Codebooks have the format's table type, norms a float one; codebooks of bytes have float32 scales `<book>_scale`
-    [groups], or [1] for outliers. A tensor is present exactly when the format asks for it.
+    [groups], or [1] for outliers, residual ones the main one's, and their sums are bytes again. A tensor is present
+    exactly when the format asks for it.
     """
 
     fmt: VectorFormat
@@ -49,7 +52,6 @@ class VQTensor:
     norm_scale: Tensor | None = None
     norm_bias: Tensor | None = None
     centroids_scale: Tensor | None = None
-    residual_centroids_scale: Tensor | None = None
     outlier_centroids_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class VQTensor:
             dtype = float_type(self.fmt, name)
             if value is not None and dtype is not None and value.dtype != dtype:
                 raise FormatError("LB0226", f"{self.fmt} needs {name} as {dtype}, not {value.dtype}")
+        if self.fmt.scaled and self.residual_centroids is not None and not self._sums_fit(self.residual_centroids):
+            raise FormatError("LB0226", f"{self.fmt} needs codebooks whose sums are signed bytes", hint=_TOO_LARGE)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,12 +76,20 @@ class VQTensor:
         """Stored bits per weight, codebooks and all."""
         return self.fmt.bits_per_weight(self.n, self.k)
 
+    def _sums_fit(self, residual: Tensor) -> bool:
+        """Whether every sum of a main and a residual level is a byte."""
+        if residual.is_meta:
+            return True
+        main, rest = self.centroids.int(), residual.int()
+        low, high = main.amin(1) + rest.amin(1), main.amax(1) + rest.amax(1)
+        return bool((low >= -128).all() and (high <= 127).all())
+
     def book(self, name: str) -> Tensor | None:
         """float32: the values of one of `BOOKS`, where there is one."""
         value: Tensor | None = getattr(self, name)
         if value is None or not self.fmt.scaled:
             return None if value is None else value.float()
-        scale: Tensor = getattr(self, f"{name}_scale")
+        scale: Tensor = getattr(self, _SCALES[name])
         return value.float() * (scale if name == "outlier_centroids" else scale[:, None, None])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,7 +115,6 @@ def expected_shapes(fmt: VectorFormat, n: int, k: int) -> dict[str, tuple[int, .
         "norm_scale": norm,
         "norm_bias": norm,
         "centroids_scale": scale,
-        "residual_centroids_scale": scale if fmt.residual else None,
         "outlier_centroids_scale": (1,) if o and fmt.scaled else None,
     }
 
@@ -119,14 +130,23 @@ def float_type(fmt: VectorFormat, name: str) -> torch.dtype | None:
 
 def book_tensors(fmt: VectorFormat, books: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that books (by field name, float values) are stored as: themselves, or levels and scales."""
+    if not fmt.scaled:
+        return {name: book.to(fmt.scale_dtype) for name, book in books.items()}
     found: dict[str, Tensor] = {}
-    for name, book in books.items():
-        if fmt.scaled:
-            found[name], scale = to_levels(book)
-            found[f"{name}_scale"] = scale.reshape(-1)
-        else:
-            found[name] = book.to(fmt.scale_dtype)
+    for scale, names in added_books(books):
+        levels, scales = to_levels([books[name] for name in names])
+        found |= {**dict(zip(names, levels, strict=True)), scale: scales.reshape(-1)}
     return found
+
+
+def added_books(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Those of `BOOKS` among `names`, by the scale that they have where they are bytes: together where centroids are
+    added up."""
+    found: dict[str, list[str]] = {}
+    for name in BOOKS:
+        if name in names:
+            found.setdefault(_SCALES[name], []).append(name)
+    return list(found.items())
 
 
 def decode_vectors(indices: Tensor, book: Tensor, n: int, axis: Literal["out", "in"] = "out") -> Tensor:
@@ -173,8 +193,9 @@ def pack_vectors(tensors: list[VQTensor], layout: Layout) -> PackedWeight:
     [vectors, main columns] or [n, vectors]; `book` [S, groups, centroids, dim] and `residual_book`; `outlier_index`
     [vectors, outlier columns] and `outlier_book` [S, centroids, dim]; `columns` int32 [k], the matrix column at each
     stored place; `norm_scale`, `norm_bias` float32, in stored order for column norms, rows of all segments for row
-    norms. Books are float16 or float32. Those of bytes have a scale `<book>_scale` [S, groups] and become what `_book`
-    says. Siblings must store their columns in the same order (formats that keep one pack alone).
+    norms. Books are float16 or float32. Those of bytes have a scale `<book>_scale` [S, groups], residual ones the main
+    one's, and become what `_book` says. Siblings must store their columns in the same order (formats that keep one pack
+    alone).
     """
     fmt, k = tensors[0].fmt, tensors[0].k
     if any(t.fmt != fmt or t.k != k for t in tensors) or (len(tensors) > 1 and (fmt.ordered or fmt.norm == "col")):
@@ -183,8 +204,8 @@ def pack_vectors(tensors: list[VQTensor], layout: Layout) -> PackedWeight:
     parts |= _book("book", [t.centroids for t in tensors], [t.centroids_scale for t in tensors], layout)
     if fmt.residual:
         parts["residual_index"] = _pack_index([_need(t.residual) for t in tensors], fmt.residual_bits, layout)
-        scales = [t.residual_centroids_scale for t in tensors]
-        parts |= _book("residual_book", [_need(t.residual_centroids) for t in tensors], scales, layout)
+        rest = [_need(t.residual_centroids) for t in tensors]
+        parts |= _book("residual_book", rest, [t.centroids_scale for t in tensors], layout)
     if fmt.outliers:
         bits = fmt.outliers.centroids.bit_length() - 1
         parts["outlier_index"] = _pack_index([_need(t.outlier_indices) for t in tensors], bits, layout)
@@ -255,6 +276,17 @@ _PACKED = ("book", "residual_book", "outlier_book")
 """Operands that hold `BOOKS`."""
 
 
+def scale_of(book: str) -> str:
+    """The operand with the scales of an operand that holds codebooks of bytes."""
+    return f"{'book' if book == 'residual_book' else book}_scale"
+
+
+def byte_of_zero(book: str) -> int:
+    """What packed bytes of an operand exceed levels by, modulo 256. Kernels multiply bytes that are never negative, and
+    add residual ones to them: these exceed nothing."""
+    return 0 if book == "residual_book" else 128
+
+
 def byte_rows(layout: Layout) -> bool:
     """True for layouts whose kernels read codebooks of bytes as they are: those of CPUs."""
     return layout.row_tile > 1
@@ -269,19 +301,20 @@ def _book(name: str, books: list[Tensor], scales: list[Tensor | None], layout: L
     """Codebooks of all segments, and their scales; bfloat16 is widened (exactly), because kernels read float16 and
     float32.
 
-    Of bytes: level + 128 in rows of `row_bytes`, padded with level 0, where layouts are read by bytes; elsewhere
-    float32 values.
+    Of bytes: level + `byte_of_zero` in rows of `row_bytes`, padded with level 0, where layouts are read by bytes;
+    elsewhere float32 values.
     """
     stacked = torch.stack(books)
     if stacked.dtype != torch.int8:
         return {name: stacked.float() if stacked.dtype == torch.bfloat16 else stacked.contiguous()}
     scale = torch.stack([_need(s) for s in scales])
-    dim = stacked.shape[-1]
+    side = {scale_of(name): scale} if scale_of(name) == f"{name}_scale" else {}
     if byte_rows(layout):
-        packed = torch.nn.functional.pad(stacked.to(torch.int16), (0, row_bytes(dim) - dim)) + _ZERO
-        return {name: packed.to(torch.uint8), f"{name}_scale": scale}
+        padding = (0, row_bytes(stacked.shape[-1]) - stacked.shape[-1])
+        packed = torch.nn.functional.pad(stacked.to(torch.int16), padding) + byte_of_zero(name)
+        return {name: packed.to(torch.uint8), **side}
     wide = scale if name == "outlier_book" else scale[:, :, None]
-    return {name: stacked.float() * wide[..., None], f"{name}_scale": scale}
+    return {name: stacked.float() * wide[..., None], **side}
 
 
 def _unpack_book(packed: PackedWeight, name: str, i: int) -> Tensor | None:
@@ -292,8 +325,8 @@ def _unpack_book(packed: PackedWeight, name: str, i: int) -> Tensor | None:
         return t[name][i].to(fmt.scale_dtype) if name in t else None
     if byte_rows(packed.layout):
         dim = fmt.outliers.dim if name == "outlier_book" and fmt.outliers else fmt.dim
-        return (t[name][i][..., :dim].to(torch.int16) - _ZERO).to(torch.int8).contiguous()
-    scale = t[f"{name}_scale"][i].reshape([-1] + [1] * (t[name].ndim - 2))
+        return (t[name][i][..., :dim].to(torch.int16) - byte_of_zero(name)).to(torch.int8).contiguous()
+    scale = t[scale_of(name)][i].reshape([-1] + [1] * (t[name].ndim - 2))
     return (t[name][i] / scale).round().to(torch.int8)
 
 

@@ -56,7 +56,7 @@ def stored(q: QWeight) -> dict[str, Tensor]:
     Vector formats:
     `indices` int32 [groups * vectors, words], one dense stream per row of vectors and column group with the residual
     index above the main one, `centroids`, `residual_centroids`, `outlier_indices` int16, `outlier_centroids`, `perm`
-    int16 (16 bits, unsigned), `norm_scale`, `norm_bias`, and float32 `centroids_scale`, `residual_centroids_scale` and
+    int16 (16 bits, unsigned), `norm_scale`, `norm_bias`, and float32 `centroids_scale` and
     `outlier_centroids_scale` beside codebooks of bytes, `weight_shape`.
     """
     return _stored_vectors(q) if isinstance(q, VQTensor) else _stored_scalar(q)
@@ -214,6 +214,9 @@ def random_weight(fmt: WeightFormat, n: int, k: int, rng: torch.Generator) -> QW
     return QTensor(fmt, codes, scale, zero, offset, whole, perm, channel)
 
 
+_ADDED = {"centroids": (-96, 97), "residual_centroids": (-32, 32)}  # sums are bytes, from the first to the last
+
+
 def _random_vectors(fmt: VectorFormat, n: int, k: int, rng: torch.Generator) -> VQTensor:
     limits = {"indices": fmt.centroids, "residual": fmt.residual}
     limits["outlier_indices"] = fmt.outliers.centroids if fmt.outliers else 0
@@ -226,7 +229,8 @@ def _random_vectors(fmt: VectorFormat, n: int, k: int, rng: torch.Generator) -> 
         elif name == "perm":
             found[name] = torch.randperm(k, generator=rng)
         elif name in BOOKS and fmt.scaled:
-            found[name] = torch.randint(-128, 128, shape, generator=rng).to(torch.int8)
+            low, high = (-128, 128) if not fmt.residual or name == "outlier_centroids" else _ADDED[name]
+            found[name] = torch.randint(low, high, shape, generator=rng).to(torch.int8)
         elif float_type(fmt, name) == torch.float32 and fmt.scaled:
             found[name] = torch.rand(shape, generator=rng) * 0.002 + 1e-4
         else:

@@ -4,13 +4,13 @@ byte dot products want, and register tiles of tokens x panels run over it, as th
 from __future__ import annotations
 
 from lowbit.codegen.cpp.bytes_plan import BLOCK, BytesPlan
-from lowbit.codegen.cpp.bytes_steps import Operands, add_function, block_pointers, book_of, columns_loop
+from lowbit.codegen.cpp.bytes_steps import Operands, add_function, block_pointers, books_of, columns_loop
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.products import LevelProducts, LevelWordProducts
 from lowbit.codegen.cpp.sides import dispatch, indent
 from lowbit.codegen.cpp.tiles import pieces_of_work, tile_pass
 from lowbit.codegen.cpp.vector_lookup import first_tiles
-from lowbit.codegen.cpp.vector_plan import TILE, Book, Part
+from lowbit.codegen.cpp.vector_plan import TILE, Part
 
 __all__ = ["bytes_panels_text"]
 
@@ -20,7 +20,7 @@ def bytes_panels_text(plan: BytesPlan) -> str:
     shapes = {(plan.part_panels(part), width): None for part in plan.parts for width in plan.split(part)}
     texts = [_tile(plan, stride, width, height) for stride, width in shapes for height in plan.heights]
     for part in plan.parts:
-        texts += [first_tiles(part), *(_decode(plan, part, book) for book in part.books)]
+        texts += [first_tiles(part), _decode(plan, part)]
     body = ["unit(a, place(n / pieces), t0, t1, room);"]
     return "\n".join([*texts, _unit(plan), indent(pieces_of_work(plan, body))])
 
@@ -46,8 +46,8 @@ def _tile(plan: BytesPlan, stride: int, width: int, height: int) -> str:
     return indent([*lines, "}"])
 
 
-def _decode(plan: BytesPlan, part: Part, book: Book) -> str:
-    """`decode_<book>`: the blocks of a unit over the columns of chunk `c`, as [step][panel][row][column]."""
+def _decode(plan: BytesPlan, part: Part) -> str:
+    """`decode_<part>`: the blocks of a unit over the columns of chunk `c`, as [step][panel][row][column]."""
     many, operands, stride = plan.many(part), plan.operands(part), plan.part_panels(part) * BLOCK
 
     def use(made: Operands) -> list[str]:
@@ -56,17 +56,17 @@ def _decode(plan: BytesPlan, part: Part, book: Book) -> str:
 
     start = sum(p.columns for p in plan.parts if p.chunk < part.chunk)
     lines = [
-        f"static void decode_{book.name}(const Args& a, int64_t segment, int64_t unit, int64_t g, int64_t c, "
+        f"static void decode_{part.name}(const Args& a, int64_t segment, int64_t unit, int64_t g, int64_t c, "
         "uint8_t* buffer) {",
         f"const int64_t n = chunk_columns(c), column = chunk_start(c) - {start};",
-        *book_of(plan, part, book, "g"),
+        *books_of(plan, part, "g"),
         f"for (int64_t b = 0; b < {plan.blocks(part)}; ++b) {{",
         f"const int64_t v = unit * {part.per_unit} + b * {many};",
         # Rows behind a segment's end are computed from whatever is there, and not written.
         f"if (v >= tiles_{part.name}[segment] * {TILE}) break;",
-        *block_pointers(part, book, "column"),
+        *block_pointers(part, "column"),
         f"uint8_t* to = buffer + b * {operands * BLOCK};",
-        *columns_loop(plan, part, book, range(operands), use),
+        *columns_loop(plan, part, range(operands), use),
     ]
     return indent([*lines, "}", "}"])
 
@@ -90,16 +90,15 @@ def _unit(plan: BytesPlan) -> str:
         f"memset(sums, 0, {floats * 4});",
     ]
     for part in plan.parts:
-        for book in part.books:
-            lines += _book_chunks(plan, part, book)
+        lines += _part_chunks(plan, part)
     lines += ["for (int64_t t = t0; t < t1; ++t) {", f"memset(rows, 0, {plan.pair * plan.row_stride * 4});"]
     lines += [line for part in plan.parts for line in _add(plan, part)]
     up = f"rows + {plan.row_stride}, " if plan.silu else ""
     return indent([*lines, f"put(a, t, p.column, rows, {up}p.rows);", "}", "}"])
 
 
-def _book_chunks(plan: BytesPlan, part: Part, book: Book) -> list[str]:
-    """All chunks of one codebook: decoded for gate and up, or for the one segment, then multiplied."""
+def _part_chunks(plan: BytesPlan, part: Part) -> list[str]:
+    """All chunks of one part: decoded for gate and up, or for the one segment, then multiplied."""
     stride = plan.part_panels(part)
     half = stride // plan.pair
     lines = [
@@ -112,8 +111,8 @@ def _book_chunks(plan: BytesPlan, part: Part, book: Book) -> list[str]:
     for i in range(plan.pair):
         segment = str(i) if plan.silu else "p.segment"
         lines += ["{", f"const int64_t segment = {segment};"]
-        lines += [f"decode_{book.name}(a, segment, p.unit, g, c, room + {i * half * BLOCK});"]
-        lines += [f"const F scale = fset1(a.{book.name}_scale[segment * {part.groups} + g]);"]
+        lines += [f"decode_{part.name}(a, segment, p.unit, g, c, room + {i * half * BLOCK});"]
+        lines += [f"const F scale = fset1(a.{part.books[0].scale}[segment * {part.groups} + g]);"]
         at = i * half
         for width in plan.split(part):
             y = f"sums + {plan.sums_at(part) + at * PANEL} + (t - t0) * {stride * PANEL}"

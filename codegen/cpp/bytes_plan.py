@@ -47,7 +47,7 @@ class BytesPlan(VectorPlan):
     """Sizes of a kernel whose products are of bytes.
 
     A *block* is the vectors whose centroids fill 64 bytes: a pass of a direct kernel, and four panels of 16 padded rows
-    of a buffered one. Each codebook is a pass of its own, because each has a scale; parts' sums meet as floats.
+    of a buffered one. Main and residual centroids are added as bytes, which share a scale; parts' sums meet as floats.
 
     Parts with small codebooks may be *permuted*: a block then is 16 vectors, whose centroids are looked up coordinate
     by coordinate in tables (`text/bytes_permute.h`), and every coordinate is a panel. Schedule fields, besides those of

@@ -7,7 +7,7 @@ looked up by permutes, of two coordinates at a time (`text/bytes_permute.h`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,9 +16,9 @@ from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.sides import indent
 from lowbit.codegen.cpp.vector_direct import unit_texts
 from lowbit.codegen.cpp.vector_lookup import first_tiles
-from lowbit.codegen.cpp.vector_plan import TILE, Book, Part
+from lowbit.codegen.cpp.vector_plan import TILE, Part
 
-__all__ = ["Operands", "add_function", "block_pointers", "book_of", "bytes_direct_text", "columns_loop"]
+__all__ = ["Operands", "add_function", "block_pointers", "books_of", "bytes_direct_text", "columns_loop"]
 
 
 @dataclass(frozen=True)
@@ -30,56 +30,65 @@ class Operands:
 
 
 def bytes_direct_text(plan: BytesPlan) -> str:
-    """Passes over each codebook, units, and `work`, which runs one thread's share."""
+    """Passes over each part, units, and `work`, which runs one thread's share."""
     texts = [first_tiles(part) for part in plan.parts]
     for part in plan.parts:
-        for height in plan.heights:
-            texts += [_pass(plan, part, book, height) for book in part.books]
-            texts.append(_passes(part, height))
+        texts += [_pass(plan, part, height) for height in plan.heights]
     return "\n".join([*texts, *unit_texts(plan)])
 
 
-def block_pointers(part: Part, book: Book, column: str) -> list[str]:
-    """Declarations of `p` and `q`: the block's indices from vector `v` of `segment` on, at a column; `q` those of the
-    tile behind, where a block has two (any tile at the end of a segment, whose rows are nobody's)."""
-    type_, tiles = book.index_type, f"tiles_{part.name}[segment]"
+def block_pointers(part: Part, column: str) -> list[str]:
+    """Declarations of `p<i>` and `q<i>`: the block's indices into book i from vector `v` of `segment` on, at a column;
+    `q<i>` those of the tile behind, where a block has two (any tile at the end of a segment, whose rows are
+    nobody's)."""
+    tiles, lines = f"tiles_{part.name}[segment]", []
     place = f"((first_{part.name}[segment] + {{}}) * {part.columns} + {column}) * {TILE}"
     second = f"v / {TILE} + 1 < {tiles} ? v / {TILE} + 1 : v / {TILE}"
-    return [
-        f"const {type_}* p = a.{book.index} + {place.format(f'v / {TILE}')} + v % {TILE};",
-        f"[[maybe_unused]] const {type_}* q = a.{book.index} + {place.format(f'({second})')};",
-    ]
+    for i, book in enumerate(part.books):
+        lines += [
+            f"const {book.index_type}* p{i} = a.{book.index} + {place.format(f'v / {TILE}')} + v % {TILE};",
+            f"[[maybe_unused]] const {book.index_type}* q{i} = a.{book.index} + {place.format(f'({second})')};",
+        ]
+    return lines
 
 
-def book_of(plan: BytesPlan, part: Part, book: Book, group: str) -> list[str]:
-    """Declarations of `book` and `scale`: the codebook of `segment` and `group`, or its tables."""
+def move_pointers(part: Part, by: str) -> str:
+    """A statement that moves what `block_pointers` declares by so many columns."""
+    pointers = (f"{letter}{i}" for i in range(len(part.books)) for letter in "pq")
+    return ", ".join(f"{pointer} += {by} * {TILE}" for pointer in pointers) + ";"
+
+
+def books_of(plan: BytesPlan, part: Part, group: str) -> list[str]:
+    """Declarations of `book<i>` and `scale`: the codebooks of `segment` and `group`, or their tables."""
     at = f"(segment * {part.groups} + {group})"
-    rows, tables = f"{book.name} + {at} * {book.size * book.lanes}", f"table_{book.name} + {at} * {table_bytes(book)}"
-    return [
-        f"const uint8_t* book = a.{tables if plan.permuted(part) else rows};",
-        f"[[maybe_unused]] const F scale = fset1(a.{book.name}_scale[{at}]);",
-    ]
+    lines = [f"[[maybe_unused]] const F scale = fset1(a.{part.books[0].scale}[{at}]);"]
+    for i, b in enumerate(part.books):
+        table = f"table_{b.name} + {at} * {table_bytes(b)}"
+        lines.append(
+            f"const uint8_t* book{i} = a.{table if plan.permuted(part) else f'{b.name} + {at} * {b.size * b.lanes}'};"
+        )
+    return lines
 
 
 def columns_loop(
-    plan: BytesPlan, part: Part, book: Book, wanted: range, use: Callable[[Operands], list[str]], ahead: bool = True
+    plan: BytesPlan, part: Part, wanted: range, use: Callable[[Operands], list[str]], ahead: bool = True
 ) -> list[str]:
     """What `use` makes of the `wanted` operands, in turn of those that are made together, for every four of the `n`
-    columns from `p` and `q` on; missing columns of the last step have bytes 0, whatever they meet. ahead: fetch
-    indices."""
+    columns from what `block_pointers` declares on; missing columns of the last step have bytes 0, whatever they meet.
+    ahead: fetch indices."""
 
     def step(left: bool) -> list[str]:
-        lines, groups = _permutes(book, wanted, left) if plan.permuted(part) else _loads(part, wanted, left)
+        lines, groups = _permutes(part, wanted, left) if plan.permuted(part) else _loads(part, wanted, left)
         return [*lines, *(line for group in groups for line in ("{", *group.lines, *use(group), "}"))]
 
     # Hardware follows the streams of indices within a page.
-    streams = ("p", "q") if plan.many(part) > TILE else ("p",)
+    streams = [f"{letter}{i}" for i in range(len(part.books)) for letter in "pq"[: 1 + (plan.many(part) > TILE)]]
     fetch = [f"prefetch_far((const uint8_t*){index} + {plan.prefetch});" for index in streams if ahead]
     return [
         "int64_t k = 0;",
         "#pragma GCC unroll 1",
-        *("for (; k + 4 <= n; k += 4) {", *fetch, *step(False), f"p += {4 * TILE}, q += {4 * TILE};", "}"),
-        *("if (const int64_t left = n - k) {", *step(True), f"p += left * {TILE}, q += left * {TILE};", "}"),
+        *("for (; k + 4 <= n; k += 4) {", *fetch, *step(False), move_pointers(part, "4"), "}"),
+        *("if (const int64_t left = n - k) {", *step(True), move_pointers(part, "left"), "}"),
     ]
 
 
@@ -87,43 +96,54 @@ def _loads(part: Part, wanted: range, left: bool) -> tuple[list[str], list[Opera
     """Statements before a step's operands, and these: centroids loaded one by one."""
     lines = []
     for j in range(4):
-        value = f"centroids<{part.lanes}>(book, p + {TILE * j}, q + {TILE * j})"
+        places = (f"p{i} + {TILE * j}, q{i} + {TILE * j}" for i in range(len(part.books)))
+        value = _added(f"centroids<{part.lanes}>(book{i}, {place})" for i, place in enumerate(places))
         lines.append(f"const V c{j} = {f'left > {j} ? {value} : vzero()' if left and j else value};")
     quads = "const Quads w = quads(c0, c1, c2, c3);"
     return lines, [Operands((quads,), {i: f"w.w[{i}]" for i in wanted})]
 
 
-def _permutes(book: Book, wanted: range, left: bool) -> tuple[list[str], list[Operands]]:
+def _permutes(part: Part, wanted: range, left: bool) -> tuple[list[str], list[Operands]]:
     """The same of permutes: operands are looked up where they are used, which leaves registers to sums."""
-    lines = [f"const V index = by_vector(p, q{', left' if left else ''});"]
+    books = range(len(part.books))
+    lines = [f"const V index{i} = by_vector(p{i}, q{i}{', left' if left else ''});" for i in books]
     lines += ["const V kept = columns_of(left);"] if left else []
     groups = []
     for first in wanted[::2]:
-        table = f"{book.size}, {first // 2 * pair_bytes(book)}"
-        found = {i: f"operand_of<{table}, {i % 2}>(found, book)" for i in wanted if i // 2 == first // 2}
-        made = {i: f"vand(kept, {value})" if left else value for i, value in found.items()}
-        groups.append(Operands((f"const auto found = pair_of<{table}>(index, book);",), made))
+        tables = [f"{book.size}, {first // 2 * pair_bytes(book)}" for book in part.books]
+        pairs = tuple(f"const auto found{i} = pair_of<{tables[i]}>(index{i}, book{i});" for i in books)
+        made = {}
+        for e in (e for e in wanted if e // 2 == first // 2):
+            value = _added(f"operand_of<{tables[i]}, {e % 2}>(found{i}, book{i})" for i in books)
+            made[e] = f"vand(kept, {value})" if left else value
+        groups.append(Operands(pairs, made))
     return lines, groups
 
 
-def _pass(plan: BytesPlan, part: Part, book: Book, height: int) -> str:
-    """Adds the products of one codebook with a block of vectors, over all columns of the part, to the sums at `y`."""
+def _added(terms: Iterable[str]) -> str:
+    """Centroids of main and residual codebooks, as bytes of one."""
+    first, *others = terms
+    return f"add_levels({first}, {others[0]})" if others else first
+
+
+def _pass(plan: BytesPlan, part: Part, height: int) -> str:
+    """Adds the products of a part with a block of vectors, over all of its columns, to the sums at `y`."""
     cells = [(i, m) for m in range(height) for i in range(plan.operands(part))]
     sweeps = plan.sweeps(part)
     lines = [
-        f"static void {book.name}_{height}(const Args& a, int64_t segment, int64_t v, int64_t t, float* y) {{",
+        f"static void {part.name}_{height}(const Args& a, int64_t segment, int64_t v, int64_t t, float* y) {{",
         *(f"F y{i}_{m} = fzero();" for i, m in cells),
-        *block_pointers(part, book, "0"),
+        *block_pointers(part, "0"),
         f"int64_t c = {part.chunk};",
         f"for (int64_t g = 0; g < {part.groups}; ++g) {{",
-        *book_of(plan, part, book, "g"),
+        *books_of(plan, part, "g"),
         f"for (const int64_t end = c + {part.group_chunks}; c < end; ++c) {{",
         "const int64_t n = chunk_columns(c), at = c * a.m + t;",
         f"const {plan.item}* x = a.xq + at * kTokenStride;",
     ]
     for sweep in sweeps:
-        again = [f"p -= n * {TILE}, q -= n * {TILE};"] if sweep.start else []
-        lines += ["{", *again, *_sweep(plan, part, book, height, sweep), "}"]
+        again = [move_pointers(part, "-n")] if sweep.start else []
+        lines += ["{", *again, *_sweep(plan, part, height, sweep), "}"]
     lines += ["}", "}", f"alignas(64) float s[{PANEL * plan.operands(part)}];"]
     for m in range(height):
         lines += [f"fstore(s + {PANEL * i}, y{i}_{m});" for i in range(plan.operands(part))]
@@ -136,7 +156,7 @@ def add_function(plan: BytesPlan, part: Part) -> str:
     return f"add_coordinates<{part.dim}>" if plan.permuted(part) else f"add_rows<{part.lanes}, {part.dim}>"
 
 
-def _sweep(plan: BytesPlan, part: Part, book: Book, height: int, sweep: range) -> list[str]:
+def _sweep(plan: BytesPlan, part: Part, height: int, sweep: range) -> list[str]:
     """Sums of some operands over one chunk, then added to the floats `y`."""
     cells, digits = [(i, m) for m in range(height) for i in sweep], range(plan.digits)
     lines = [f"V a{i}_{m}_{d} = {_start(plan, m, d)};" for i, m in cells for d in digits]
@@ -144,7 +164,7 @@ def _sweep(plan: BytesPlan, part: Part, book: Book, height: int, sweep: range) -
     def use(operands: Operands) -> list[str]:
         return _products(plan, height, operands, plan.permuted(part))
 
-    lines += columns_loop(plan, part, book, sweep, use, ahead=not sweep.start)
+    lines += columns_loop(plan, part, sweep, use, ahead=not sweep.start)
     for i, m in cells:
         exact = f"a{i}_{m}_0" if plan.digits == 1 else f"vadd(shl<8>(a{i}_{m}_0), a{i}_{m}_1)"
         lines.append(f"y{i}_{m} = fma_(fmul(cvt({exact}), fset1(a.xs[at + {m}])), scale, y{i}_{m});")
@@ -185,9 +205,3 @@ def _word_products(plan: BytesPlan, height: int, operands: Operands) -> list[str
 def _start(plan: BytesPlan, m: int, d: int) -> str:
     """What a digit's sums start from: the lowest one's from what the bytes have too much."""
     return f"set1(uint32_t(a.xi[at + {m}]))" if d == plan.digits - 1 else "vzero()"
-
-
-def _passes(part: Part, height: int) -> str:
-    """All codebooks of a part, whose values are added."""
-    lines = [f"static void {part.name}_{height}(const Args& a, int64_t segment, int64_t v, int64_t t, float* y) {{"]
-    return indent([*lines, *(f"{book.name}_{height}(a, segment, v, t, y);" for book in part.books), "}"])

@@ -29,7 +29,7 @@ def prepare_books(plan: SumsPlan) -> list[str]:
     for book in plan.books:
         size, found = entries(book), f"stored_{book.name}(a.{book.name} + i * {book.stored_row})"
         if book.item_bytes == 1:
-            found = f"fma_({found}, set{book.lanes}(a.{book.name}_scale[i / {book.size}]), zero{book.lanes}())"
+            found = f"fma_({found}, set{book.lanes}(a.{book.scale}[i / {book.size}]), zero{book.lanes}())"
         place = f"i / {book.size} * {book.dim * size} + i % {book.size}"
         lines += [
             f"for (int64_t n = {book.count * book.size}, i = n * part / parts; i < n * (part + 1) / parts; ++i) {{",

@@ -78,9 +78,11 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
 def _far(spec: KernelSpec) -> int:
     """Bytes ahead of which a Zen 4 core has weights fetched, the best of what was tried for four panels: four blocks,
     or of narrow codes, whose blocks are short, 2048 bytes in each plane (int4: twice as much takes a quarter longer;
-    int2: half as much takes a tenth longer)."""
+    int2: half as much takes a tenth longer). Bytes that meet two digits: two blocks, four take a quarter longer."""
     planes = spec.layout_.widths(spec.fmt.bits)
     block = 64 * sum(planes)
+    if spec.limbs > 1 and planes == (8,):
+        return 2 * block
     return min(FARTHEST, 4 * block if block >= 256 else 2048 * len(planes))
 
 

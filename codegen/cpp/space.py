@@ -102,7 +102,7 @@ def _vector_space(tokens: int, passes: tuple[int, ...]) -> Iterator[Schedule]:
         for height, vectors in product([h for h in (1, 2, 4, 8) if h <= tokens], passes):
             yield Schedule(height, PANEL).with_extra(vectors=vectors)
     if tokens >= _LEAST_BUFFERED:
-        for height, panels, block in product((2, 4, 6, 8), (1, 2, 3, 4), (96, 192, 384)):
+        for height, panels, block in product((2, 4, 6, 8), (1, 2, 3, 4), (96, 192, 264, 528)):
             if height <= tokens:
                 yield Schedule(height, panels * PANEL).with_extra(buffered=1, tokens=block)
 

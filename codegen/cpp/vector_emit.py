@@ -167,7 +167,7 @@ def _widen(book: Book) -> list[str]:
     """Centroid `i` as floats."""
     found = f"stored_{book.name}(a.{book.name} + i * {book.stored_row})"
     if book.item_bytes == 1:
-        found = f"fma_({found}, set{book.lanes}(a.{book.name}_scale[i / {book.size}]), zero{book.lanes}())"
+        found = f"fma_({found}, set{book.lanes}(a.{book.scale}[i / {book.size}]), zero{book.lanes}())"
     return [f"store(a.wide_{book.name} + i * {book.lanes}, {found});"]
 
 

@@ -29,7 +29,7 @@ def _book(book: Book) -> str:
     if book.item_bytes == 1:
         lines += [
             f"float room[{lanes}];",
-            f"for (int i = 0; i < {lanes}; ++i) room[i] = float(int(p[i]) - 128);",
+            f"for (int i = 0; i < {lanes}; ++i) room[i] = float(int8_t(p[i] - {book.zero}));",
             f"return load{lanes}(room);",
             "}",
         ]

@@ -12,6 +12,7 @@ from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.program import Program
 from lowbit.quantizers.formats import VectorFormat
+from lowbit.quantizers.vqtensor import byte_of_zero, scale_of
 
 __all__ = ["TILE", "Book", "Part", "VectorPlan", "lanes_of", "vector_book"]
 
@@ -26,7 +27,7 @@ class Book:
     """One codebook operand: `size` centroids of `dim` elements, `count` of them (segments x groups), and its index.
 
     lanes: floats of the vector that holds a centroid. wide: kept as float32 rows of `lanes` in scratch memory.
-    item_bytes: of a stored element.
+    item_bytes: of a stored element; bytes have scales, the operand `scale`, and exceed levels by `zero`.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Book:
     lanes: int
     wide: bool
     item_bytes: int
+    scale: str = ""
+    zero: int = 0
 
     @property
     def index_bits(self) -> int:
@@ -272,7 +275,7 @@ def vector_book(spec: KernelSpec, name: str, index: str, size: int, dim: int, gr
     lanes, count = lanes_of(dim), len(spec.segments) * groups
     if spec.scale_dtype == "u8":
         # Bytes are multiplied as such, or widened for products of floats.
-        return Book(name, index, size, dim, count, lanes, not spec.limbs, 1)
+        return Book(name, index, size, dim, count, lanes, not spec.limbs, 1, scale_of(name), byte_of_zero(name))
     # float32 books of whole vectors are read as they are; wide copies must pay for themselves within a call.
     stored = spec.scale_dtype == "f32" and dim == lanes
     small = size * lanes * 4 <= _WIDE_BYTES and count * size * 8 <= sum(spec.segments) // dim * spec.k

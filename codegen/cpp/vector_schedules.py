@@ -17,6 +17,7 @@ from lowbit.codegen.spec import KernelSpec
 __all__ = ["byte_words", "far_ahead", "permute_of", "vector_predict", "vector_schedules"]
 
 _MOST_SUMS = 16  # tokens
+_SHARING = 264  # tokens that share decoded bytes: whole tiles of any height, and half of 512
 _FULL = {"avx512": 1.5, "avx2": 2.8}
 """What byte dot products take longer by where codebooks' bytes, which may be above 127, need two of 16-bit numbers."""
 
@@ -73,7 +74,7 @@ def _bytes_tiles(spec: KernelSpec, arch: str, tokens: int) -> Iterator[Schedule]
     if tokens > 2 or arch == "generic":
         # Predictions do not tell them apart. Where many of few tokens are left over by one of them, others come first.
         for rows, panels in sorted(dict.fromkeys(TILES[cpu.sums]), key=lambda tile: tokens % tile[0] > tokens // 8):
-            found = Schedule(min(rows, tokens), panels * PANEL).with_extra(buffered=1, tokens=192)
+            found = Schedule(min(rows, tokens), panels * PANEL).with_extra(buffered=1, tokens=_SHARING)
             yield from (found, found.with_extra(permute=permute)) if permute else (found,)
 
 
@@ -106,20 +107,19 @@ def _bytes_predict(plan: BytesPlan, arch: str, m: int) -> float:
         vectors = sum(part.tiles) * TILE * part.columns
         reuse = math.ceil(m / (plan.tokens if plan.buffered else plan.tile_m))
         if plan.permuted(part):
-            cycles += vectors / BLOCK * sum(_permute_cycles(plan, part, book, arch, m) for book in part.books)
+            cycles += vectors / BLOCK * _permute_cycles(plan, part, arch, m)
             cycles += sum(_table_cycles(book, arch) for book in part.books)
             continue
-        for book in part.books:
-            nbytes = book.size * book.lanes
-            looked = 1.12 if nbytes <= 1 << 14 else 1.29 if nbytes <= 1 << 15 else 1.8 if nbytes <= 1 << 19 else 3.0
-            # Panels are stored, and with activations and sums take the codebook's place in the cache.
-            stored = plan.buffered * (0.35 if nbytes <= 1 << 14 else 0.8)
-            slow = cpu.lookup if cpu.sums > 8 or plan.words else 1.2 if arch.startswith("avx2") else 2.0
-            slow *= 1.5 if plan.words and part.lanes == 4 else 1.0  # sixteen of them fill a vector
-            found = looked * slow + stored * max(1.0, slow)  # loads of half vectors make no store faster
-            # Words of a pass's first token are multiplied while lookups wait.
-            products = 0.2 * reuse + 0.6 * (m - reuse) if plan.words and not plan.buffered else m
-            cycles += vectors * (reuse * found + products * part.lanes / BLOCK * _product_cycles(plan, arch))
+        slow = cpu.lookup if cpu.sums > 8 or plan.words else 1.2 if arch.startswith("avx2") else 2.0
+        slow *= 1.5 if plan.words and part.lanes == 4 else 1.0  # sixteen of them fill a vector
+        nbytes = sum(book.size * book.lanes for book in part.books)
+        looked = 1.12 if nbytes <= 1 << 14 else 1.29 if nbytes <= 1 << 15 else 1.8 if nbytes <= 1 << 19 else 3.0
+        # Panels are stored, and with activations and sums take the codebook's place in the cache.
+        stored = plan.buffered * (0.35 if nbytes <= 1 << 14 else 0.8)
+        found = len(part.books) * looked * slow + stored * max(1.0, slow)  # loads of half vectors make no store faster
+        # Words of a pass's first token are multiplied while lookups wait.
+        products = 0.2 * reuse + 0.6 * (m - reuse) if plan.words and not plan.buffered else m
+        cycles += vectors * (reuse * found + products * part.lanes / BLOCK * _product_cycles(plan, arch))
     return cycles
 
 
@@ -136,22 +136,27 @@ def _dot_cycles(arch: str) -> float:
     return MACHINES[arch].dot / MACHINES[arch].ops * _FULL.get(arch, 1.0)
 
 
-def _permute_cycles(plan: BytesPlan, part: Part, book: Book, arch: str, m: int) -> float:
-    """Cycles of one step of 64 indices, for all tokens: sorting, lookups, products; or reading the indices.
+def _permute_cycles(plan: BytesPlan, part: Part, arch: str, m: int) -> float:
+    """Cycles of one step of 64 indices of every book, for all tokens: sorting, lookups, products; or reading the
+    indices.
 
     Fitted to 4096x4096 with 1 to 32 tokens (words: 1 to 16) on Cascade Lake, VBMI's on Zen 4.
     """
-    cpu, words = MACHINES[arch], book.size > byte_entries(arch)
-    sort, each = _found_cycles(book, arch)
+    cpu, looked, any_words = MACHINES[arch], 0.0, False
     tiles = math.ceil(m / (plan.tokens if plan.buffered else plan.tile_m))
-    coordinates = math.ceil(part.dim / 2) * 2 if words else part.dim
-    if plan.buffered:
-        looked = sort + (1.25 if words else 1.0) * each * coordinates + 2.0 * part.dim
-    else:
-        looked = sort * len(plan.sweeps(part)) + each * coordinates
+    for book in part.books:
+        words = book.size > byte_entries(arch)
+        sort, each = _found_cycles(book, arch)
+        coordinates = math.ceil(part.dim / 2) * 2 if words else part.dim
+        if plan.buffered:
+            looked += sort + (1.25 if words else 1.0) * each * coordinates
+        else:
+            looked += sort * len(plan.sweeps(part)) + each * coordinates
+        any_words |= words
+    looked += (2.0 * plan.buffered + len(part.books) - 1) * part.dim  # stores, and sums of two books
     # Permutes of words leave no unit free, which products could have for themselves.
-    product = _product_cycles(plan, arch) + (0.65 * plan.digits if words and not plan.buffered else 0.0)
-    compute, memory = tiles * looked + m * part.dim * product, BLOCK / cpu.bandwidth * cpu.ghz
+    product = _product_cycles(plan, arch) + (0.65 * plan.digits if any_words and not plan.buffered else 0.0)
+    compute, memory = tiles * looked + m * part.dim * product, len(part.books) * BLOCK / cpu.bandwidth * cpu.ghz
     return max(compute, memory) + 0.25 * min(compute, memory)
 
 

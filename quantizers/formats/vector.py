@@ -12,8 +12,8 @@ kernels for few tokens look sums of products up. All columns share the codebooks
 Text form: `vq.d8.k4096`, then any of `r256` (residual centroids), `in` (vectors along the input), `c4` (column groups),
 `o16v4k4096` or `o2pv4k4096` (16 columns, or 2 percent of them, as outliers with vectors of 4 and 4096 centroids), `cn`
 or `rn` (scale and bias per input column, or per output row), and the codebooks' type: a float, or `s8`, signed bytes
-that one float32 scale for each codebook (of each column group) turns into values. Products of those are sums of
-integers.
+that one float32 scale for each codebook (of each column group) turns into values; residual codebooks share the main
+one's, and sums of two centroids are bytes again. Products of those are sums of integers.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class VectorFormat(WeightFormat):
 
     @property
     def scaled(self) -> bool:
-        """True when every codebook has a scale: its elements are bytes."""
+        """True when codebooks have a scale: their elements are bytes."""
         return self.table == "s8"
 
     @property
@@ -188,10 +188,10 @@ class VectorFormat(WeightFormat):
     def bits_per_weight(self, n: int, k: int) -> float:
         """Bits on disk: index rows padded to 32-bit words, 16-bit outlier indices, codebooks, norms, permutation."""
         outliers, size = self.partition(k)
-        width, scale = 8 * self.book_dtype.itemsize, 32 * self.scaled
+        width, scale = 8 * self.book_dtype.itemsize, 32 * self.scaled  # one of both books
         words = math.ceil(self.positions(size) * (self.index_bits + self.residual_bits) / 32)
         bits = self.groups * self.vectors(n) * words * 32
-        bits += self.groups * (self.dim * (self.centroids + self.residual) * width + scale * (1 + bool(self.residual)))
+        bits += self.groups * (self.dim * (self.centroids + self.residual) * width + scale)
         if self.outliers:
             bits += math.ceil(n / self.outliers.dim) * outliers * 16
             bits += self.outliers.dim * self.outliers.centroids * width + scale

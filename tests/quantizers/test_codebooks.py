@@ -6,7 +6,7 @@ import pytest
 import torch
 from _vq_cases import correlated_stats, random_weight
 
-from lowbit.quantizers.codebooks import TOP_LEVEL, store_book, to_levels
+from lowbit.quantizers.codebooks import TOP_LEVEL, store_books, to_levels
 from lowbit.quantizers.formats import VectorFormat, parse_format
 from lowbit.quantizers.methods import Vptq
 from lowbit.quantizers.tunable import tunable
@@ -21,17 +21,40 @@ def book(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_what_is_stored_is_exact_and_stays_when_it_is_stored_again() -> None:
     values = book(3, 64, 5)
-    levels, scale = to_levels(values)
+    (levels,), scale = to_levels([values])
     assert levels.dtype == torch.int8
     assert scale.shape == (3,)
     assert int(levels.int().abs().max()) == TOP_LEVEL
-    stored = store_book(S8, values)
+    (stored,) = store_books(S8, [values])
     assert torch.equal(stored.double(), levels.double() * scale.double()[:, None, None])
     assert float((stored - values).abs().max()) <= 0.52 * float(values.abs().max()) / TOP_LEVEL
-    again = to_levels(stored)
-    assert torch.equal(again[0], levels)
-    assert torch.equal(again[1], scale)
-    assert torch.equal(store_book(S8, torch.zeros(2, 4)), torch.zeros(2, 4))
+    (again,), same = to_levels([stored])
+    assert torch.equal(again, levels)
+    assert torch.equal(same, scale)
+    assert torch.equal(store_books(S8, [torch.zeros(2, 4)])[0], torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("size", [1.0, 0.4, 0.001, 0.0])
+def test_sums_of_books_are_bytes_and_both_stay_when_they_are_stored_again(size: float) -> None:
+    values = [book(3, 64, 5), size * book(3, 16, 5, seed=1)]
+    levels, scale = to_levels(values)
+    largest = torch.stack([x.int().abs().amax((1, 2)) for x in levels])
+    assert bool((largest.sum(0) <= TOP_LEVEL).all())
+    stored = store_books(S8, values)
+    for level, x, value in zip(levels, stored, values, strict=True):
+        assert torch.equal(x.double(), level.double() * scale.double()[:, None, None])
+        assert float((x - value).abs().max()) <= 1.1 * float(scale.max())
+    again, same = to_levels(stored)
+    assert all(torch.equal(a, b) for a, b in zip(again, levels, strict=True))
+    assert torch.equal(same, scale)
+
+
+def test_a_book_of_nothing_leaves_all_levels_to_the_other() -> None:
+    nothing, values = torch.zeros(2, 16, 4), book(2, 16, 4)
+    for pair in ([nothing, values], [values, nothing]):
+        alone, together = to_levels([values]), to_levels(pair)
+        assert torch.equal(alone[1], together[1])
+        assert any(torch.equal(alone[0][0], x) for x in together[0])
 
 
 def test_a_scale_for_what_is_used() -> None:
@@ -39,13 +62,13 @@ def test_a_scale_for_what_is_used() -> None:
     values[0] *= 20  # one centroid far out
     use = torch.ones(64, 1)
     use[0] = 1e-6  # that nothing points to
-    plain, weighted = (to_levels(values, u)[1] for u in (None, use))
+    plain, weighted = (to_levels([values], u)[1] for u in (None, [use]))
     assert float(weighted) < float(plain)
-    errors = [float((store_book(S8, values, u) - values)[1:].square().sum()) for u in (None, use)]
+    errors = [float((store_books(S8, [values], u)[0] - values)[1:].square().sum()) for u in (None, [use])]
     assert errors[1] < errors[0]
     full = values / (values.abs().max() / TOP_LEVEL)
     nearest = float(((full.round() - full) * values.abs().max() / TOP_LEVEL).square().sum())
-    assert float((store_book(S8, values) - values).square().sum()) <= 1.001 * nearest
+    assert float((store_books(S8, [values])[0] - values).square().sum()) <= 1.001 * nearest
 
 
 @pytest.mark.parametrize("rest", ["", ".r16", ".c2.o4v2k16.cn"])
@@ -61,7 +84,7 @@ def test_the_quantizer_loses_little_beside_float_codebooks(rest: str) -> None:
     # A byte loses less than one in a thousand; the rest is where different books lead the column loop.
     assert found[".s8"].proxy_error < 1.15 * found[""].proxy_error
     assert q.centroids_scale is not None
-    near = store_book(q.fmt, book := found[""].qtensor.centroids.float())
+    (near,) = store_books(q.fmt, [book := found[""].qtensor.centroids.float()])
     assert float((near - book).norm() / book.norm()) < 0.01
 
 

@@ -158,12 +158,12 @@ def test_fitted_books_solve_the_normal_equations(text: str) -> None:
 def test_books_are_stored_values() -> None:
     problem = problem_of(random_weight(16, 32), "vq.d4.k8", correlated_stats(32))
     solution, _ = feedback(problem, with_books(problem, "vq.d4.k8", 16), 8, 1)
-    fitted = fit_books(problem, solution, 10, lambda b, _: b.bfloat16().float())
+    fitted = fit_books(problem, solution, 10, lambda books, _: tuple(b.bfloat16().float() for b in books))
     assert fitted is not solution
     book = fitted.parts[0].books[0]
     assert torch.equal(book, book.bfloat16().float())
     # Books so coarse that they are worse than before are not taken.
-    assert fit_books(problem, solution, 10, lambda b, _: b.round()) is solution
+    assert fit_books(problem, solution, 10, lambda books, _: tuple(b.round() for b in books)) is solution
 
 
 def pair_cost(part: Part, column: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

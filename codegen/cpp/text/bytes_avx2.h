@@ -16,6 +16,8 @@ template <int ROW> LB_INLINE V rows_at(const uint8_t* book, const uint64_t* at) 
   return {_mm256_set_m128i(lane_at<ROW>(book, at + per), lane_at<ROW>(book, at)),
           _mm256_set_m128i(lane_at<ROW>(book, at + 3 * per), lane_at<ROW>(book, at + 2 * per))};
 }
+// Sums of bytes, modulo 256.
+LB_INLINE V add_levels(V x, V y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
 template <int HIGH> LB_INLINE V zip_bytes(V a, V b) {
   return HIGH ? V{_mm256_unpackhi_epi8(a.a, b.a), _mm256_unpackhi_epi8(a.b, b.b)}
               : V{_mm256_unpacklo_epi8(a.a, b.a), _mm256_unpacklo_epi8(a.b, b.b)};

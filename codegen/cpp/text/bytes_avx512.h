@@ -45,6 +45,8 @@ template <int ROW> LB_INLINE V rows_at(const uint8_t* book, const uint64_t* at) 
     return x;
   }
 }
+// Sums of bytes, modulo 256.
+LB_INLINE V add_levels(V x, V y) { return _mm512_add_epi8(x, y); }
 template <int HIGH> LB_INLINE V zip_bytes(V a, V b) {
   return HIGH ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b);
 }

@@ -4,6 +4,13 @@ template <int ROW> LB_INLINE V rows_at(const uint8_t* book, const uint64_t* at) 
   for (int i = 0; i < 64 / ROW; ++i) memcpy(room + i * ROW, book + at[i], ROW);
   return vload(room);
 }
+// Sums of bytes, modulo 256.
+LB_INLINE V add_levels(V x, V y) {
+  uint8_t a[64], b[64];
+  vstore(a, x), vstore(b, y);
+  for (int i = 0; i < 64; ++i) a[i] = uint8_t(a[i] + b[i]);
+  return vload(a);
+}
 template <int HIGH, typename T> LB_INLINE V zip(V a, V b) {
   constexpr int half = 8 / sizeof(T);
   T x[64 / sizeof(T)], y[64 / sizeof(T)], z[64 / sizeof(T)];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.compiler.errors import RunError
-from lowbit.quantizers.codebooks import store_book
+from lowbit.quantizers.codebooks import store_books
 from lowbit.quantizers.formats import VectorFormat
 from lowbit.quantizers.methods.factor import Prepared
 from lowbit.quantizers.methods.vptq import row_stages, stages
@@ -107,8 +108,8 @@ class Solver:
         """The damped objective."""
         return self.problem.loss(solution.decode(*self.problem.target.shape))
 
-    def _store(self, book: Tensor, use: Tensor | None = None) -> Tensor:
-        return store_book(self._fmt, book, use)
+    def _store(self, books: Sequence[Tensor], uses: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(store_books(self._fmt, books, uses))
 
     def _column_cost(self) -> Tensor:
         """What the squared error of every column counts in k-means: [K] in processing order, mean one."""
@@ -135,14 +136,15 @@ class Solver:
         s, sizes = self._settings, self._sizes(part)
         x, weight = self._sample(part.cells(columns), self._vector_weights(part), max(sizes))
         books: list[Tensor] = []
+        uses: list[Tensor] = []
         for stage, size in enumerate(sizes):
             start = part.books[stage] if part.books else None
             count = _RESTART_ITERATIONS if part.books else s.iterations
             found = kmeans(x, weight, size, count, s.tolerance, s.seed + stage, start)
-            used = torch.bincount(found.index, weight.mean(1), size)[:, None]
-            books.append(self._store(found.book, used))
-            x = x - books[-1][found.index]
-        return replace(part, books=tuple(books))
+            books.append(found.book)
+            uses.append(torch.bincount(found.index, weight.mean(1), size)[:, None])
+            x = x - self._store(books[-1:], uses[-1:])[0][found.index]
+        return replace(part, books=self._store(books, uses))
 
     def _vector_weights(self, part: Part) -> Tensor:
         """Of all vectors of a part, column by column: [vectors, 1], or [vectors, dim] when their elements differ."""

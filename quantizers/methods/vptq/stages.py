@@ -8,7 +8,8 @@ raise it: each vector re-chosen given all others, and books that solve the least
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -107,11 +108,14 @@ def descend(problem: Problem, solution: Solution, block: int, beam: int, sweeps:
     return Solution(parts, tuple(indices)) if found_loss <= before else solution
 
 
-def fit_books(problem: Problem, solution: Solution, steps: int, store: Callable[[Tensor, Tensor], Tensor]) -> Solution:
+Store: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
+
+
+def fit_books(problem: Problem, solution: Solution, steps: int, store: Store) -> Solution:
     """Books that lower the objective for fixed indices, by preconditioned conjugate gradients on its normal equations.
 
-    store: rounds a book to the values that can be stored, given what an error of each element counts by itself; the
-    books found are kept when they are better after that.
+    store: rounds the books of a part to values that can be stored, given what an error of each element counts by
+    itself; the books found are kept when they are better after that.
     """
     k, p = problem.target.shape
     old = [part.books for part in solution.parts]
@@ -141,7 +145,8 @@ def fit_books(problem: Problem, solution: Solution, steps: int, store: Callable[
         ready = [r * s for r, s in zip(rest, scale, strict=True)]
         before_size, size = size, _dot(rest, ready)
         direction = [r + size / before_size * d for r, d in zip(ready, direction, strict=True)]
-    fitted = solution.with_books(_nest(old, [store(x.float(), u) for x, u in zip(found, use, strict=True)]))
+    parts = zip(_nest(old, [x.float() for x in found]), _nest(old, use), strict=True)
+    fitted = solution.with_books([store(books, uses) for books, uses in parts])
     return fitted if problem.loss(fitted.decode(k, p)) < before else solution
 
 

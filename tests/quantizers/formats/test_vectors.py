@@ -48,9 +48,9 @@ def naive(q: VQTensor) -> torch.Tensor:
     """Element by element, as the format is defined."""
     fmt, out, books = q.fmt, torch.zeros(q.n, q.k), []
     for name in ("centroids", "residual_centroids", "outlier_centroids"):
-        book, scale = getattr(q, name), getattr(q, f"{name}_scale")
+        book, scale = getattr(q, name), getattr(q, f"{name.removeprefix('residual_')}_scale")
         books.append(None if book is None else book.float())
-        if scale is not None:
+        if book is not None and scale is not None:
             books[-1] *= scale.reshape([-1] + [1] * (book.ndim - 1))
     outliers, size = fmt.partition(q.k)
     for p in range(q.k):
@@ -184,7 +184,7 @@ def test_bits_count_every_overhead() -> None:
     bits = parse_format("vq.d8.k256.r256.cn").bits_per_weight(512, 1024)
     assert bits == 2 + (2 * 256 * 8 * 16 + 2 * 1024 * 16) / (512 * 1024)
     bits = parse_format("vq.d8.k256.r256.cn.s8").bits_per_weight(512, 1024)
-    assert bits == 2 + (2 * (256 * 8 * 8 + 32) + 2 * 1024 * 16) / (512 * 1024)
+    assert bits == 2 + (2 * 256 * 8 * 8 + 32 + 2 * 1024 * 16) / (512 * 1024)
 
 
 def test_bytes_are_packed_as_bytes_for_cpus_and_as_their_values_elsewhere() -> None:
@@ -195,3 +195,24 @@ def test_bytes_are_packed_as_bytes_for_cpus_and_as_their_values_elsewhere() -> N
     assert near["book"].shape[-1] == 8
     assert bool((near["book"][..., 6:] == 128).all())
     assert torch.equal(far["book"][0, 0], q.centroids[0].float() * q.centroids_scale)
+
+
+def test_residual_bytes_are_packed_so_that_sums_of_bytes_are_what_is_multiplied() -> None:
+    q = weight("vq.d6.k16.r16.s8")
+    assert q.residual_centroids is not None
+    near = pack_weights([q], LAYOUTS["vectors8"]).tensors
+    sums = near["book"][0, 0, :, None] + near["residual_book"][0, 0]  # modulo 256
+    want = q.centroids[0, :, None].int() + q.residual_centroids[0].int()
+    assert torch.equal(sums[..., :6].int() - 128, want)
+    assert int(want.min()) < -110
+    assert int(want.max()) > 110
+    assert bool((sums[..., 6:] == 128).all())
+    assert not any("residual" in name and name.endswith("scale") for name in near)
+
+
+def test_bytes_whose_sums_are_none_are_refused() -> None:
+    q = weight("vq.d6.k16.r16.s8")
+    tensors = stored(q)
+    for level in (127, -128):
+        with pytest.raises(FormatError, match=r"LB0226.*signed bytes"):
+            from_stored(q.fmt, N, K, {**tensors, "residual_centroids": torch.full_like(q.residual_centroids, level)})
