@@ -22,7 +22,7 @@ class Machine:
     are not full take twice as many operations with bytes above 127. ahead: bytes that direct kernels fetch ahead, all
     panels together, but at least 1024 in each; far: they go into the second-level cache instead, and how many depends
     on the format; decode_ahead: those that decoding into a buffer fetches ahead. lookup: time of loading a centroid of
-    bytes, beside Cascade Lake's.
+    bytes, beside Cascade Lake's. held: registers that a running sum of words takes with what making words needs.
     """
 
     ghz: float
@@ -42,6 +42,7 @@ class Machine:
     far: bool = False
     decode_ahead: int = 0
     lookup: float = 1.0
+    held: int = 1
 
 
 _ZEN3 = partial(
@@ -78,8 +79,8 @@ MACHINES = {
         lookup=0.5,
     ),
     # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
-    "avx512vnni": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True),
-    "avx512": Machine(3.1, 13.0, 2.0, 2.0, 5.0, 5.0, 16),
+    "avx512vnni": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True, held=2),
+    "avx512": Machine(3.1, 13.0, 2.0, 2.0, 5.0, 5.0, 16, held=2),
     # Measured on Zen 3 cores.
     "avx2": _ZEN3(dot=2.7, word=2.3),
     # The same cores' numbers with the dot products of VNNI, counted.

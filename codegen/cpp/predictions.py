@@ -88,10 +88,10 @@ def _digits(plan: Plan) -> int:
 
 
 def _held(plan: Plan, cpu: Machine) -> int:
-    """What one running sum takes in registers, with its share of what decoding needs: as much again for words of
-    AVX-512, which are looked up, and where there are 16 registers for codes of two planes."""
+    """What one running sum takes in registers, with its share of what decoding needs: as much again for words that
+    are looked up without VBMI, and where there are 16 registers for codes of two planes."""
     if not plan.integer or not cpu.halves:
-        return _digits(plan)
+        return cpu.held if plan.words else _digits(plan)
     crowded = plan.containers > 1 and not plan.magnitudes
     return (1 if plan.words else _digits(plan)) * (1 + crowded)
 

@@ -16,6 +16,7 @@ FARTHEST = 4096
 """Bytes ahead of which fetching makes sense: what lies further away is evicted before it is read."""
 _FEW = 4  # tokens
 _SIGNED = 2  # tokens that are given the signs of weights
+_TALL = 8  # tokens that words are multiplied with at a time
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((4, 1), (2, 2), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
 loop, AVX-512 holds 24 sums beside 4 weights."""
@@ -55,7 +56,7 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
             digits, most = 2, 2
         if signs or words == MADE:
             most = pair  # magnitudes and signs take most registers
-        height = max(1, min(tokens, room // digits // pair))
+        height = max(1, min(tokens, room // digits // pair, _TALL if words else tokens))
         panels = [p for p in (4, 2, 1) if p <= most and p % pair == 0 and (p == pair or p * height * digits <= room)]
         shorts = arch in SHORT_ARCHES and short_steps(spec, magnitudes(spec) if signs else None) and not words
         # Few panels are better split evenly over threads than streamed side by side.
@@ -65,7 +66,7 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
             accs = max(1, min(2, room // (p * height * digits) // 2))
             residues = 1 if words or signs else _residues(spec, arch, room // (p * height * digits))
             accs = 1 if residues > 1 or cpu.halves else accs
-            ahead = _far(spec) if cpu.far else max(1024, cpu.ahead // p)
+            ahead = _far(spec, p) if cpu.far else max(1024, cpu.ahead // p)
             for prefetch in (ahead,) if cpu.halves else (ahead, 0):
                 found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
                 found = found.with_extra(shorts=1) if shorts else found
@@ -75,15 +76,15 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
                     yield found.with_extra(words=words) if words else _with_residues(found, residues)
 
 
-def _far(spec: KernelSpec) -> int:
-    """Bytes ahead of which a Zen 4 core has weights fetched, the best of what was tried for four panels: four blocks,
-    or of narrow codes, whose blocks are short, 2048 bytes in each plane (int4: twice as much takes a quarter longer;
-    int2: half as much takes a tenth longer). Bytes that meet two digits: two blocks, four take a quarter longer."""
+def _far(spec: KernelSpec, panels: int) -> int:
+    """Bytes ahead of which a Zen 4 core has weights fetched, the best of what was tried. Four panels: four blocks, of
+    bytes two (twice as much takes up to a quarter longer), or of narrow codes, whose blocks are short, 2048 bytes in
+    each plane (int2: half as much takes a tenth longer). Fewer panels as much together (int8, eight tokens: two panels
+    0.87 of the time of half as much, one panel 0.6 of that of a quarter)."""
     planes = spec.layout_.widths(spec.fmt.bits)
     block = 64 * sum(planes)
-    if spec.limbs > 1 and planes == (8,):
-        return 2 * block
-    return min(FARTHEST, 4 * block if block >= 256 else 2048 * len(planes))
+    found = 1024 if block == 512 else 4 * block if block >= 256 else 2048 * len(planes)
+    return min(FARTHEST, found * 4 // panels)
 
 
 def _lut(spec: KernelSpec, tokens: int, pair: int) -> Iterator[Schedule]:
@@ -115,7 +116,8 @@ def _words(spec: KernelSpec, arch: str, tokens: int) -> tuple[int, ...]:
 
     AVX-512: for two digits an activation. They are half as many instructions as products of digits when weights have
     two as well, and half as many sums to bring together at the end of short groups. For single tokens decoding counts
-    more, except where one permute looks up words of six bits (Zen 4). AVX2: where products of all digits take more
+    more, except where one permute looks up words of six bits (Zen 4), and there half as many sums leave a few tokens
+    room for more panels or tokens. AVX2: where products of all digits take more
     operations, or as many and decoding is shared by some tokens; shuffles that look up bytes make words of digits.
     """
     levels = spec.integer_levels
@@ -124,7 +126,8 @@ def _words(spec: KernelSpec, arch: str, tokens: int) -> tuple[int, ...]:
     if arch.startswith("avx512"):
         short = (spec.parts > 1 and tokens > 1) or (spec.group_blocks == 1 and tokens > 16)
         wide = len(levels.digits) > 1 and (tokens > 1 or arch == "avx512vbmi")
-        return (int(spec.limbs == 2 and (short or wide)),)
+        few = _FEW <= tokens <= _most_direct(arch) and arch == "avx512vbmi"
+        return (int(spec.limbs == 2 and (short or wide or few)),)
     if arch not in WORD_ARCHES or _signs(spec, arch, tokens):
         return (0,)
     cpu, top, found = MACHINES[arch], max(map(max, levels.digits)), level_magnitudes(levels)
@@ -139,9 +142,9 @@ def _words(spec: KernelSpec, arch: str, tokens: int) -> tuple[int, ...]:
 
 def _sums(spec: KernelSpec, arch: str, words: int) -> int:
     """Sums that an exact product is made of, as far as they need registers: decoding words of AVX-512, which are looked
-    up, takes as many as another sum."""
+    up, takes as many as another sum, but for VBMI's permutes."""
     if words:
-        return 2 if arch.startswith("avx512") else 1
+        return MACHINES[arch].held
     weights = len(spec.integer_levels.digits) if spec.limbs and spec.integer_levels else 1
     return max(1, spec.limbs) * weights
 
