@@ -27,7 +27,7 @@ from lowbit.quantizers.formats import (
     parse_format,
 )
 from lowbit.quantizers.qtensor import padded_columns, padded_group
-from lowbit.quantizers.vqtensor import byte_rows
+from lowbit.quantizers.vqtensor import byte_rows, has_scale
 
 __all__ = ["COMPUTE", "DTYPES", "EPILOGUES", "Compute", "KernelSpec", "rounded_products"]
 
@@ -184,7 +184,7 @@ class KernelSpec:
         books = ["", *(["residual_"] if v.residual else []), *(["outlier_"] if v.outliers else [])]
         parts = []
         for book in books:
-            scale = ["book_scale"] if v.scaled and book != "residual_" else []
+            scale = ["book_scale"] if v.scaled and has_scale(f"{book}book") else []
             parts += [f"{book}{kind}" for kind in ("index", "book", *scale)]
         parts += ["columns"] if v.ordered else []
         parts += ["norm_scale", "norm_bias"] if v.norm != "none" else []

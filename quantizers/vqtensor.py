@@ -276,9 +276,14 @@ _PACKED = ("book", "residual_book", "outlier_book")
 """Operands that hold `BOOKS`."""
 
 
+def has_scale(book: str) -> bool:
+    """Whether an operand that holds codebooks of bytes has scales: residual ones share those of the main ones."""
+    return book != "residual_book"
+
+
 def scale_of(book: str) -> str:
     """The operand with the scales of an operand that holds codebooks of bytes."""
-    return f"{'book' if book == 'residual_book' else book}_scale"
+    return f"{book if has_scale(book) else 'book'}_scale"
 
 
 def byte_of_zero(book: str) -> int:
@@ -308,7 +313,7 @@ def _book(name: str, books: list[Tensor], scales: list[Tensor | None], layout: L
     if stacked.dtype != torch.int8:
         return {name: stacked.float() if stacked.dtype == torch.bfloat16 else stacked.contiguous()}
     scale = torch.stack([_need(s) for s in scales])
-    side = {scale_of(name): scale} if scale_of(name) == f"{name}_scale" else {}
+    side = {f"{name}_scale": scale} if has_scale(name) else {}
     if byte_rows(layout):
         padding = (0, row_bytes(stacked.shape[-1]) - stacked.shape[-1])
         packed = torch.nn.functional.pad(stacked.to(torch.int16), padding) + byte_of_zero(name)

@@ -56,8 +56,8 @@ def stored(q: QWeight) -> dict[str, Tensor]:
     Vector formats:
     `indices` int32 [groups * vectors, words], one dense stream per row of vectors and column group with the residual
     index above the main one, `centroids`, `residual_centroids`, `outlier_indices` int16, `outlier_centroids`, `perm`
-    int16 (16 bits, unsigned), `norm_scale`, `norm_bias`, and float32 `centroids_scale` and
-    `outlier_centroids_scale` beside codebooks of bytes, `weight_shape`.
+    int16 (16 bits, unsigned), `norm_scale`, `norm_bias`, and float32 `centroids_scale` and `outlier_centroids_scale`
+    beside codebooks of bytes, `weight_shape`.
     """
     return _stored_vectors(q) if isinstance(q, VQTensor) else _stored_scalar(q)
 

@@ -77,13 +77,15 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
 
 
 def _far(spec: KernelSpec, panels: int) -> int:
-    """Bytes ahead of which a Zen 4 core has weights fetched, the best of what was tried. Four panels: four blocks, of
-    bytes two (twice as much takes up to a quarter longer), or of narrow codes, whose blocks are short, 2048 bytes in
-    each plane (int2: half as much takes a tenth longer). Fewer panels as much together (int8, eight tokens: two panels
-    0.87 of the time of half as much, one panel 0.6 of that of a quarter)."""
+    """Bytes ahead of which a Zen 4 core has weights fetched, the best of what was tried. Four panels: four blocks, or
+    of narrow codes, whose blocks are short, 2048 bytes in each plane (int2: half as much takes a tenth longer); fewer
+    panels as much together. Whole bytes: two blocks of four panels (twice as much takes up to a quarter longer), and
+    as much as there can be of fewer (eight tokens, two panels: half as much takes 1.1 to 1.2 times as long)."""
     planes = spec.layout_.widths(spec.fmt.bits)
     block = 64 * sum(planes)
-    found = 1024 if block == 512 else 4 * block if block >= 256 else 2048 * len(planes)
+    if planes == (8,):
+        return 2 * block if panels > 2 else FARTHEST
+    found = 4 * block if block >= 256 else 2048 * len(planes)
     return min(FARTHEST, found * 4 // panels)
 
 

@@ -188,7 +188,7 @@ class VectorFormat(WeightFormat):
     def bits_per_weight(self, n: int, k: int) -> float:
         """Bits on disk: index rows padded to 32-bit words, 16-bit outlier indices, codebooks, norms, permutation."""
         outliers, size = self.partition(k)
-        width, scale = 8 * self.book_dtype.itemsize, 32 * self.scaled  # one of both books
+        width, scale = 8 * self.book_dtype.itemsize, 32 * self.scaled  # residual books share it
         words = math.ceil(self.positions(size) * (self.index_bits + self.residual_bits) / 32)
         bits = self.groups * self.vectors(n) * words * 32
         bits += self.groups * (self.dim * (self.centroids + self.residual) * width + scale)

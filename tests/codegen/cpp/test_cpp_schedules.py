@@ -17,10 +17,12 @@ def trusted(fmt: str, compute: str, arch: str, m: int) -> list[Schedule]:
 
 @pytest.mark.parametrize("m", [1, 4, 8])
 def test_fewer_panels_fetch_further_ahead_where_weights_go_to_the_second_level_cache(m: int) -> None:
-    for fmt, together in (("int8.ch.sym", 4096), ("int4.g128.sym", 4096), ("e3m2.ch", 6144)):
+    for fmt, together in (("int4.g128.sym", 4096), ("e3m2.ch", 6144), ("int2.g64.fz", 8192)):
         direct = [s for s in trusted(fmt, "int8", "avx512vbmi", m) if not s.get("buffered", 0) and s.get("prefetch", 0)]
         assert direct
         assert all(s.get("prefetch", 0) == min(4096, together * 16 // s.tile_n) for s in direct), (fmt, direct)
+    bytes_ = [s for s in trusted("int8.ch.sym", "int8", "avx512vbmi", m) if s.get("prefetch", 0)]
+    assert all(s.get("prefetch", 0) == (1024 if s.tile_n == 64 else 4096) for s in bytes_)
     near = [s for s in trusted("int8.ch.sym", "int8", "avx512vnni", m) if not s.get("buffered", 0)]
     assert {s.get("prefetch", 0) for s in near} <= {0, 1024}
 

@@ -10,6 +10,7 @@ import torch
 from lowbit.codegen.reference.backend import decode_weight
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.ir.layout import LAYOUTS
+from lowbit.quantizers.codebooks import to_levels
 from lowbit.quantizers.formats import VectorFormat, parse_format, scalar_format
 from lowbit.quantizers.vqtensor import VQTensor
 from lowbit.quantizers.weights import (
@@ -208,6 +209,20 @@ def test_residual_bytes_are_packed_so_that_sums_of_bytes_are_what_is_multiplied(
     assert int(want.max()) > 110
     assert bool((sums[..., 6:] == 128).all())
     assert not any("residual" in name and name.endswith("scale") for name in near)
+
+
+def test_books_that_have_a_scale_each_are_refused() -> None:
+    """As they were stored before they shared one: each book used all levels."""
+    q = weight("vq.d8.k256.r256.s8")
+    books = [torch.randn(1, 256, 8, generator=torch.Generator().manual_seed(i)) * 0.02 for i in range(2)]
+    (main,), scale = to_levels(books[:1])
+    (rest,), _ = to_levels(books[1:])
+    tensors = {**stored(q), "centroids": main, "centroids_scale": scale, "residual_centroids": rest}
+    with pytest.raises(FormatError, match=r"LB0226.*signed bytes"):
+        from_stored(q.fmt, N, K, tensors)
+    (main, rest), scale = to_levels(books)
+    tensors |= {"centroids": main, "centroids_scale": scale, "residual_centroids": rest}
+    assert isinstance(from_stored(q.fmt, N, K, tensors), VQTensor)
 
 
 def test_bytes_whose_sums_are_none_are_refused() -> None:
