@@ -101,8 +101,11 @@ def rounded_vectors(spec: KernelSpec, x: torch.Tensor, q: VQTensor) -> torch.Ten
     return torch.cat(done, 1)[:, torch.argsort(perm)]
 
 
-def expected(spec: KernelSpec, x: torch.Tensor, weights: list[QWeight]) -> torch.Tensor:
-    """float64 [M, sum(segments)]: products before the epilogue, with the spec's rounding of activations."""
+def expected(
+    spec: KernelSpec, x: torch.Tensor, weights: list[QWeight], schedule: Schedule | None = None
+) -> torch.Tensor:
+    """float64 [M, sum(segments)]: products before the epilogue, with the spec's rounding of activations, unless the
+    schedule's products are of bfloat16 numbers, which round nothing."""
     if spec.vector and spec.limbs:
         q = weights[0]
         ready = rounded_vectors(spec, x, q)
@@ -111,7 +114,8 @@ def expected(spec: KernelSpec, x: torch.Tensor, weights: list[QWeight]) -> torch
         plain = replace(q, fmt=replace(q.fmt, norm="none"), norm_scale=None, norm_bias=None)
         return ready @ plain.dequantize().double().T + (x.double() @ q.norm_bias.double())[:, None]
     dense = torch.cat([w.dequantize() for w in weights]).double()
-    return (rounded_activations(spec, x) if spec.limbs else x.double()) @ dense.T
+    rounds = spec.limbs and not (schedule and schedule.get("bf16", 0))
+    return (rounded_activations(spec, x) if rounds else x.double()) @ dense.T
 
 
 def launch(

@@ -25,6 +25,7 @@ from lowbit.codegen.cpp.attend_launch import load_attend
 from lowbit.codegen.cpp.toolchain import compile_shared
 from lowbit.codegen.reference.backend import prepare_activations
 from lowbit.codegen.reference.kvstate import KVState, allocate, attend
+from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.ir.target import Target, host_target, isa_runs_here
 from lowbit.quantizers.weights import pack_weights
@@ -80,6 +81,8 @@ FAMILIES: dict[str, list[Case]] = {
         Case("e4m3.ch", "float", (260,), 531, 1, rest={"x_dtype": "f16"}),
         Case("nvfp4", "int16", (33,), 176, 17),
         Case("e5m2.g48.f32", "float", (37,), 145, 33, rest={"epilogue": ("bias",)}),
+        Case("e4m3.g48", "float", (67,), 145, 4, rest={"x_dtype": "bf16", "epilogue": EVERY[:1]}),
+        Case("nvfp4", "int16", (41, 41), 176, 33, rest={"x_dtype": "bf16", "epilogue": EVERY}),
     ],
     "rounded": [
         Case("int4.g128.asym.i8ch", "int8", (259,), 577, 1, rest={"activation": "int8.token"}),
@@ -171,14 +174,14 @@ def run_family(cases: list[Case]) -> int:
         schedule = next(iter(BACKEND.schedules(spec, target, here[n].m)))
         source = BACKEND.emit(spec, schedule, target)
         BACKEND.compile(replace(source, flags=(*source.flags, *FLAGS)), folder / f"{n}.so")
-        return BACKEND.load(folder / f"{n}.so", spec, schedule)
+        return BACKEND.load(folder / f"{n}.so", spec, schedule), schedule
 
     with ThreadPoolExecutor(2) as pool:
         kernels = list(pool.map(build, range(len(here))))
-    return sum(check(run, case) for run, case in zip(kernels, here, strict=True))
+    return sum(check(run, case, schedule) for (run, schedule), case in zip(kernels, here, strict=True))
 
 
-def check(run: Any, case: Case) -> int:
+def check(run: Any, case: Case, schedule: Schedule) -> int:
     """One kernel at all its token counts, with 1, 2 and 3 threads: right, and the same bits."""
     spec, rng = case.spec(), torch.Generator().manual_seed(7)
     weights = tensors_of(spec)
@@ -194,13 +197,19 @@ def check(run: Any, case: Case) -> int:
             out = torch.full((m, spec.n_out), float("nan"), dtype=DTYPES[spec.out_dtype])
             run(x, packed, bias, residual, out)
             got.append(out)
-        assert error(got[0], wanted(spec, x, weights, packed, bias, residual)) < limit, (case, m)
+        assert error(got[0], wanted(spec, schedule, x, weights, packed, bias, residual)) < limit, (case, m)
         assert all(torch.equal(got[0], other) for other in got[1:]), (case, m)
     return len(case.tokens)
 
 
 def wanted(
-    spec: KernelSpec, x: torch.Tensor, weights: list[Any], packed: Any, bias: torch.Tensor, residual: torch.Tensor
+    spec: KernelSpec,
+    schedule: Schedule,
+    x: torch.Tensor,
+    weights: list[Any],
+    packed: Any,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
 ) -> torch.Tensor:
     """float64: the definition, epilogue included."""
     if (spec.activation or spec.rotate) and not spec.vector:
@@ -208,7 +217,7 @@ def wanted(
         dense = dense if weights[0].perm is None else dense[:, weights[0].perm.long()]
         y = prepare_activations(spec, x, packed).double() @ dense.T
     else:
-        y = expected(spec, x, weights)
+        y = expected(spec, x, weights, schedule)
     return finished(spec, y, bias, residual)
 
 

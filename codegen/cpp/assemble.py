@@ -12,6 +12,7 @@ from lowbit.codegen.cpp.plan import KernelPlan
 __all__ = ["ISA_FLAGS", "PRIMITIVES", "Pieces", "assemble", "prelude"]
 
 PRIMITIVES: dict[str, tuple[str, dict[str, int]]] = {
+    "avx512bf16": ("avx512.h", {"LB_VNNI": 1, "LB_VBMI": 1, "LB_BF16": 1}),
     "avx512vbmi": ("avx512.h", {"LB_VNNI": 1, "LB_VBMI": 1}),
     "avx512vnni": ("avx512.h", {"LB_VNNI": 1, "LB_VBMI": 0}),
     "avx512": ("avx512.h", {"LB_VNNI": 0, "LB_VBMI": 0}),
@@ -34,6 +35,7 @@ _AVX512 = (
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "avx512bf16": (*_AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"),
     "avx512vbmi": (*_AVX512, "-mavx512vnni", "-mavx512vbmi"),
     "avx512vnni": (*_AVX512, "-mavx512vnni"),
     "avx512": _AVX512,

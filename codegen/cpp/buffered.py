@@ -24,6 +24,9 @@ from lowbit.codegen.cpp.tiles import float_tile, pieces_of_work, tile_pass
 
 __all__ = ["buffered_text"]
 
+_FEW_SUMS = 8
+"""Sums of a tile whose steps are so short that counting them shows; compilers make several of longer ones slower."""
+
 
 def buffered_text(plan: Plan, form: Products) -> str:
     """All tile functions, and `work`, which runs one thread's share."""
@@ -33,7 +36,9 @@ def buffered_text(plan: Plan, form: Products) -> str:
 
 
 def _tile(plan: Plan, form: Products, width: int, height: int) -> str:
-    """`width` panels x `height` tokens over one decoded chunk."""
+    """`width` panels x `height` tokens over one decoded chunk, or several."""
+    if plan.bf16:
+        return _bf16_tile(plan, form, width, height)
     return _int_tile(plan, form, width, height) if plan.integer else float_tile(plan, form, width, height, width)
 
 
@@ -64,6 +69,26 @@ def _int_tile(plan: Plan, form: Products, width: int, height: int) -> str:
     return indent([*lines, "}"])
 
 
+def _bf16_tile(plan: Plan, form: Products, width: int, height: int) -> str:
+    """Sums of bfloat16 products, times the scales of weights unless they wait, added to the results at `y`."""
+    cells = [(m, i) for m in range(height) for i in range(width)]
+    lines = [
+        f"static void tile_{width}_{height}(const uint8_t* buffer, int64_t steps, [[maybe_unused]] int64_t chunks, "
+        f"const {form.item}* x, [[maybe_unused]] int64_t stride, [[maybe_unused]] const F* s, float* y) {{"
+    ]
+    sums, step = [f"F a{m}_{i} = fzero();" for m, i in cells], tile_pass(form, width, height, width, plan.token_stride)
+    if plan.scaled_last:
+        lines += [*sums, "for (int64_t chunk = 0; chunk < chunks; ++chunk) {", *step]
+        lines += [f"buffer += steps * {width * 64}, x += stride;", "}"]
+        return indent([*lines, *(f"fstore({y}, fadd(a{m}_{i}, fload({y})));" for m, i, y in _at(cells, width)), "}"])
+    if plan.spec.parts > 1:
+        lines.append("for (int64_t part = 0; part < kParts; ++part) {")
+    lines += [*sums, *step, *(f"fstore({y}, fma_(a{m}_{i}, s[{i}], fload({y})));" for m, i, y in _at(cells, width))]
+    if plan.spec.parts > 1:
+        lines += [f"buffer += steps * {width * 64}, x += {plan.part_cols}, s += {width};", "}"]
+    return indent([*lines, "}"])
+
+
 def _at(cells: list[tuple[int, int]], width: int, plan: Plan | None = None) -> list[tuple[int, int, str]]:
     """Each cell with the address of its result; none for a plan without offsets."""
     return [(m, i, f"y + {(m * width + i) * 16}") for m, i in cells] if plan is None or plan.shifts else []
@@ -82,7 +107,8 @@ def _exact_sums(plan: Plan, form: Products, width: int, height: int) -> list[str
         elif not shift:
             lines += [f"a{m}_{i} = vadd(a{m}_{i}, {starts[m, i]});" for m, i in cells]
         weights = e * _digit_bytes(plan, width)
-        together = math.gcd(4, form.steps // plan.spec.parts) if plan.words else 1
+        few = plan.words and width * height <= _FEW_SUMS
+        together = math.gcd(4, form.steps // plan.spec.parts) if few else 1
         shorts = min((8, *plan.shorts)) if plan.shorts else 0
         lines += tile_pass(
             form, width, height, width, plan.token_stride, d * plan.chunk_cols, weights, shorts, together
@@ -93,17 +119,17 @@ def _exact_sums(plan: Plan, form: Products, width: int, height: int) -> list[str
 
 def _unit(plan: Plan, form: Products, width: int) -> str:
     """One unit of work for tokens [t0, t1)."""
-    code = "uint8_t" if plan.integer else "float"
+    code = "float" if form.item == "float" else "uint8_t"
     lines = [
         f"static void unit_{width}(const Args& a, int64_t slot, int64_t t0, int64_t t1, uint8_t* room) {{",
         f"{code}* buffer = ({code}*)room;",
         f"float* sums = (float*)(room + {plan.code_bytes});",
         *units(plan, width),
         f"memset(sums, 0, size_t(t1 - t0) * {width * 64});",
-        "for (int64_t c = 0; c < kChunks; ++c) {",
-        f"const int64_t blocks = c + 1 < kChunks ? kChunkBlocks : {plan.last_blocks};",
+        f"for (int64_t c = 0; c < kChunks; c += {plan.together}) {{",
+        _blocks(plan),
     ]
-    if plan.spec.parts == 1 and not plan.integer:
+    if plan.spec.parts == 1 and form.item == "float":
         lines += scale_and_zero(plan, width, "c / kGroupChunks")
     for i in range(width):
         lines += _decode(plan, form, width, i)
@@ -111,15 +137,36 @@ def _unit(plan: Plan, form: Products, width: int) -> str:
     lines += ["}", "for (int64_t t = t0; t < t1; ++t) {", f"const float* y = sums + (t - t0) * {width * 16};"]
     half = width // 2 if plan.silu else width
     for i in range(half):
-        up = f", fload(y + {16 * (i + half)})" if plan.silu else ""
-        lines.append(f"finish(a, {panel_of(plan, width, i)}, t, fload(y + {16 * i}){up});")
+        up = f", {_result(plan, width, i + half)}" if plan.silu else ""
+        lines.append(f"finish(a, {panel_of(plan, width, i)}, t, {_result(plan, width, i)}{up});")
     return indent([*lines, "}", "}"])
+
+
+def _blocks(plan: Plan) -> str:
+    """`blocks`: how many are decoded before tiles run over them."""
+    if plan.together > 1:  # chunks of one block
+        return f"const int64_t blocks = c + {plan.together} < kChunks ? {plan.together} : kChunks - c;"
+    return f"const int64_t blocks = c + 1 < kChunks ? kChunkBlocks : {plan.last_blocks};"
+
+
+def _result(plan: Plan, width: int, i: int) -> str:
+    """Results of panel `i`, with the scales that waited."""
+    found = f"fload(y + {16 * i})"
+    if not plan.scaled_last:
+        return found
+    scale = f"u{i}" if plan.folded else side_loads(plan, panel_of(plan, width, i), i, "0")["s"][1]
+    return f"fmul({found}, {scale})"
 
 
 def _tiles(plan: Plan, form: Products, width: int) -> list[str]:
     """The calls of tiles over the decoded chunk."""
     lines, sides, steps = [], "", f"blocks * {form.steps}"
-    row = plan.input_row
+    row, more = plan.input_row, ""
+    if plan.bf16:
+        lines += [] if plan.scaled_last else _side_arrays(plan, width)
+        more = f"a.m * kTokenStride, {'nullptr' if plan.scaled_last else 's'}, "
+        steps = f"{form.steps}, blocks" if plan.together > 1 else f"{steps}, 1"
+        steps = f"{form.steps // plan.spec.parts}, 1" if plan.spec.parts > 1 and not plan.scaled_last else steps
     if plan.integer:
         lines += _side_arrays(plan, width)
         at = f"{row} * kParts * a.m + t"
@@ -127,7 +174,7 @@ def _tiles(plan: Plan, form: Products, width: int) -> list[str]:
         steps = str(form.steps // plan.spec.parts) if plan.spec.parts > 1 else steps
     x = f"(const {form.item}*)a.xq + ({row} * a.m + t) * kTokenStride"
     y = f"sums + (t - t0) * {width * 16}"
-    calls = dispatch(plan.heights, "t0", "t1", lambda h: f"tile_{width}_{h}(buffer, {steps}, {x}, {sides}{y});")
+    calls = dispatch(plan.heights, "t0", "t1", lambda h: f"tile_{width}_{h}(buffer, {steps}, {x}, {sides}{more}{y});")
     if not plan.spec.double_chunks:
         return lines + calls
     head = ["for (int high = c < kDoubleChunks; high >= 0; --high) {", "const int64_t row = high ? kChunks + c : c;"]
@@ -152,13 +199,13 @@ def _side_arrays(plan: Plan, width: int) -> list[str]:
 
 def _decode(plan: Plan, form: Products, width: int, i: int) -> list[str]:
     """Decode the chunk of panel `i` into the buffer, where the panels of a tile lie side by side."""
-    items = 64 if plan.integer else 16
+    items = 16 if form.item == "float" else 64
     lines = ["{"]
     at = f"(({panel_of(plan, width, i)}) * kBlocks + c * kChunkBlocks)"
     lines += [f"const uint8_t* w{j} = a.plane[{j}] + {at} * {64 * bits};" for j, bits in enumerate(plan.planes)]
-    if not plan.integer and plan.spec.parts == 1:
+    if form.item == "float" and plan.spec.parts == 1:
         lines += decode_sides(plan, i)
-    code = "uint8_t" if plan.integer else "float"
+    code = "float" if form.item == "float" else "uint8_t"
     lines += [
         f"{code}* to = buffer + {i * items};",
         "for (int64_t b = 0; b < blocks; ++b) {",
@@ -166,7 +213,7 @@ def _decode(plan: Plan, form: Products, width: int, i: int) -> list[str]:
         *(load for _, load in form.loads()),
     ]
     for part in range(plan.spec.parts):
-        lines += ["{", *_part_sides(plan, width, i, part)]
+        lines += ["{", *_part_sides(plan, form, width, i, part)]
         for step in range(form.steps):
             if plan.spec.parts == 1 or form.offset(step) // plan.part_cols == part:
                 lines += ["{", *form.before(step)]
@@ -179,9 +226,15 @@ def _decode(plan: Plan, form: Products, width: int, i: int) -> list[str]:
     return [*lines, *(f"w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}", "}"]
 
 
-def _part_sides(plan: Plan, width: int, i: int, part: int) -> list[str]:
+def _part_sides(plan: Plan, form: Products, width: int, i: int, part: int) -> list[str]:
     """What floats of one part of a block are decoded with."""
-    if plan.integer or plan.spec.parts == 1:
+    if plan.folded:
+        chunk = "(c + b)" if plan.together > 1 else "c"
+        group = part_group(plan, chunk, part) if plan.spec.parts > 1 else f"{chunk} / kGroupChunks"
+        return [
+            f"const F scale = load_side((const ST*)a.scale + (({panel_of(plan, width, i)}) * kGroups + {group}) * 16);"
+        ]
+    if form.item != "float" or plan.spec.parts == 1:
         return []
     return [*scale_and_zero(plan, width, part_group(plan, "c", part), (i,)), *decode_sides(plan, i)]
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from lowbit.codegen.cpp.input_plan import input_plan
+from lowbit.codegen.cpp.machines import VBMI_ARCHES
 from lowbit.codegen.cpp.plan import PANEL, align
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan, lanes_of
 from lowbit.codegen.schedule import Schedule
@@ -17,7 +18,7 @@ __all__ = ["BLOCK", "PERMUTED", "BytesPlan", "byte_entries", "pair_bytes", "tabl
 BLOCK = 64
 """Bytes of a vector register: one column of 4 to 16 vectors, whose rows are padded to 4, 8 or 16 bytes."""
 
-PERMUTED = {"avx512vbmi": 256, "avx512vnni": 256, "avx512": 256, "avx2vnni": 64, "avx2": 64}
+PERMUTED = {"avx512bf16": 256, "avx512vbmi": 256, "avx512vnni": 256, "avx512": 256, "avx2vnni": 64, "avx2": 64}
 """The most centroids that permutes of registers look up, by instruction set (`pair_of` in `text/bytes_*.h`)."""
 
 
@@ -33,7 +34,7 @@ def table_bytes(book: Book) -> int:
 
 def byte_entries(arch: str) -> int:
     """The most entries of a table of bytes; those of larger tables are words, of two coordinates."""
-    return 256 if arch == "avx512vbmi" else 64
+    return 256 if arch in VBMI_ARCHES else 64
 
 
 def vector_plan(spec: KernelSpec, schedule: Schedule) -> VectorPlan:

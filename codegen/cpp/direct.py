@@ -130,7 +130,7 @@ def _sums(plan: Plan, form: Products, i: int, height: int, part: int = 0) -> lis
             starts = plan.integer and not form.unsorted and (d, e, k) == last
             zero = "vzero()" if plan.integer else "fzero()"
             value = start_value(plan, f"z{i}", f"xi[{_of_part(m, part)}]") if starts else zero
-            lines.append(f"{form.vector} a{i}_{m}_{d}_{e}_{k} = {value};")
+            lines.append(f"{form.total} a{i}_{m}_{d}_{e}_{k} = {value};")
     return lines
 
 
@@ -272,8 +272,8 @@ def collect(plan: Plan, form: Products, i: int, m: int, part: int = 0) -> list[s
     if not plan.integer:
         if not form.late:
             return [f"y{i}_{m} = fadd(y{i}_{m}, {total(0, 0)});"]
-        halves = f"({total(0, 0)}, {total(0, 1)})"
-        sums = f"fadd(evens{halves}, odds{halves})"
+        halves = f"({total(0, 0)}, {total(0, form.vectors - 1)})"
+        sums = f"fadd(evens{halves}, odds{halves})" if form.vectors > 1 else total(0, 0)
         late = f"t{i}_{m} = fadd(t{i}_{m}, {sums});"
         return [late if plan.group_chunks > 1 else f"y{i}_{m} = fma_({sums}, s{i}, y{i}_{m});"]
     if form.unsorted:

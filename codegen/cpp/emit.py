@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from lowbit.codegen.cpp.assemble import Pieces, assemble
+from lowbit.codegen.cpp.bf16_products import Bf16Products
 from lowbit.codegen.cpp.buffered import buffered_text
 from lowbit.codegen.cpp.direct import direct_chunk, direct_text
 from lowbit.codegen.cpp.lut import lut_chunk, lut_types
@@ -42,16 +43,26 @@ def emit_text(plan: Plan, arch: str) -> str:
     fmt = plan.spec.fmt
     digits = plan.magnitudes.digits if plan.magnitudes else plan.levels.digits if plan.integer else ()
     top = max(map(max, digits)) if digits and plan.residues == 1 else 255
-    macros = {"LB_CODE_TOP": top, "LB_LIMBS": plan.spec.limbs, "LB_ZERO": int(fmt.zero)}
+    macros = {"LB_CODE_TOP": top, "LB_LIMBS": plan.limbs, "LB_ZERO": int(fmt.zero)}
     macros |= rounding_macros(plan.spec)
     macros["LB_WORDS"] = 0 if not plan.words else 2 if plan.magnitudes else 1
     if isinstance(form, TrellisWords):
         macros |= {"LB_WORDS": 3, "LB_HALF": form.half}
+    macros["LB_BF16_X"] = int(plan.bf16)
     macros["LB_PAIRS"] = int(plan.half_factor is not None and not plan.buffered)
     macros |= {"LB_LUT": 1} if plan.lut else {}
     prepare = "LB_INLINE void prepare(const Args&, int, int) {}\n"
     text = "\n".join(
-        [prepare, form.printer.tables, _word_table(plan), _unit_of(plan), _place(plan), _finish(plan), kernel]
+        [
+            prepare,
+            form.printer.tables,
+            form.tables,
+            _word_table(plan),
+            _unit_of(plan),
+            _place(plan),
+            _finish(plan),
+            kernel,
+        ]
     )
     headers, rows = (("lut_avx2.h",), ("lut_rows.h", "scalar_rows.h")) if plan.lut else ((), ("scalar_rows.h",))
     found = (*headers, trellis_header(arch)) if fmt.element.window > 1 else headers
@@ -61,6 +72,8 @@ def emit_text(plan: Plan, arch: str) -> str:
 
 def products_of(plan: Plan) -> Products:
     """How the plan's weights meet activations."""
+    if plan.bf16:
+        return Bf16Products(plan)
     if plan.spec.fmt.element.window > 1:
         return trellis_products(plan.integer, plan.words)(plan)
     return products(plan)

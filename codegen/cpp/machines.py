@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-__all__ = ["LUT_ARCHES", "MACHINES", "SHORT_ARCHES", "SIGN_ARCHES", "WHOLE_ARCHES", "WORD_ARCHES", "Machine"]
+__all__ = [
+    "BF16_ARCHES",
+    "LUT_ARCHES",
+    "MACHINES",
+    "SHORT_ARCHES",
+    "SIGN_ARCHES",
+    "VBMI_ARCHES",
+    "WHOLE_ARCHES",
+    "WORD_ARCHES",
+    "Machine",
+]
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,8 @@ class Machine:
     are not full take twice as many operations with bytes above 127. ahead: bytes that direct kernels fetch ahead, all
     panels together, but at least 1024 in each; far: they go into the second-level cache instead, and how many depends
     on the format; decode_ahead: those that decoding into a buffer fetches ahead. lookup: time of loading a centroid of
-    bytes, beside Cascade Lake's. held: registers that a running sum of words takes with what making words needs.
+    bytes, beside Cascade Lake's. held: registers that a running sum of words takes with what making words needs. bf16:
+    operations that one dot product of pairs of bfloat16 numbers takes.
     """
 
     ghz: float
@@ -43,6 +54,7 @@ class Machine:
     decode_ahead: int = 0
     lookup: float = 1.0
     held: int = 1
+    bf16: float = 0.0
 
 
 _ZEN3 = partial(
@@ -60,24 +72,13 @@ _ZEN3 = partial(
     ahead=4096,
     decode_ahead=2048,
 )
+# Measured on Zen 4 cores, whose units are half as wide; their neighbours keep them from 3.7 GHz.
+_ZEN4 = Machine(
+    3.4, 26.0, 2.0, 1.0, 2.0, 2.1, 16, True, fma=2.4, overlap=0.15, end=7.8, unpack=0.3, far=True, lookup=0.5
+)
 MACHINES = {
-    # Measured on Zen 4 cores, whose units are half as wide; their neighbours keep them from 3.7 GHz.
-    "avx512vbmi": Machine(
-        3.4,
-        26.0,
-        2.0,
-        1.0,
-        2.0,
-        2.1,
-        16,
-        True,
-        fma=2.4,
-        overlap=0.15,
-        end=7.8,
-        unpack=0.3,
-        far=True,
-        lookup=0.5,
-    ),
+    "avx512bf16": replace(_ZEN4, bf16=1.95),
+    "avx512vbmi": _ZEN4,
     # Measured on Cascade Lake cores with one 512-bit multiplier; others have two.
     "avx512vnni": Machine(3.1, 13.0, 2.0, 2.0, 1.8, 1.8, 16, True, held=2),
     "avx512": Machine(3.1, 13.0, 2.0, 2.0, 5.0, 5.0, 16, held=2),
@@ -92,7 +93,11 @@ MACHINES = {
 }
 SHORT_ARCHES = ("avx512", "avx2")
 """Instruction sets whose byte dot products are sums of two steps, the first of 16-bit numbers."""
-WORD_ARCHES = ("avx512vbmi", "avx512vnni", "avx512", "avx2vnni", "avx2")
+VBMI_ARCHES = ("avx512bf16", "avx512vbmi")
+"""Instruction sets with permutes of bytes (and measured on Zen 4)."""
+BF16_ARCHES = ("avx512bf16",)
+"""Instruction sets with dot products of bfloat16 numbers."""
+WORD_ARCHES = ("avx512bf16", "avx512vbmi", "avx512vnni", "avx512", "avx2vnni", "avx2")
 """Instruction sets with dot products of 16-bit numbers."""
 LUT_ARCHES = ("avx2vnni", "avx2")
 """Instruction sets with the lookups of `text/lut_avx2.h`."""

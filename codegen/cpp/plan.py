@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
+from lowbit.codegen.cpp.bf16 import BF16_CHUNKS, bf16_problem, folds
 from lowbit.codegen.cpp.expr import build, half_bits, name
 from lowbit.codegen.cpp.lut_plan import TABLE_BYTES, lut_problem, lut_steps
 from lowbit.codegen.cpp.rounding import extra_columns
@@ -123,7 +124,8 @@ class Plan(KernelPlan):
     where they stand (direct kernels, see `InPlaceProducts`); then `accs` is 1. extra `lut`: 1 to look sums of
     activations up by the codes (direct kernels, see `lut_plan`); then there is one accumulator, and no words. extra
     `shorts`: 1 to add pairs of products up as 16-bit numbers first, as far as they fit (see `ShortProducts`). extra
-    `signs`: 1 to give the signs of weights to activations (direct kernels, see `SignProducts`).
+    `signs`: 1 to give the signs of weights to activations (direct kernels, see `SignProducts`). extra `bf16`: 1 to
+    multiply bfloat16 numbers (see `codegen.cpp.bf16`), whatever the products of the spec are; then there are no others.
     """
 
     def __post_init__(self) -> None:
@@ -131,6 +133,8 @@ class Plan(KernelPlan):
             raise KernelError("LB0412", f"no C++ kernel has tiles of {self.tile_m} x {self.schedule.tile_n}")
         if self.lut and (why := lut_problem(self.spec)):
             raise KernelError("LB0412", f"no C++ kernel looks these sums up: {why}")
+        if self.bf16 and (why := bf16_problem(self.spec)):
+            raise KernelError("LB0412", f"no C++ kernel has these products of bfloat16 numbers: {why}")
 
     @property
     def lut(self) -> bool:
@@ -178,7 +182,32 @@ class Plan(KernelPlan):
     @property
     def integer(self) -> bool:
         """True when products are formed on codes as integers."""
-        return self.spec.limbs > 0
+        return self.limbs > 0
+
+    @property
+    def limbs(self) -> int:
+        """int8 digits per activation; 0 for products of floats."""
+        return 0 if self.bf16 else self.spec.limbs
+
+    @property
+    def bf16(self) -> bool:
+        """True when products are of bfloat16 numbers."""
+        return bool(self.schedule.get("bf16", 0))
+
+    @cached_property
+    def folded(self) -> bool:
+        """True when decoded bfloat16 numbers have their scales, all but the tensor's."""
+        return self.bf16 and self.buffered and self.spec.groups > 1 and folds(self.spec)
+
+    @property
+    def scaled_last(self) -> bool:
+        """True when sums of bfloat16 products meet the scales that are left behind all columns."""
+        return self.bf16 and self.buffered and (self.folded or self.spec.groups == 1)
+
+    @property
+    def together(self) -> int:
+        """Chunks that are decoded and multiplied before sums are added to the results (buffered kernels)."""
+        return BF16_CHUNKS if self.scaled_last and self.spec.chunk_blocks == 1 else 1
 
     @property
     def words(self) -> bool:
@@ -199,22 +228,22 @@ class Plan(KernelPlan):
     @property
     def digits(self) -> int:
         """Numbers that an activation is cut into; 0 for products of floats."""
-        return 1 if self.words else self.spec.limbs
+        return 1 if self.words else self.limbs
 
     @property
     def item(self) -> str:
         """C++ type of prepared activations."""
-        return ("int16_t" if self.words else "int8_t") if self.integer else "float"
+        return ("int16_t" if self.words else "int8_t") if self.integer else "uint16_t" if self.bf16 else "float"
 
     @property
     def item_bytes(self) -> int:
         """Its size."""
-        return {"int8_t": 1, "int16_t": 2, "float": 4}[self.item]
+        return {"int8_t": 1, "int16_t": 2, "uint16_t": 2, "float": 4}[self.item]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of a decoded weight."""
-        return 4 if not self.integer else 2 if self.words else len(self.levels.digits)
+        return 2 if self.words or self.bf16 else len(self.levels.digits) if self.integer else 4
 
     @property
     def levels(self) -> IntegerLevels:
@@ -228,7 +257,7 @@ class Plan(KernelPlan):
 
         Digits are counted from the high one; each shift but the last, 0, exceeds the next.
         """
-        limbs = 1 if self.words else self.spec.limbs
+        limbs = 1 if self.words else self.limbs
         weights = tuple(enumerate(self.weight_shifts))
         return tuple(sorted(((8 * (limbs - 1 - d) + s, d, e) for d in range(limbs) for e, s in weights), reverse=True))
 
@@ -244,7 +273,7 @@ class Plan(KernelPlan):
     @cached_property
     def half_factor(self) -> float | None:
         """What float16 weights are multiplied with, for kernels of floats that read them so (`HalfProducts`)."""
-        return None if self.integer else half_factor(self.spec)
+        return None if self.integer or self.bf16 else half_factor(self.spec)
 
     @property
     def shifts(self) -> bool:
@@ -350,7 +379,7 @@ class Plan(KernelPlan):
     @property
     def code_bytes(self) -> int:
         """Scratch bytes of one decoded chunk for one unit of work."""
-        return self.np * PANEL * self.chunk_cols * self.weight_bytes
+        return self.np * PANEL * self.chunk_cols * self.together * self.weight_bytes
 
     @property
     def row_bytes(self) -> int:

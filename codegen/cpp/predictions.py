@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lowbit.codegen.cpp.bf16 import bf16_lookup
 from lowbit.codegen.cpp.lut_plan import lut_steps
 from lowbit.codegen.cpp.machines import MACHINES, Machine
 from lowbit.codegen.cpp.plan import PANEL, Plan
@@ -11,6 +12,7 @@ from lowbit.codegen.cpp.plan import PANEL, Plan
 __all__ = ["predict"]
 
 _FILL = 10.0  # cycles that filling one table of sums takes
+_BF16_END = 2.0  # operations that bring a vector of sums of bfloat16 products to the results
 _STATES = {1: 19.0, 2: 29.0}  # operations that make 64 values of states, by planes; 5 more as bytes
 _NEAR = 2**20  # bytes of tables that caches of a core hold
 _SIDE_BYTES = {"f32": 4, "f16": 2, "e8m0": 1, "e4m3": 1}
@@ -46,11 +48,11 @@ def _together(plan: Plan, cpu: Machine, memory: float, compute: float) -> float:
 def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
     """Cycles of decoding and multiplying `weights` padded weights with `m` tokens."""
     digits, tiles = _digits(plan), math.ceil(m / plan.tile_m)
-    vectors, parts = weights / (64 if plan.integer else 16), plan.spec.parts
+    vectors, parts = weights / (64 if plan.integer else 32 if plan.bf16 else 16), plan.spec.parts
     sums = plan.np * plan.tile_m * plan.accs * _held(plan, cpu)
     if plan.buffered:
         # A fused multiply-add keeps the only wide multiplier busy, as a dot product does.
-        product = digits * _dot(plan, cpu) if plan.integer else cpu.fma
+        product = digits * _dot(plan, cpu) if plan.integer else 1.05 * cpu.bf16 if plan.bf16 else cpu.fma
         # A broadcast to 32 bytes serves both registers of a vector.
         spread = plan.tile_m * (0.5 if cpu.halves else 1.0)
         loads, end = vectors * tiles * digits * (1 + spread / plan.np), cpu.end
@@ -69,11 +71,15 @@ def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
     else:
         # Sums that do not fit in registers are stored and loaded for every block.
         spill = 1.0 if sums <= 1.5 * cpu.sums else 1.4
-        product = digits * _dot(plan, cpu) + bool(plan.magnitudes) if plan.integer else 1
+        product = digits * _dot(plan, cpu) + bool(plan.magnitudes) if plan.integer else cpu.bf16 if plan.bf16 else 1
         operations = vectors * (tiles * _decode(plan, cpu) + m * product) * spill
-        loads = vectors * tiles * (plan.spec.fmt.bits / 8 + plan.tile_m * digits)
+        shared = min(2, plan.np) if plan.bf16 else 1  # panels that read a broadcast
+        loads = vectors * tiles * (plan.spec.fmt.bits / 8 + plan.tile_m * digits / shared)
         end = 8.5 + 2 * (plan.residues - 1) * digits
     ends = plan.spec.rows / PANEL * plan.spec.chunks * m * (end if parts == 1 else 2 + 0.8 * end * parts)
+    if plan.bf16:  # sums are floats, and no scale of activations meets them
+        each = 1 / plan.together if plan.buffered else parts
+        ends = plan.spec.rows / PANEL * plan.spec.chunks * m * each * _BF16_END
     # Sixteen registers hold one panel's codes and sums best.
     wide = 0.15 * math.log2(plan.np) if cpu.halves and not plan.buffered and not plan.lut else 0.0
     return max((operations * (1 + wide) + ends * (1 + 2 * wide)) / cpu.ops, loads / cpu.loads)
@@ -123,6 +129,14 @@ def _decode(plan: Plan, cpu: Machine) -> float:
     if plan.spec.fmt.element.window > 1:
         made = _STATES[len(plan.planes)]
         return made if plan.words else made + 5 if plan.integer else made / 4
+    if plan.bf16:
+        found = bf16_lookup(plan.spec.fmt.element)
+        return (
+            (3.5 if found and found.bytewise else 1.0)
+            + planes * cpu.unpack / 2
+            + 5.0 * plan.folded
+            + 2.0 * plan.buffered
+        )
     if not plan.integer:
         return (2.0 * planes + 0.3) * (1.0 if wide or plan.buffered else 2.2)
     unpacked = (cpu.unpack - 0.5 * (plan.residues > 1)) * planes

@@ -55,8 +55,8 @@ class Products(ABC):
 
     steps: of a block. vectors: weight vectors of a step, each with sums of its own. late: scales meet sums instead of
     weights. shifts: of a sum's accumulators, each the power of two that its weights exceed the others' by; 0 first.
-    sums: what the names of those that steps add to begin with; `a` of those that chunks end with. unsorted: the two
-    vectors of a step have other rows, and sums of theirs two numbers for each row.
+    total: the C++ type of sums. sums: what the names of those that steps add to begin with; `a` of those that chunks
+    end with. unsorted: the two vectors of a step have other rows, and sums of theirs two numbers for each row.
     """
 
     vector: str
@@ -72,6 +72,15 @@ class Products(ABC):
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+    @property
+    def total(self) -> str:
+        return self.vector
+
+    @property
+    def tables(self) -> str:
+        """C++ definitions of tables beside the printer's."""
+        return ""
 
     @property
     def shifts(self) -> tuple[int, ...]:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowbit.codegen.cpp.bf16 import bf16_problem
 from lowbit.codegen.cpp.lut_plan import lut_problem
-from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN_ARCHES, WORD_ARCHES
+from lowbit.codegen.cpp.machines import (
+    BF16_ARCHES,
+    LUT_ARCHES,
+    MACHINES,
+    SHORT_ARCHES,
+    SIGN_ARCHES,
+    VBMI_ARCHES,
+    WORD_ARCHES,
+)
 from lowbit.codegen.cpp.plan import MADE, PANEL, half_factor, level_magnitudes, magnitudes, plain_codes, short_steps
 from lowbit.codegen.schedule import Schedule, m_class
 from lowbit.codegen.spec import KernelSpec
 
-__all__ = ["FARTHEST", "TILES", "schedules"]
+__all__ = ["FARTHEST", "TILES", "multiplies_bf16", "schedules"]
 
 FARTHEST = 4096
 """Bytes ahead of which fetching makes sense: what lies further away is evicted before it is read."""
 _FEW = 4  # tokens
 _SIGNED = 2  # tokens that are given the signs of weights
+_SHARED = 264  # tokens that share decoded bfloat16 numbers
 _TALL = 8  # tokens that words are multiplied with at a time
 TILES = {16: ((6, 4), (4, 4), (8, 2)), 4: ((4, 1), (2, 2), (1, 2)), 2: ((2, 1), (1, 2))}
 """Tokens x panels of buffered register tiles by the sums that fit: with one operation a sum and no decoding in the
@@ -50,13 +60,14 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
     signs, cpu = _signs(spec, arch, tokens), MACHINES[arch]
     room = cpu.sums
     for words in _words(spec, arch, tokens):
-        digits, most = _sums(spec, arch, words), 4
-        if not spec.limbs and half_factor(spec) is not None:
+        bf16 = multiplies_bf16(spec, arch) and (words > 0 or not spec.limbs)
+        digits, most = 1 + (spec.parts > 1) if bf16 else _sums(spec, arch, words), 4
+        if not (spec.limbs or bf16) and half_factor(spec) is not None:
             # Two sums a row, and conversions that leave few registers.
             digits, most = 2, 2
         if signs or words == MADE:
             most = pair  # magnitudes and signs take most registers
-        height = max(1, min(tokens, room // digits // pair, _TALL if words else tokens))
+        height = max(1, min(tokens, room // digits // pair, _TALL if words or bf16 else tokens))
         panels = [p for p in (4, 2, 1) if p <= most and p % pair == 0 and (p == pair or p * height * digits <= room)]
         shorts = arch in SHORT_ARCHES and short_steps(spec, magnitudes(spec) if signs else None) and not words
         # Few panels are better split evenly over threads than streamed side by side.
@@ -64,16 +75,22 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
         # Sixteen registers hold one panel best, and several read memory faster; predictions weigh the two.
         for p in panels if cpu.halves else panels[:2]:
             accs = max(1, min(2, room // (p * height * digits) // 2))
-            residues = 1 if words or signs else _residues(spec, arch, room // (p * height * digits))
+            residues = 1 if words or signs or bf16 else _residues(spec, arch, room // (p * height * digits))
             accs = 1 if residues > 1 or cpu.halves else accs
             ahead = _far(spec, p) if cpu.far else max(1024, cpu.ahead // p)
             for prefetch in (ahead,) if cpu.halves else (ahead, 0):
                 found = Schedule(height, p * PANEL, spec.chunk_blocks * 32).with_extra(accs=accs, prefetch=prefetch)
                 found = found.with_extra(shorts=1) if shorts else found
-                if signs:
-                    yield found.with_extra(signs=1)
+                if bf16 or signs:
+                    yield found.with_extra(bf16=1) if bf16 else found.with_extra(signs=1)
                 else:
                     yield found.with_extra(words=words) if words else _with_residues(found, residues)
+
+
+def multiplies_bf16(spec: KernelSpec, arch: str) -> bool:
+    """Whether products should be of bfloat16 numbers where they can: they are as fast as those of words or of two
+    digits, and no scale of activations meets them. One digit is faster."""
+    return arch in BF16_ARCHES and spec.limbs != 1 and bf16_problem(spec) is None
 
 
 def _far(spec: KernelSpec, panels: int) -> int:
@@ -127,8 +144,8 @@ def _words(spec: KernelSpec, arch: str, tokens: int) -> tuple[int, ...]:
         return (0,)
     if arch.startswith("avx512"):
         short = (spec.parts > 1 and tokens > 1) or (spec.group_blocks == 1 and tokens > 16)
-        wide = len(levels.digits) > 1 and (tokens > 1 or arch == "avx512vbmi")
-        few = _FEW <= tokens <= _most_direct(arch) and arch == "avx512vbmi"
+        wide = len(levels.digits) > 1 and (tokens > 1 or arch in VBMI_ARCHES)
+        few = _FEW <= tokens <= _most_direct(arch) and arch in VBMI_ARCHES
         return (int(spec.limbs == 2 and (short or wide or few)),)
     if arch not in WORD_ARCHES or _signs(spec, arch, tokens):
         return (0,)
@@ -153,11 +170,14 @@ def _sums(spec: KernelSpec, arch: str, words: int) -> int:
 
 def _buffered(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Schedule]:
     *_, words = _words(spec, arch, max(tokens, _FEW + 1))  # decoding is shared by all
-    shorts = arch in SHORT_ARCHES and short_steps(spec) and not words
-    for height, panels in (_PART_TILES if spec.limbs and spec.parts > 1 else TILES)[MACHINES[arch].sums]:
+    shorts, bf16 = arch in SHORT_ARCHES and short_steps(spec) and not words, multiplies_bf16(spec, arch)
+    for height, panels in (_PART_TILES if spec.limbs and spec.parts > 1 and not bf16 else TILES)[MACHINES[arch].sums]:
         if panels % pair == 0 or panels < pair:
             shape = (min(height, tokens), max(pair, panels) * PANEL)
             found = Schedule(*shape, spec.chunk_blocks * 32).with_extra(buffered=1, tokens=192)
             found = found.with_extra(prefetch=ahead) if (ahead := MACHINES[arch].decode_ahead) else found
+            if bf16:
+                yield found.with_extra(bf16=1, tokens=_SHARED)
+                continue
             found = found.with_extra(shorts=1) if shorts else found
             yield found.with_extra(words=words) if words else found

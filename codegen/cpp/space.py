@@ -12,9 +12,16 @@ from itertools import product
 from lowbit.codegen.cpp.bytes_plan import PERMUTED, BytesPlan, vector_plan
 from lowbit.codegen.cpp.input_plan import ROWS, SUMLESS, InputPlan, SumsPlan, looks_sums_up
 from lowbit.codegen.cpp.lut_plan import lut_problem
-from lowbit.codegen.cpp.machines import LUT_ARCHES, MACHINES, SHORT_ARCHES, SIGN_ARCHES, WORD_ARCHES
+from lowbit.codegen.cpp.machines import (
+    BF16_ARCHES,
+    LUT_ARCHES,
+    MACHINES,
+    SHORT_ARCHES,
+    SIGN_ARCHES,
+    WORD_ARCHES,
+)
 from lowbit.codegen.cpp.plan import MADE, PANEL, Plan, magnitudes, plain_codes, short_steps
-from lowbit.codegen.cpp.schedules import FARTHEST, schedules
+from lowbit.codegen.cpp.schedules import FARTHEST, multiplies_bf16, schedules
 from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.cpp.vector_schedules import byte_words, far_ahead, permute_of, vector_schedules
 from lowbit.codegen.schedule import Schedule, m_class
@@ -23,8 +30,7 @@ from lowbit.compiler.errors import KernelError
 
 __all__ = ["illegal", "space"]
 
-_REGISTERS = {"avx512vbmi": 32, "avx512vnni": 32, "avx512": 32, "avx2vnni": 16, "avx2": 16, "neondot": 16, "neon": 16}
-_REGISTERS["generic"] = 8
+_REGISTERS = {arch: 32 if arch.startswith("avx512") else 16 for arch in MACHINES} | {"generic": 8}
 _MOST_DIRECT, _LEAST_BUFFERED = 16, 3  # tokens for which the one and the other shape are worth a look
 _FETCHING = 64  # tokens up to which buffered kernels wait for weights
 _TILE_SUMS = 8  # vectors of sums of 64 rows, as words and as wider numbers
@@ -54,6 +60,10 @@ def space(spec: KernelSpec, arch: str, m: int) -> Iterator[Schedule]:
             yield from _direct(spec, arch, tokens, word)
         if tokens >= _LEAST_BUFFERED or arch == "generic":
             yield from _buffered(spec, arch, tokens, word)
+    if multiplies_bf16(spec, arch):
+        found = list(_direct(spec, arch, tokens, 0)) if tokens <= _MOST_DIRECT else []
+        found += _buffered(spec, arch, tokens, 0) if tokens >= _LEAST_BUFFERED else []
+        yield from (s.with_extra(bf16=1) for s in found if s.get("residues", 1) == 1)
 
 
 def _direct(spec: KernelSpec, arch: str, tokens: int, words: int) -> Iterator[Schedule]:
@@ -215,7 +225,17 @@ def _no_plan(plan: Plan, arch: str) -> str | None:
         return "signs are given to activations of one digit where magnitudes of five bits are bytes, and by AVX2"
     if plan.unit > plan.slots:
         return f"a unit of {plan.unit} panels is larger than the matrix, which has {plan.slots}"
+    if plan.bf16 and (why := _no_bf16(plan, arch)):
+        return why
     return _no_words(plan, arch) if plan.words else None
+
+
+def _no_bf16(plan: Plan, arch: str) -> str | None:
+    if arch not in BF16_ARCHES:
+        return f"dot products of bfloat16 numbers are instructions of {' and '.join(BF16_ARCHES)}"
+    if any(plan.schedule.get(name, 0) for name in ("words", "lut", "residues", "shorts", "signs")):
+        return "products are of bfloat16 numbers or of integers"
+    return None
 
 
 def _no_words(plan: Plan, arch: str) -> str | None:

@@ -41,7 +41,7 @@ _VALUE = {
 def emit_vector_text(plan: VectorPlan, arch: str) -> str:
     """The whole source of one kernel for instruction set `arch`."""
     norm = plan.fmt.norm
-    macros = {"LB_CODE_TOP": 255, "LB_LIMBS": plan.spec.limbs, "LB_PAIRS": 0, "LB_VECTORS": 1}
+    macros = {"LB_CODE_TOP": 255, "LB_LIMBS": plan.spec.limbs, "LB_PAIRS": 0, "LB_BF16_X": 0, "LB_VECTORS": 1}
     headers: tuple[str, ...]
     rows: tuple[str, ...]
     macros["LB_NORM"] = ("none", "col", "row").index(norm)

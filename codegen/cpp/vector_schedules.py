@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lowbit.codegen.cpp.bytes_plan import BLOCK, PERMUTED, BytesPlan, byte_entries
 from lowbit.codegen.cpp.input_plan import ROWS, SUMLESS, InputPlan, SumsPlan, entries, looks_sums_up
-from lowbit.codegen.cpp.machines import MACHINES, Machine
+from lowbit.codegen.cpp.machines import MACHINES, VBMI_ARCHES, Machine
 from lowbit.codegen.cpp.plan import PANEL
 from lowbit.codegen.cpp.schedules import TILES
 from lowbit.codegen.cpp.vector_plan import TILE, Book, Part, VectorPlan
@@ -174,7 +174,7 @@ def _found_cycles(book: Book, arch: str) -> tuple[float, float]:
     """
     if book.size > byte_entries(arch):
         return 6.3, 2.33 * math.ceil(book.size / 64)
-    if arch == "avx512vbmi":
+    if arch in VBMI_ARCHES:
         return 3.5, max(1.0, book.size / 128)
     pieces = math.ceil(book.size / 16)
     if MACHINES[arch].sums > 8:
@@ -210,7 +210,7 @@ def _input_predict(plan: InputPlan, arch: str, m: int) -> float:
     cpu, part = MACHINES[arch], plan.part
     vectors = sum(part.tiles) * ROWS * part.columns
     if isinstance(plan, SumsPlan):
-        kept = 0.9 if arch == "avx512vbmi" else 0.35
+        kept = 0.9 if arch in VBMI_ARCHES else 0.35
         made = len(plan.spec.segments) * part.columns * plan.step_entries * (part.dim / 16 / cpu.ops + kept)
         looked = vectors * sum(_sum_cycles(book, arch) for book in part.books)
         read = vectors * len(part.books) / cpu.bandwidth * cpu.ghz
@@ -237,7 +237,7 @@ def _sum_cycles(book: Book, arch: str) -> float:
     """Cycles of an entry that is looked up and added: permutes of words find 32 among 64, those of bytes halves of 64
     among 128; others are loads. Fitted to 4096x4096 with 1 to 16 tokens on Cascade Lake (64 and 128 entries: counted),
     256 entries of VBMI on Zen 4."""
-    if arch == "avx512vbmi":
+    if arch in VBMI_ARCHES:
         return {32: 4.5, 64: 4.5, 128: 5.0, 256: 8.5}[entries(book)] / ROWS
     if not arch.startswith("avx512"):
         return 1.0

@@ -31,6 +31,7 @@ Function = Callable[..., Any]
 
 _PACKAGE = "apache-tvm"
 _CPUS = {
+    "avx512bf16": ("x86-64-v4", "+avx512vnni", "+avx512vbmi", "+avx512bf16"),
     "avx512vbmi": ("x86-64-v4", "+avx512vnni", "+avx512vbmi"),
     "avx512vnni": ("x86-64-v4", "+avx512vnni"),
     "avx512": ("x86-64-v4",),

@@ -11,13 +11,14 @@ from lowbit.compiler.errors import KernelError
 
 __all__ = ["CPU_ISAS", "Target", "host_target", "isa_compiles_here", "isa_runs_here"]
 
-CPU_ISAS = ("avx512vbmi", "avx512vnni", "avx512", "avx2vnni", "avx2", "neondot", "neon", "generic")
+CPU_ISAS = ("avx512bf16", "avx512vbmi", "avx512vnni", "avx512", "avx2vnni", "avx2", "neondot", "neon", "generic")
 """Instruction sets kernels are emitted for, best first: those of x86-64, those of AArch64, and what any machine has."""
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "bmi2"})
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 
 _NEEDS = {
+    "avx512bf16": _AVX512 | {"avx512_vnni", "avx512vbmi", "avx512_bf16"},
     "avx512vbmi": _AVX512 | {"avx512_vnni", "avx512vbmi"},
     "avx512vnni": _AVX512 | {"avx512_vnni"},
     "avx512": _AVX512,

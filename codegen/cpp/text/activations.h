@@ -28,6 +28,14 @@ static void load_tokens(const Args& a, const XT* x, int64_t t0, int64_t t1, floa
 #elif LB_LUT
       look_ahead(a, at, n);
 #endif
+#elif LB_BF16_X
+      // Floats that are bfloat16 numbers, in the order of columns 0, 2, 1, 3.
+      uint16_t* to = a.xq + at * kTokenStride;
+      for (int64_t i = 0; i < n; i += 4)
+        for (int64_t j = 0; j < 2; ++j) {
+          const uint32_t pair = lb_bits(from[i + j]) >> 16 | (lb_bits(from[i + j + 2]) & 0xffff0000u);
+          memcpy(to + i + 2 * j, &pair, 4);
+        }
 #elif LB_PAIRS
       float* to = a.xq + at * kTokenStride;
       for (int64_t i = 0; i < n; i += 4) to[i] = from[i], to[i + 1] = from[i + 2], to[i + 2] = from[i + 1], to[i + 3] = from[i + 3];

@@ -134,6 +134,27 @@ LB_INLINE V dot16(V acc, V codes, V x) {
 #endif
 }
 
+#if LB_BF16
+// table[index] for every byte, of 128 entries that the lowest seven bits of each choose; the even or odd bytes of two
+// vectors, side by side.
+LB_INLINE V byte_of(V x, const uint8_t* table) { return _mm512_permutex2var_epi8(vload(table), x, vload(table + 64)); }
+template <int ODD> LB_INLINE V joined(V high, V low) {
+  return ODD ? and_or(high, set1(0xff00ff00u), _mm512_srli_epi16(low, 8))
+             : and_or(low, set1(0x00ff00ffu), _mm512_slli_epi16(high, 8));
+}
+// acc + sum of 2 products of bfloat16 numbers in each 32-bit lane.
+LB_INLINE F dot_bf16(F acc, V w, V x) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+}
+// Both of each pair times the row's scale, where that is a bfloat16 number again.
+LB_INLINE V scaled(V pairs, F scale) {
+  const V high = set1(0xffff0000u);
+  const F low_ones = fmul(bitcast(shl<16>(pairs)), scale), high_ones = fmul(bitcast(vand(pairs, high)), scale);
+  return and_or(_mm512_castps_si512(high_ones), high, shr<16>(_mm512_castps_si512(low_ones)));
+}
+#endif
+
 #if LB_CODE_TOP < 128
 // acc + sums of 2 products in each 16-bit lane; acc + sums of 2 such sums in each 32-bit lane.
 LB_INLINE V dot_pairs(V acc, V codes, V x) { return kept(_mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x))); }

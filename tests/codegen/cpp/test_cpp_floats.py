@@ -91,7 +91,7 @@ def test_siblings_have_their_own_tensor_scales_and_epilogues() -> None:
         spec, weights = job.spec, tensors_of(job.spec)
         x = torch.randn(5, spec.k, generator=torch.Generator().manual_seed(2)).to(DTYPES[spec.x_dtype])
         bias, residual = torch.randn(sum(spec.segments)), torch.randn(5, spec.n_out)
-        want = expected(spec, x, weights) + bias
+        want = expected(spec, x, weights, job.chosen()) + bias
         if "silu_mul" in spec.epilogue:
             gate, up = want.chunk(2, dim=1)
             want = torch.nn.functional.silu(gate) * up + residual
