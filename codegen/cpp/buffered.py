@@ -45,13 +45,14 @@ def _tile(plan: Plan, form: Products, width: int, height: int) -> str:
 def _int_tile(plan: Plan, form: Products, width: int, height: int) -> str:
     """Sums of integers over one chunk, times the scales of weights and of activations, added to the results at `y`.
 
-    Blocks of several scale groups are summed part by part, and these sums, scaled, in registers.
+    Blocks of several scale groups are summed part by part, and these sums, scaled, in registers. Scales that all of a
+    token's activations share wait for `_result`.
     """
-    cells = [(m, i) for m in range(height) for i in range(width)]
+    cells, once = [(m, i) for m in range(height) for i in range(width)], plan.scaled_once
     lines = [
         f"static void tile_{width}_{height}(const uint8_t* buffer, int64_t steps, const {form.item}* x, "
-        "const float* xs, const int32_t* xi, const float* xo, [[maybe_unused]] int64_t stride, const F* s, const V* z, "
-        "const F* o, float* y) {"
+        "[[maybe_unused]] const float* xs, const int32_t* xi, const float* xo, [[maybe_unused]] int64_t stride, "
+        "const F* s, const V* z, const F* o, float* y) {"
     ]
     if plan.spec.parts > 1:
         lines += [f"F t{m}_{i} = fzero();" for m, i in cells]
@@ -60,11 +61,14 @@ def _int_tile(plan: Plan, form: Products, width: int, height: int) -> str:
         lines += [f"fstore({y}, fma_(fset1(xo[{m}]), o[{i}], fload({y})));" for m, i, y in _at(cells, width, plan)]
         lines += [f"buffer += steps * {width * 64}, x += {plan.part_cols}, xi += stride, xo += stride;"]
         lines += [f"s += {width};", *[f"z += {width};"] * plan.spec.fmt.zero, *[f"o += {width};"] * plan.shifts, "}"]
-        lines += [f"fstore({y}, fma_(t{m}_{i}, fset1(xs[{m}]), fload({y})));" for m, i, y in _at(cells, width)]
+        for m, i, y in _at(cells, width):
+            sum_ = f"fadd(t{m}_{i}, fload({y}))" if once else f"fma_(t{m}_{i}, fset1(xs[{m}]), fload({y}))"
+            lines.append(f"fstore({y}, {sum_});")
         return indent([*lines, "}"])
     lines += _exact_sums(plan, form, width, height)
     for m, i, y in _at(cells, width):
-        sum_ = f"fma_(fmul(cvt(a{m}_{i}), fset1(xs[{m}])), s[{i}], fload({y}))"
+        whole = f"cvt(a{m}_{i})" if once else f"fmul(cvt(a{m}_{i}), fset1(xs[{m}]))"
+        sum_ = f"fma_({whole}, s[{i}], fload({y}))"
         lines.append(f"fstore({y}, {f'fma_(fset1(xo[{m}]), o[{i}], {sum_})' if plan.shifts else sum_});")
     return indent([*lines, "}"])
 
@@ -150,12 +154,12 @@ def _blocks(plan: Plan) -> str:
 
 
 def _result(plan: Plan, width: int, i: int) -> str:
-    """Results of panel `i`, with the scales that waited."""
+    """Results of panel `i` and token `t`, with the scales that waited."""
     found = f"fload(y + {16 * i})"
-    if not plan.scaled_last:
-        return found
-    scale = f"u{i}" if plan.folded else side_loads(plan, panel_of(plan, width, i), i, "0")["s"][1]
-    return f"fmul({found}, {scale})"
+    if plan.scaled_last:
+        scale = f"u{i}" if plan.folded else side_loads(plan, panel_of(plan, width, i), i, "0")["s"][1]
+        found = f"fmul({found}, {scale})"
+    return f"fmul({found}, fset1(a.xs[t]))" if plan.scaled_once else found
 
 
 def _tiles(plan: Plan, form: Products, width: int) -> list[str]:

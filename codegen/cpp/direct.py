@@ -60,8 +60,11 @@ def _groups(plan: Plan, form: Products, chunk: Chunk, width: int, height: int) -
     lines = ["int64_t c = 0;", "for (int64_t g = 0; g < kGroups; ++g) {", *scale_and_zero(plan, width, "g")]
     lines += [fetch for i in range(width) for fetch in side_prefetch(plan, width, i, "g")]
     if plan.group_chunks > 1:
-        if form.late:
+        if plan.carried:
+            lines += [sum_ for i in range(width) for sum_ in _sums(plan, form, i, height)]
+        elif form.late:
             lines += [f"F t{i}_{m} = fzero();" for i, m in cells]
+        if form.late:
             lines += [f"float g{m} = 0.0f;" for m in range(height) if plan.shifts]
         lines += [
             "const int64_t end = c + kGroupChunks < kChunks ? c + kGroupChunks : kChunks;",
@@ -70,8 +73,11 @@ def _groups(plan: Plan, form: Products, chunk: Chunk, width: int, height: int) -
     lines += _rounds(plan, width, chunk(plan, form, width, height))
     if plan.group_chunks > 1:
         lines.append("}")
-        if form.late:
+        if plan.carried:
+            lines += [line for i, m in cells for line in collect(plan, form, i, m)]
+        elif form.late:
             lines += [f"y{i}_{m} = fma_(t{i}_{m}, s{i}, y{i}_{m});" for i, m in cells]
+        if form.late:
             lines += [f"y{i}_{m} = fma_(fset1(g{m}), o{i}, y{i}_{m});" for i, m in cells if plan.shifts]
     else:
         lines.append("++c;")
@@ -120,17 +126,28 @@ def _of_part(m: int, part: int) -> str:
 
 
 def _sums(plan: Plan, form: Products, i: int, height: int, part: int = 0) -> list[str]:
-    """Accumulators of panel `i`. One of the lowest digits' starts from the zero point's share."""
+    """Accumulators of panel `i`. One of the lowest digits' starts from the zero point's share, which those that are
+    carried from chunk to chunk are given in each (see `_shares`)."""
     last = (plan.digits - 1, form.vectors - 1, 0)
     lines = []
     for m, d, e in _digits(plan, form, height):
         if plan.shorts and e != last[1]:
             continue  # 16-bit sums of all digits of weights are added to one of 32 bits
         for k in range(len(form.shifts)):
-            starts = plan.integer and not form.unsorted and (d, e, k) == last
+            starts = plan.integer and not (form.unsorted or plan.carried) and (d, e, k) == last
             zero = "vzero()" if plan.integer else "fzero()"
             value = start_value(plan, f"z{i}", f"xi[{_of_part(m, part)}]") if starts else zero
             lines.append(f"{form.total} a{i}_{m}_{d}_{e}_{k} = {value};")
+    return lines
+
+
+def _shares(plan: Plan, form: Products, i: int, height: int) -> list[str]:
+    """The chunk's shares of zero points, added to accumulators that are carried."""
+    d, e = plan.digits - 1, form.vectors - 1
+    lines = []
+    for m in range(height):
+        acc = f"a{i}_{m}_{d}_{e}_0"
+        lines.append(f"{acc} = vadd({acc}, {start_value(plan, f'z{i}', f'xi[{m}]')});")
     return lines
 
 
@@ -162,15 +179,15 @@ def direct_chunk(plan: Plan, form: Products, width: int, height: int, in_turn: b
     steps of all panels together, for which registers have to hold all sums beside what a step decodes."""
     lines = [*activations(plan, form), *jump(plan, width)]
     for i in range(width):
-        lines += [*_sums(plan, form, i, height), *_short_sums(plan, form, i, height)]
+        lines += (_shares if plan.carried else _sums)(plan, form, i, height)
+        lines += _short_sums(plan, form, i, height)
     lines += blocks_loop(plan)
     lines += (_steps_in_turn if in_turn and width > 1 and height > 1 else _panels)(plan, form, width, height)
     for i in range(width):
         lines += [f"p{i}w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)]
     lines += ["x += 32;", "}"]
-    for i in range(width):
-        for m in range(height):
-            lines += collect(plan, form, i, m)
+    cells = [(i, m) for i in range(width) for m in range(height)]
+    lines += [line for i, m in cells if not plan.carried for line in collect(plan, form, i, m)]
     return [*lines, *group_sums(plan, height)]
 
 
@@ -286,24 +303,28 @@ def collect(plan: Plan, form: Products, i: int, m: int, part: int = 0) -> list[s
                 continue  # part of the last one's sum
             exact = f"vadd(shl<{before - shift}>({exact}), {total(d, e)})" if exact else total(d, e)
             before = shift
-    if plan.group_chunks > 1:
-        return [f"t{i}_{m} = fma_(cvt({exact}), fset1(xs[{m}]), t{i}_{m});"]
+    once, scale = plan.scaled_once, f"fset1(xs[{m}])"
+    if plan.group_chunks > 1 and not plan.carried:
+        t = f"fadd(t{i}_{m}, cvt({exact}))" if once else f"fma_(cvt({exact}), {scale}, t{i}_{m})"
+        return [f"t{i}_{m} = {t};"]
+    sum_ = f"cvt({exact})" if once else f"fmul(cvt({exact}), {scale})"
     shifted = f"y{i}_{m} = fma_(fset1(xo[{_of_part(m, part)}]), o{i}, y{i}_{m});"
     return [
-        f"y{i}_{m} = fma_(fmul(cvt({exact}), fset1(xs[{m}])), s{i}, y{i}_{m});",
-        *([shifted] if plan.shifts else []),
+        f"y{i}_{m} = fma_({sum_}, s{i}, y{i}_{m});",
+        *([shifted] if plan.shifts and plan.group_chunks == 1 else []),
     ]
 
 
 def _finish(plan: Plan, width: int, height: int) -> list[str]:
-    if plan.silu:
-        half = width // 2
-        return [
-            f"finish(a, {panel_of(plan, width, i)}, t + {m}, y{i}_{m}, y{i + half}_{m});"
-            for i in range(half)
-            for m in range(height)
-        ]
-    return [f"finish(a, {panel_of(plan, width, i)}, t + {m}, y{i}_{m});" for i in range(width) for m in range(height)]
+    def result(i: int, m: int) -> str:
+        return f"fmul(y{i}_{m}, fset1(a.xs[t + {m}]))" if plan.scaled_once else f"y{i}_{m}"
+
+    lines, half = [], width // 2 if plan.silu else width
+    for i in range(half):
+        for m in range(height):
+            up = f", {result(i + half, m)}" if plan.silu else ""
+            lines.append(f"finish(a, {panel_of(plan, width, i)}, t + {m}, {result(i, m)}{up});")
+    return lines
 
 
 def _work(plan: Plan) -> str:

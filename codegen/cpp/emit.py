@@ -48,6 +48,7 @@ def emit_text(plan: Plan, arch: str) -> str:
     macros["LB_WORDS"] = 0 if not plan.words else 2 if plan.magnitudes else 1
     if isinstance(form, TrellisWords):
         macros |= {"LB_WORDS": 3, "LB_HALF": form.half}
+    macros |= {"LB_ONCE": 1} if plan.scaled_once else {}
     macros["LB_BF16_X"] = int(plan.bf16)
     macros["LB_PAIRS"] = int(plan.half_factor is not None and not plan.buffered)
     macros |= {"LB_LUT": 1} if plan.lut else {}

@@ -204,6 +204,20 @@ class Plan(KernelPlan):
         """True when sums of bfloat16 products meet the scales that are left behind all columns."""
         return self.bf16 and self.buffered and (self.folded or self.spec.groups == 1)
 
+    @cached_property
+    def scaled_once(self) -> bool:
+        """True when all activations of a token, as integers, have one scale, which then meets the token's results."""
+        spec = self.spec
+        alike = spec.rounding is not None and not spec.lead_blocks and spec.span_chunks >= self.input_chunks
+        return self.integer and alike and not spec.double_chunks
+
+    @cached_property
+    def carried(self) -> bool:
+        """True when accumulators of direct kernels keep their sums from chunk to chunk of a group, which fit them."""
+        unsorted = self.words and self.magnitudes is not None  # sums of two numbers a row, see `UnsortedWordProducts`
+        chunks = self.group_chunks if self.scaled_once and not (self.buffered or self.lut or unsorted) else 1
+        return chunks > 1 and max(255, self.levels.largest) * 128 * chunks * self.chunk_cols < 2**31
+
     @property
     def together(self) -> int:
         """Chunks that are decoded and multiplied before sums are added to the results (buffered kernels)."""

@@ -162,7 +162,11 @@ LB_INLINE void round_chunk(const float* row, int64_t n, const Step& s, Digit* di
       digits[i + kChunkCols] = low_digit(q);
 #endif
     }
+#if LB_ONCE
+    total[p * stride] = float(sum) / kLevelUnit;  // the scale meets results
+#else
     total[p * stride] = float(sum) * step;
+#endif
 #if LB_ZERO
     // -sum as the pair (-low, -high) with sum = 128 * high + low; see zero_pair.
     const int32_t high = (sum + 64) >> 7, low = sum - high * 128;

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _cpp import BACKEND, DTYPES, Job, build, error, launch, spec_of, tensors_of
+from _cpp import BACKEND, DTYPES, Job, build, error, finished, launch, spec_of, tensors_of
 
 from lowbit.codegen.backend import Launcher
+from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.reference.backend import prepare_activations
+from lowbit.codegen.schedule import Schedule
 from lowbit.codegen.spec import KernelSpec
 from lowbit.compiler.errors import KernelError
 from lowbit.compiler.ir.target import CPU_ISAS, Target, host_target, isa_runs_here
@@ -24,6 +26,7 @@ HOST = host_target().arch
 ARCHES = [a for a in CPU_ISAS if isa_runs_here(a)]
 TOKENS = (0, 1, 2, 3, 7, 17, 33)
 LIMIT = 2e-6
+SILU = ("silu_mul",)
 
 # (weights, activations, products, N, K, M class, more): formats, group sizes that do and do not divide K, static
 # scales, clips, small floats, orders of columns and rotations; both kernel shapes.
@@ -111,6 +114,46 @@ def test_sums_of_integers_are_exact(arch: str) -> None:
         want = levels.to(torch.int64) @ q.dequantize().to(torch.int64).T
         assert want.abs().max() < 2**24
         assert torch.equal(call(run, spec, x, weight).to(torch.int64), want)
+
+
+@pytest.mark.parametrize("arch", [a for a in dict.fromkeys((HOST, "avx2")) if isa_runs_here(a)])
+def test_sums_of_several_chunks_are_carried_where_they_fit(arch: str) -> None:
+    """Codes where they stand, two digits, offsets, zero points, magnitudes and signs: one conversion a group."""
+    cases: list[tuple[str, int, int, dict[str, object]]] = [
+        ("int8.ch.sym", 1, 700, {}),
+        ("int4.ch.asym.perm", 2, 700, {}),
+        ("e3m2.ch", 1, 420, {"x_dtype": "bf16"}),
+        ("int2.g512.fz", 2, 1100, {}),
+        ("int3.g256.asym", 1, 700, {}),
+        ("e2m3.ch", 2, 300, {"rotate": 4}),
+    ]
+    jobs = [
+        Job(spec_of(f, "int8", (33,), k, arch, activation="int8.token", **rest), arch, m) for f, m, k, rest in cases
+    ]
+    jobs += [Job(spec_of("int8.ch.asym", "int8", (24, 24), 400, arch, activation="int8.token", epilogue=SILU), arch, 2)]
+    for job, run in zip(jobs, build(jobs), strict=True):
+        spec, weights, plan = job.spec, tensors_of(job.spec), Plan(job.spec, job.chosen())
+        assert plan.carried or plan.lut or (plan.words and plan.magnitudes)
+        for m in (1, 2, 3, 7):
+            x = torch.randn(m, spec.k, generator=torch.Generator().manual_seed(m)).to(DTYPES[spec.x_dtype])
+            weight = packed(spec, weights)
+            want = finished(spec, wanted(spec, x, weights, weight), torch.empty(0), torch.empty(0))
+            assert error(call(run, spec, x, weight), want) < LIMIT, (spec.format, m)
+    short, long = (Plan(spec_for("e3m2.ch", "int8.token", "int8", 16, k), Schedule()) for k in (37000, 38000))
+    assert (short.carried, long.carried) == (True, False)
+    for rounding in ("int8.g128", "int8.token.w256x16"):
+        assert not Plan(spec_for("int8.ch.sym", rounding, "int8", 16, 512), Schedule()).carried
+
+
+def test_a_row_that_is_not_finite_is_nan_and_no_other() -> None:
+    for fmt, m in (("int8.ch.sym", 1), ("int4.g64.asym", 1), ("int2.g64.fz", 17)):
+        spec = spec_for(fmt, "int8.token", "int8", 33, 300)
+        (run,), weights = build([Job(spec, HOST, m)]), tensors_of(spec)
+        x = torch.randn(3, 300)
+        x[1, 5] = float("inf")
+        got = call(run, spec, x, packed(spec, weights))
+        assert torch.isnan(got[1]).all()
+        assert torch.isfinite(got[[0, 2]]).all()
 
 
 def test_maps_of_precision_agree_where_they_must() -> None:
