@@ -40,9 +40,9 @@ class CppBackend(Backend):
     input_layout = "rows64"
     invariant = True
     traits = (
-        ("buffered", "words", "lut", "permute", "sums"),
-        ("buffered", "words", "lut", "permute", "sums", "tile_m", "tile_n"),
-        ("buffered", "words", "lut", "permute", "sums", "tile_m", "tile_n", "prefetch", "tokens", "vectors"),
+        ("buffered", "words", "bf16", "lut", "permute", "sums"),
+        ("buffered", "words", "bf16", "lut", "permute", "sums", "tile_m", "tile_n"),
+        ("buffered", "words", "bf16", "lut", "permute", "sums", "tile_m", "tile_n", "prefetch", "tokens", "vectors"),
     )
 
     def layout_of(self, fmt: WeightFormat, target: Target | None = None) -> str:

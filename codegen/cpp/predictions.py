@@ -75,7 +75,7 @@ def _cycles(plan: Plan, cpu: Machine, m: int, weights: int) -> float:
         operations = vectors * (tiles * _decode(plan, cpu) + m * product) * spill
         shared = min(2, plan.np) if plan.bf16 else 1  # panels that read a broadcast
         loads = vectors * tiles * (plan.spec.fmt.bits / 8 + plan.tile_m * digits / shared)
-        end = 8.5 + 2 * (plan.residues - 1) * digits
+        end = (4.5 if plan.scaled_once else 8.5) + 2 * (plan.residues - 1) * digits
     ends = plan.spec.rows / PANEL * plan.spec.chunks * m * (end if parts == 1 else 2 + 0.8 * end * parts)
     if plan.bf16:  # sums are floats, and no scale of activations meets them
         each = 1 / plan.together if plan.buffered else parts

@@ -61,14 +61,18 @@ def _direct(spec: KernelSpec, arch: str, tokens: int, pair: int) -> Iterator[Sch
     room = cpu.sums
     for words in _words(spec, arch, tokens):
         bf16 = multiplies_bf16(spec, arch) and (words > 0 or not spec.limbs)
-        digits, most = 1 + (spec.parts > 1) if bf16 else _sums(spec, arch, words), 4
+        digits, most = 1 if bf16 else _sums(spec, arch, words), 4
         if not (spec.limbs or bf16) and half_factor(spec) is not None:
             # Two sums a row, and conversions that leave few registers.
             digits, most = 2, 2
         if signs or words == MADE:
             most = pair  # magnitudes and signs take most registers
         height = max(1, min(tokens, room // digits // pair, _TALL if words or bf16 else tokens))
-        panels = [p for p in (4, 2, 1) if p <= most and p % pair == 0 and (p == pair or p * height * digits <= room)]
+        if spec.parts > 1 and not cpu.halves:
+            # Groups within blocks need sums of their own for the panel at hand, beside the results of all.
+            height = min(height, _TALL // pair)
+            most = min(most, room * 5 // 4 // (height * digits) - 1)
+        panels = [p for p in (4, 2, 1) if p % pair == 0 and (p == pair or p <= min(most, room // (height * digits)))]
         shorts = arch in SHORT_ARCHES and short_steps(spec, magnitudes(spec) if signs else None) and not words
         # Few panels are better split evenly over threads than streamed side by side.
         panels = [p for p in panels if p == pair or spec.rows // PANEL >= 8 * p]

@@ -34,7 +34,7 @@ def measured(target: str) -> Iterator[tuple[str, float]]:
                 yield what, seconds * 1e6 / row["us_p5"]
 
 
-@pytest.mark.parametrize("target", ["cpu-avx512vbmi", "cpu-avx512vnni", "cpu-avx2"])
+@pytest.mark.parametrize("target", ["cpu-avx512bf16", "cpu-avx512vbmi", "cpu-avx512vnni", "cpu-avx2"])
 def test_predictions_are_within_a_quarter_of_the_measured_table(target: str) -> None:
     found = dict(measured(target))
     if not found:

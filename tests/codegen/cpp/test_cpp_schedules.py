@@ -27,6 +27,19 @@ def test_fewer_panels_fetch_further_ahead_where_weights_go_to_the_second_level_c
     assert {s.get("prefetch", 0) for s in near} <= {0, 1024}
 
 
+@pytest.mark.parametrize("arch", ["avx512bf16", "avx512vnni"])
+def test_groups_within_blocks_leave_registers_for_sums_of_the_panel_at_hand(arch: str) -> None:
+    """Eight tokens of two panels took 1.5 times as long as of one: their sums and results were spilled."""
+    for fmt, compute in (("nvfp4", "int8"), ("int4.g16.asym", "int16"), ("int4.g16.sym", "int8")):
+        for m in (1, 4, 8, 16):
+            direct = [s for s in trusted(fmt, compute, arch, m) if not s.get("buffered", 0)]
+            assert direct
+            assert all(s.tile_m * (s.tile_n // 16 + 1) <= 20 and s.tile_m <= 8 for s in direct), (fmt, m)
+    sides = spec_of("nvfp4", "int8", (64, 64), 256, arch, epilogue=("silu_mul",))
+    pairs = [s for s in BACKEND.schedules(sides, Target("cpu", arch), 8) if not s.get("buffered", 0)]
+    assert {(s.tile_m, s.tile_n) for s in pairs} == {(4, 32)}
+
+
 def test_a_few_tokens_of_two_digits_are_multiplied_as_words_with_vbmi() -> None:
     for fmt in ("int8.ch.sym", "int4.g128.sym", "int2.g64.fz"):
         for m, words in ((1, 0), (2, 0), (4, 1), (8, 1), (32, 1), (64, 0), (512, 0)):
