@@ -72,7 +72,8 @@ class KernelSpec:
     segments: output rows of each sibling matrix. compute: how products are formed. `float`: weights are decoded to
     float32 and multiplied as such. `int8`: activations are rounded to int8, one scale per token and chunk, products
     are exact int32 sums. `int16`: the same with two int8 digits per activation (16 bits, error about 2**-16 of the
-    chunk's largest value), which stands for "A16" on machines whose fast path is an int8 dot product; of vectors along
+    chunk's largest value), which stands for "A16" on machines whose fast path is an int8 dot product (bfloat16
+    activations may be multiplied as they are, where a machine does that as fast); of vectors along
     the input, tables of sums of products, rounded to 16 bits.
     epilogue: in order, from `bias`, `silu_mul` (two equal segments in, one out), `residual`.
     norm_eps: x goes through a root-mean-square norm first, with this epsilon (0: through none) and with the operand

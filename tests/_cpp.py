@@ -155,6 +155,21 @@ def finished(spec: KernelSpec, y: torch.Tensor, bias: torch.Tensor, residual: to
     return y
 
 
+def check_bits(run: Launcher, spec: KernelSpec, weights: list[QWeight], x: torch.Tensor) -> torch.Tensor:
+    """The kernel's output, whose bits depend neither on the number of threads nor on that of tokens."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        got = launch(run, spec, x, weights)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(launch(run, spec, x, weights), got)
+            assert torch.equal(launch(run, spec, x[:1], weights), got[:1])
+    finally:
+        torch.set_num_threads(before)
+    return got
+
+
 def check_same(spec: KernelSpec, run: Launcher, plain: Launcher, tokens: Iterable[int], threads: int = 1) -> None:
     """A kernel has the bits of another one, on one thread and on `threads`, and is what the format defines."""
     weights, limit = tensors_of(spec), {"f32": 1e-5, "bf16": 2**-5, "f16": 2**-8}[spec.out_dtype]

@@ -1,7 +1,8 @@
 """Products of bfloat16 numbers: what can be multiplied so, and how weights become such numbers.
 
 One instruction multiplies 32 pairs and adds them to 16 float32 sums. Codes of few bits stand for bfloat16 numbers
-exactly, and activations that arrive as such need no rounding: nothing is lost but what float32 sums lose.
+exactly, and activations that arrive as such need no rounding: nothing is lost but what float32 sums lose, and what is
+below 2**-126, which counts as 0.
 """
 
 from __future__ import annotations

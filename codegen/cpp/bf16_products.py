@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowbit.codegen.cpp.bf16 import Lookup, bf16_lookup
-from lowbit.codegen.cpp.expr import Printer
+from lowbit.codegen.cpp.expr import Printer, table_text
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.cpp.products import Products
 
@@ -45,12 +45,9 @@ class Bf16Products(Products):
     def tables(self) -> str:
         words = self._lookup.words
         if self._lookup.bytewise:
-            found = {"uint8_t kHighBytes": [w >> 8 for w in words], "uint8_t kLowBytes": [w & 0xFF for w in words]}
-        else:
-            found = {"int16_t kWords": [w - (w >> 15 << 16) for w in words]}
-        return "".join(
-            f"alignas(64) static const {name}[] = {{{', '.join(map(str, table))}}};\n" for name, table in found.items()
-        )
+            low = table_text("uint8_t kLowBytes", (w & 0xFF for w in words))
+            return low + table_text("uint8_t kHighBytes", (w >> 8 for w in words))
+        return table_text("int16_t kWords", (w - (w >> 15 << 16) for w in words))
 
     def activation(self, pointer: str, offset: str) -> str:
         return f"bcast4({pointer} + {offset})"

@@ -123,7 +123,7 @@ def _exact_sums(plan: Plan, form: Products, width: int, height: int) -> list[str
 
 def _unit(plan: Plan, form: Products, width: int) -> str:
     """One unit of work for tokens [t0, t1)."""
-    code = "float" if form.item == "float" else "uint8_t"
+    code = "float" if plan.item == "float" else "uint8_t"
     lines = [
         f"static void unit_{width}(const Args& a, int64_t slot, int64_t t0, int64_t t1, uint8_t* room) {{",
         f"{code}* buffer = ({code}*)room;",
@@ -133,7 +133,7 @@ def _unit(plan: Plan, form: Products, width: int) -> str:
         f"for (int64_t c = 0; c < kChunks; c += {plan.together}) {{",
         _blocks(plan),
     ]
-    if plan.spec.parts == 1 and form.item == "float":
+    if plan.spec.parts == 1 and plan.item == "float":
         lines += scale_and_zero(plan, width, "c / kGroupChunks")
     for i in range(width):
         lines += _decode(plan, form, width, i)
@@ -169,8 +169,10 @@ def _tiles(plan: Plan, form: Products, width: int) -> list[str]:
     if plan.bf16:
         lines += [] if plan.scaled_last else _side_arrays(plan, width)
         more = f"a.m * kTokenStride, {'nullptr' if plan.scaled_last else 's'}, "
-        steps = f"{form.steps}, blocks" if plan.together > 1 else f"{steps}, 1"
-        steps = f"{form.steps // plan.spec.parts}, 1" if plan.spec.parts > 1 and not plan.scaled_last else steps
+        if plan.together > 1:
+            steps = f"{form.steps}, blocks"
+        else:
+            steps = f"{steps}, 1" if plan.spec.parts == 1 else f"{form.steps // plan.spec.parts}, 1"
     if plan.integer:
         lines += _side_arrays(plan, width)
         at = f"{row} * kParts * a.m + t"
@@ -203,13 +205,13 @@ def _side_arrays(plan: Plan, width: int) -> list[str]:
 
 def _decode(plan: Plan, form: Products, width: int, i: int) -> list[str]:
     """Decode the chunk of panel `i` into the buffer, where the panels of a tile lie side by side."""
-    items = 16 if form.item == "float" else 64
+    items = 16 if plan.item == "float" else 64
     lines = ["{"]
     at = f"(({panel_of(plan, width, i)}) * kBlocks + c * kChunkBlocks)"
     lines += [f"const uint8_t* w{j} = a.plane[{j}] + {at} * {64 * bits};" for j, bits in enumerate(plan.planes)]
-    if form.item == "float" and plan.spec.parts == 1:
+    if plan.item == "float" and plan.spec.parts == 1:
         lines += decode_sides(plan, i)
-    code = "float" if form.item == "float" else "uint8_t"
+    code = "float" if plan.item == "float" else "uint8_t"
     lines += [
         f"{code}* to = buffer + {i * items};",
         "for (int64_t b = 0; b < blocks; ++b) {",
@@ -217,7 +219,7 @@ def _decode(plan: Plan, form: Products, width: int, i: int) -> list[str]:
         *(load for _, load in form.loads()),
     ]
     for part in range(plan.spec.parts):
-        lines += ["{", *_part_sides(plan, form, width, i, part)]
+        lines += ["{", *_part_sides(plan, width, i, part)]
         for step in range(form.steps):
             if plan.spec.parts == 1 or form.offset(step) // plan.part_cols == part:
                 lines += ["{", *form.before(step)]
@@ -230,7 +232,7 @@ def _decode(plan: Plan, form: Products, width: int, i: int) -> list[str]:
     return [*lines, *(f"w{j} += {64 * bits};" for j, bits in enumerate(plan.planes)), "}", "}"]
 
 
-def _part_sides(plan: Plan, form: Products, width: int, i: int, part: int) -> list[str]:
+def _part_sides(plan: Plan, width: int, i: int, part: int) -> list[str]:
     """What floats of one part of a block are decoded with."""
     if plan.folded:
         chunk = "(c + b)" if plan.together > 1 else "c"
@@ -238,7 +240,7 @@ def _part_sides(plan: Plan, form: Products, width: int, i: int, part: int) -> li
         return [
             f"const F scale = load_side((const ST*)a.scale + (({panel_of(plan, width, i)}) * kGroups + {group}) * 16);"
         ]
-    if form.item != "float" or plan.spec.parts == 1:
+    if plan.item != "float" or plan.spec.parts == 1:
         return []
     return [*scale_and_zero(plan, width, part_group(plan, "c", part), (i,)), *decode_sides(plan, i)]
 

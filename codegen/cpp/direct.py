@@ -64,8 +64,7 @@ def _groups(plan: Plan, form: Products, chunk: Chunk, width: int, height: int) -
             lines += [sum_ for i in range(width) for sum_ in _sums(plan, form, i, height)]
         elif form.late:
             lines += [f"F t{i}_{m} = fzero();" for i, m in cells]
-        if form.late:
-            lines += [f"float g{m} = 0.0f;" for m in range(height) if plan.shifts]
+        lines += [f"float g{m} = 0.0f;" for m in range(height) if plan.shifts]
         lines += [
             "const int64_t end = c + kGroupChunks < kChunks ? c + kGroupChunks : kChunks;",
             "for (; c < end; ++c) {",
@@ -77,8 +76,7 @@ def _groups(plan: Plan, form: Products, chunk: Chunk, width: int, height: int) -
             lines += [line for i, m in cells for line in collect(plan, form, i, m)]
         elif form.late:
             lines += [f"y{i}_{m} = fma_(t{i}_{m}, s{i}, y{i}_{m});" for i, m in cells]
-        if form.late:
-            lines += [f"y{i}_{m} = fma_(fset1(g{m}), o{i}, y{i}_{m});" for i, m in cells if plan.shifts]
+        lines += [f"y{i}_{m} = fma_(fset1(g{m}), o{i}, y{i}_{m});" for i, m in cells if plan.shifts]
     else:
         lines.append("++c;")
     return [*lines, "}"]

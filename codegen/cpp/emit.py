@@ -53,18 +53,7 @@ def emit_text(plan: Plan, arch: str) -> str:
     macros["LB_PAIRS"] = int(plan.half_factor is not None and not plan.buffered)
     macros |= {"LB_LUT": 1} if plan.lut else {}
     prepare = "LB_INLINE void prepare(const Args&, int, int) {}\n"
-    text = "\n".join(
-        [
-            prepare,
-            form.printer.tables,
-            form.tables,
-            _word_table(plan),
-            _unit_of(plan),
-            _place(plan),
-            _finish(plan),
-            kernel,
-        ]
-    )
+    text = "\n".join([prepare, form.tables, _unit_of(plan), _place(plan), _finish(plan), kernel])
     headers, rows = (("lut_avx2.h",), ("lut_rows.h", "scalar_rows.h")) if plan.lut else ((), ("scalar_rows.h",))
     found = (*headers, trellis_header(arch)) if fmt.element.window > 1 else headers
     types = (lut_types(plan) if plan.lut else "") + _types(plan)
@@ -78,15 +67,6 @@ def products_of(plan: Plan) -> Products:
     if plan.spec.fmt.element.window > 1:
         return trellis_products(plan.integer, plan.words)(plan)
     return products(plan)
-
-
-def _word_table(plan: Plan) -> str:
-    """`kWords`: see `Plan.word_table`. Behind words that a bit negates are the negated ones, for who looks up both."""
-    if not plan.words or plan.word_table is None:
-        return ""
-    low = plan.word_table.integers
-    words = low if plan.word_table.top < 0 else (*low, *(-x for x in low))
-    return f"alignas(64) static const int16_t kWords[] = {{{', '.join(map(str, words))}}};\n"
 
 
 def _constants(plan: Plan) -> dict[str, int]:

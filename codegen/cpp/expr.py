@@ -12,7 +12,7 @@ A program is run with a table whose values are small expression nodes; building 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,7 @@ __all__ = [
     "number",
     "shifted",
     "shifts_of",
+    "table_text",
 ]
 
 Reading = Literal["bytes", "halves", "words"]
@@ -191,6 +192,11 @@ def shifts_of(node: Node) -> frozenset[Node]:
     return inner | {node} if node.op == "shift" else inner
 
 
+def table_text(declared: str, values: Iterable[object]) -> str:
+    """The C++ definition of a constant table, `declared` as its type and name."""
+    return f"alignas(64) static const {declared}[] = {{{', '.join(map(str, values))}}};\n"
+
+
 class Printer:
     """Prints nodes and collects the lookup tables they need (`tables`: C++ definitions)."""
 
@@ -204,10 +210,7 @@ class Printer:
         """Definitions of the tables printed so far."""
         floats = {label: ("float", map(_float, values)) for values, label in self._tables.items()}
         found = floats | {label: ("uint8_t", map(str, values)) for values, label in self._bytes.items()}
-        return "".join(
-            f"alignas(64) static const {type_} {label}[] = {{{', '.join(values)}}};\n"
-            for label, (type_, values) in found.items()
-        )
+        return "".join(table_text(f"{type_} {label}", values) for label, (type_, values) in found.items())
 
     def text(self, node: Node) -> str:
         """The node as a C++ expression."""

@@ -22,6 +22,7 @@ from lowbit.codegen.cpp.expr import (
     number,
     shifted,
     shifts_of,
+    table_text,
 )
 from lowbit.codegen.cpp.plan import Plan
 from lowbit.codegen.decode import extract_program, scalar_program
@@ -79,8 +80,8 @@ class Products(ABC):
 
     @property
     def tables(self) -> str:
-        """C++ definitions of tables beside the printer's."""
-        return ""
+        """C++ definitions of what is looked up, once all weights are printed."""
+        return self.printer.tables
 
     @property
     def shifts(self) -> tuple[int, ...]:
@@ -325,6 +326,15 @@ class WordProducts(IntProducts):
             return f"vadd(shl<{DIGIT_BITS}>({high}), {low[0]})" if low else high
         code = self.printer.text(self._codes(quad))
         return f"{'word_of' if table.top < 0 else f'signed_word_of<{table.top}>'}(lane<{odd}>({code}), kWords)"
+
+    @property
+    def tables(self) -> str:
+        """With `kWords`: see `Plan.word_table`. Behind words that a bit negates are the negated ones, for who looks up
+        both."""
+        if (table := self.plan.word_table) is None:
+            return super().tables
+        low = table.integers
+        return super().tables + table_text("int16_t kWords", low if table.top < 0 else (*low, *(-x for x in low)))
 
     @property
     def _digits(self) -> int:

@@ -20,8 +20,14 @@ _F32_SHARE = 1 / 16  # of a GPU's 16-bit matrix rate: float32 products do withou
 _UNPACK = 16e-9
 """Seconds one CPU core takes for each weight that torch unpacks; measured on Cascade Lake, as are GEMMs there."""
 
-CPU_GEMM = {"avx512bf16": 112e9, "avx512vbmi": 112e9, "avx512vnni": 112e9, "avx512": 112e9}
-CPU_GEMM |= {"avx2vnni": 70e9, "avx2": 70e9}
+CPU_GEMM = {
+    "avx512bf16": 112e9,
+    "avx512vbmi": 112e9,
+    "avx512vnni": 112e9,
+    "avx512": 112e9,
+    "avx2vnni": 70e9,
+    "avx2": 70e9,
+}
 """float32 operations a second that torch's GEMM reaches on one core; below AVX-512 by width and clock."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cpp import BACKEND, DTYPES, Job, build, error, expected, finished, launch, spec_of, tensors_of
+from _cpp import BACKEND, DTYPES, Job, build, check_bits, error, expected, finished, launch, spec_of, tensors_of
 
 from lowbit.codegen.cpp.vector_plan import VectorPlan
 from lowbit.codegen.schedule import M_CLASSES, Schedule
@@ -72,18 +72,8 @@ def test_every_instruction_set_this_machine_runs(arch: str) -> None:
 @needs_compiler
 def test_threads_do_not_change_the_result() -> None:
     spec = spec_of("vq.d8.k256.r256.o8v4k16", "float", (900,), 320)
-    weights, x = tensors_of(spec), torch.randn(33, 320)
-    before = torch.get_num_threads()
-    try:
-        for run in build([Job(spec, HOST, 1), Job(spec, HOST, 32)]):
-            torch.set_num_threads(1)
-            want = launch(run, spec, x, weights)
-            for threads in (2, 3):
-                torch.set_num_threads(threads)
-                assert torch.equal(launch(run, spec, x, weights), want)
-                assert torch.equal(launch(run, spec, x[:1], weights), want[:1])
-    finally:
-        torch.set_num_threads(before)
+    for run in build([Job(spec, HOST, 1), Job(spec, HOST, 32)]):
+        check_bits(run, spec, tensors_of(spec), torch.randn(33, 320))
 
 
 @needs_compiler
