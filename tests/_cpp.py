@@ -50,16 +50,15 @@ def spec_of(
 
 def build(jobs: list[Job], changed: Callable[[Source], Source] = lambda source: source) -> list[Launcher]:
     """Launchers of all jobs, compiled side by side, with their sources `changed`."""
-    folder = Path(tempfile.mkdtemp(prefix="lowbit-test-"))
 
     def one(n: int) -> Launcher:
         job = jobs[n]
         source = changed(BACKEND.emit(job.spec, job.chosen(), Target("cpu", job.arch)))
-        artifact = folder / f"{n}.so"
+        artifact = Path(folder) / f"{n}.so"
         BACKEND.compile(source, artifact)
         return BACKEND.load(artifact, job.spec, job.chosen())
 
-    with ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory(prefix="lowbit-test-") as folder, ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, range(len(jobs))))
 
 

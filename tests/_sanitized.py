@@ -152,7 +152,9 @@ def main(family: str) -> None:
     os.environ.pop("LD_PRELOAD", None)  # the compiler, a process of its own, takes minutes with it
     toolchain.TIMEOUT = 600.0
     launching._room = exact_room  # type: ignore[assignment]
-    print(run_attention() if family == "attention" else run_family(FAMILIES[family]))
+    with tempfile.TemporaryDirectory(prefix="lowbit-test-") as name:
+        folder = Path(name)
+        print(run_attention(folder) if family == "attention" else run_family(FAMILIES[family], folder))
 
 
 _room: list[torch.Tensor] = []
@@ -164,9 +166,8 @@ def exact_room(size: int) -> int:
     return _room[0].data_ptr()
 
 
-def run_family(cases: list[Case]) -> int:
+def run_family(cases: list[Case], folder: Path) -> int:
     """Builds and runs the cases that this machine can; returns the number of shapes."""
-    folder = Path(tempfile.mkdtemp(prefix="lowbit-test-"))
     here = [case for case in cases if isa_runs_here(case.arch)]
 
     def build(n: int) -> Any:
@@ -221,9 +222,8 @@ def wanted(
     return finished(spec, y, bias, residual)
 
 
-def run_attention() -> int:
+def run_attention(folder: Path) -> int:
     """Packed key-value caches: appended to in pieces, then read by grouped heads."""
-    folder = Path(tempfile.mkdtemp(prefix="lowbit-test-"))
     for n, spec in enumerate(ATTENTION):
         source = attend_source(spec, HOST)
         (folder / f"{n}.cpp").write_text(source.text)

@@ -35,6 +35,7 @@ def spec_of(fmt: str, segments: tuple[int, ...], k: int, layout: str = "panel16"
 def build(spec: KernelSpec, schedule: Schedule, target: Target = HOST) -> Launcher:
     """A compiled and loaded kernel."""
     source = BACKEND.emit(spec, schedule, target)
-    artifact = Path(tempfile.mkdtemp(prefix="lowbit-test-")) / f"kernel{source.suffix}"
-    BACKEND.compile(source, artifact)
-    return BACKEND.load(artifact, spec, schedule)
+    with tempfile.TemporaryDirectory(prefix="lowbit-test-") as folder:
+        artifact = Path(folder) / f"kernel{source.suffix}"
+        BACKEND.compile(source, artifact)
+        return BACKEND.load(artifact, spec, schedule)

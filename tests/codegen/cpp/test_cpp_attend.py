@@ -43,18 +43,17 @@ JOBS = [
 @pytest.fixture(scope="module")
 def kernels() -> dict[Job, AttendKernel]:
     """The kernels that run here, compiled side by side."""
-    folder = Path(tempfile.mkdtemp(prefix="lowbit-test-"))
 
     def one(job: Job) -> AttendKernel:
         arch, spec = job[0], AttendSpec(*job[1:])
         source = attend_source(spec, arch)
-        text, artifact = folder / f"{spec.digest()}.cpp", folder / f"{spec.digest()}-{arch}.so"
+        text, artifact = (Path(folder) / f"{spec.digest()}{end}" for end in (".cpp", f"-{arch}.so"))
         text.write_text(source.text)
         compile_shared(text, source.flags, artifact)
         return load_attend(artifact, spec)
 
     jobs = [job for job in JOBS if isa_runs_here(job[0])]
-    with ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory(prefix="lowbit-test-") as folder, ThreadPoolExecutor(2) as pool:
         return dict(zip(jobs, pool.map(one, jobs), strict=True))
 
 
