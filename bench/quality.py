@@ -4,7 +4,8 @@
 
 Perplexity is over the first windows of the test text, tokenized once, cut into consecutive windows, nothing added. In
 parallel mode one pass over the calibration text serves every format and every size, because the statistics come from
-the float model; in sequential mode each combination is a run of its own.
+the float model; in sequential mode each combination is a run of its own. With `--rewrite rotate` the model is rotated
+first, and everything measured on the rotated one.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from lowbit.compiler.io.source import ModelSource, open_model
 from lowbit.compiler.job.activations import Activations
 from lowbit.compiler.job.blocks import Trunk, find_blocks, linears_in, materialize
 from lowbit.compiler.job.inmemory import choose_codes
-from lowbit.compiler.job.layers import versions
+from lowbit.compiler.job.layers import select_layers, versions
+from lowbit.compiler.job.prepare import prepare_model
 from lowbit.compiler.runtime.paths import prepare_search
 from lowbit.quantizers.calibration import HessianAccumulator, InputGroups, LayerStats, calibration_tokens
 from lowbit.quantizers.formats import Format, parse_format, scalar_format
 from lowbit.quantizers.methods import Method, in_mode, make_method
+from lowbit.quantizers.rewrites import parse_rewrites
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import QWeight
 
@@ -123,6 +126,15 @@ def parallel(
     return found
 
 
+def rewrite(model: nn.Module, args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Rewrite the model as a run for the first of the formats would."""
+    scheme = Scheme("bench", parse_format(args.formats[0]), args.method, options, rewrites=parse_rewrites(args.rewrite))
+    selection = select_layers(model, scheme, lambda path: True, need_blocks=False)
+    prepared, _ = prepare_model(model, None, selection, scheme, make_method(args.method, options))
+    for note in prepared.notes:
+        print(note, flush=True)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for."""
     source = open_model(args.model)
@@ -133,6 +145,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokens = calibration_tokens(tokenizer, args.calib, max(args.samples), args.calib_length, args.seed)
     options = json.loads(args.options)
     in_mode(make_method(args.method, options), args.mode == "sequential")
+    if args.rewrite:
+        rewrite(model, args, options)
     rows: list[dict[str, Any]] = [{"format": "float32", "perplexity": perplexity(model, windows)}]
     print(rows[0], flush=True)
     if args.mode == "parallel":
@@ -153,7 +167,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 print(rows[-1], flush=True)
     return {
         "model": source.origin,
-        "method": {"name": args.method, "mode": args.mode, "options": options},
+        "method": {"name": args.method, "mode": args.mode, "options": options, "rewrites": args.rewrite},
         "calibration": {"file": Path(args.calib).name, "length": args.calib_length, "seed": args.seed},
         "test": {"file": Path(args.test).name, "windows": args.windows, "length": args.length},
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
@@ -173,6 +187,9 @@ def main() -> None:
     parser.add_argument("--calib-length", type=int, default=512)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--options", default="{}", help="method options as JSON")
+    parser.add_argument(
+        "--rewrite", nargs="+", default=[], help="what is done to the float model first, such as rotate"
+    )
     parser.add_argument("--mode", choices=["parallel", "sequential"], default="parallel")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)

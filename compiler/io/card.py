@@ -8,6 +8,7 @@ from typing import Any
 
 from lowbit.compiler.io.source import ModelSource
 from lowbit.quantizers.formats import WeightFormat
+from lowbit.quantizers.rewrites import rewrite_text
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = ["converted_card", "model_card"]
@@ -81,9 +82,11 @@ def converted_card(
 def _activations(scheme: Scheme) -> str:
     """What happens to activations and the cache, where anything does."""
     lines = []
+    rewrites = ", ".join(f"`{rewrite_text(r)}`" for r in scheme.rewrites)
+    if scheme.rewrites:
+        lines.append(f"Before that the model was rewritten without changing what it computes: {rewrites}.")
     if scheme.activation is not None:
-        before = f", after {', '.join(r.name for r in scheme.rewrites)}" if scheme.rewrites else ""
-        lines.append(f"Their inputs are rounded to `{scheme.activation}` at run time{before}.")
+        lines.append(f"Their inputs are rounded to `{scheme.activation}` at run time.")
     if scheme.kv is not None:
         lines.append(f"It is meant for a key-value cache in `{scheme.kv}`: `lowbit.QuantizedCache(model)`.")
     return " ".join(lines)

@@ -196,7 +196,7 @@ def _activation_lines(source: ModelSource, scheme: Scheme, chosen: list[LayerPla
         lines["activations"] = f"{', '.join(dict.fromkeys(x.activation for x in rounded))}: {bits:.2f} bits a value"
         share = scheme.options.get("share", Fmpq.share) if scheme.method == "fmpq" else 0
         lines["activations"] += f", about {share:.0%} of them 8 bits wide" if share else ""
-    if scheme.rewrites and rounded:
+    if scheme.rewrites:
         lines["rewrites"] = ", ".join(rewrite_text(r) for r in scheme.rewrites) + _unfollowed(source, scheme)
     return {**lines, **({"key-value cache": str(scheme.kv)} if scheme.kv is not None else {})}
 

@@ -143,8 +143,8 @@ def check_inputs(
             "LB0516", "fmpq and a threshold of outliers both say how many groups are wide",
             hint="leave outliers out of permute, or use gptq",
         )  # fmt: skip
-    if scheme.rewrites and not rounded:
-        named = rewrite_text(scheme.rewrites[0])
+    if not rounded and (useless := next((r for r in scheme.rewrites if not r.serves_weights), None)):
+        named = rewrite_text(useless)
         raise RunError("LB0516", f"{named} serves rounded activations, and there are none", hint="set `activation`")
 
 
@@ -315,7 +315,7 @@ def prepare_source(
 
     Raises IRError (LB0320) when the model cannot be traced and something has to be known about its structure.
     """
-    if not any(scheme.activation_for(p) for p in selection.formats):
+    if not _changes(scheme, selection):
         return Prepared()
     needed = scheme.rewrites or calibrates(scheme, method, list(selection.formats))
     structure = model_structure(network) if needed else Structure((), None, "")
@@ -334,13 +334,18 @@ def prepare_model(
     model: nn.Module, tokens: Tensor | None, selection: Selection, scheme: Scheme, method: Method
 ) -> tuple[Prepared, list[Edits]]:
     """Prepare a model in memory, which is changed; also gives the changes, to make them elsewhere too."""
-    if not any(scheme.activation_for(p) for p in selection.formats):
+    if not _changes(scheme, selection):
         return Prepared(), []
     needed = scheme.rewrites or calibrates(scheme, method, list(selection.formats))
     structure = model_structure(model) if needed else Structure((), None, "")
     host = ModuleHost(model, tokens)
     prepared = Preparation(host, structure, scheme, method, selection.formats, selection.shapes).run()
     return prepared, host.edits
+
+
+def _changes(scheme: Scheme, selection: Selection) -> bool:
+    """Whether there is anything to prepare."""
+    return bool(scheme.rewrites) or any(scheme.activation_for(p) for p in selection.formats)
 
 
 def stored_inputs(inputs: Mapping[str, LayerInput]) -> dict[str, native.StoredInput]:

@@ -218,7 +218,7 @@ def _report(
 def _activation_report(
     prepared: Prepared, scheme: Scheme, layers: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """What inputs are rounded to, over all layers; nothing where they are not."""
+    """What inputs are rounded to, over all layers, and how the model was rewritten; nothing where neither was done."""
     found: dict[str, dict[str, Any]] = {}
     if prepared.share is not None:
         columns = sum(layer["shape"][1] for layer in layers)
@@ -226,9 +226,9 @@ def _activation_report(
             "format": str(scheme.activation),
             "bits_per_value": sum(layer["activation_bits"] * layer["shape"][1] for layer in layers) / max(1, columns),
             "share_of_8_bits": prepared.share,
-            "rewrites": [rewrite_text(r) for r in scheme.rewrites],
-            "declined": list(prepared.notes),
         }
+    if scheme.rewrites:
+        found["rewrites"] = {"done": [rewrite_text(r) for r in scheme.rewrites], "declined": list(prepared.notes)}
     return {**found, **({"kv": {"format": str(scheme.kv)}} if scheme.kv is not None else {})}
 
 

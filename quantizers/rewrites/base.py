@@ -42,6 +42,10 @@ class Scene:
         """Sites with a reader whose inputs get rounded."""
         return [s for s in self.structure.sites if any(self.activation(p) is not None for p in s.consumers)]
 
+    def quantized_sites(self) -> list[Site]:
+        """Sites with a reader whose weight gets quantized."""
+        return [s for s in self.structure.sites if any(self.weight(p) is not None for p in s.consumers)]
+
     def consumer_weights(self, site: Site) -> list[Tensor]:
         """float32 [N, K] of every reader of a site."""
         return [self.tensor(self.structure.weights[p]).float() for p in site.consumers]
@@ -66,6 +70,8 @@ class Rewrite(ABC):
     name: ClassVar[str]
     observes: ClassVar[bool] = True
     """Whether `decide` needs calibration statistics."""
+    serves_weights: ClassVar[bool] = False
+    """Whether it helps where only weights are rounded."""
 
     def decide(self, scene: Scene) -> Decisions:
         """What to remember; called once per run. By default nothing."""

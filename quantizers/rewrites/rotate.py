@@ -1,10 +1,12 @@
-"""Rotation: an orthogonal change of basis spreads outliers over all channels.
+"""Rotation: an orthogonal change of basis spreads outliers over all channels, those of activations and of weights.
 
 After "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (Ashkboos et al.). The residual stream is rotated by a
 Hadamard matrix with random signs, which goes into every table, norm and layer that touches it; the values of attention
 are rotated head by head, which goes into the value and output layers; and the inputs of down projections are rotated at
 run time. QuaRot's rotation across heads is left out, as it needs a Hadamard matrix of the number of heads. Models with
-layer norms are rotated too: by a rotation that keeps the vector of ones, and so the mean.
+layer norms are rotated too: by a rotation that keeps the vector of ones, and so the mean. Where only weights are
+rounded, what happens at run time is left out, and the rest is "incoherence processing" ("QuIP: 2-Bit Quantization of
+Large Language Models With Guarantees", Chee et al.) that costs nothing when the model runs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ __all__ = ["Rotate"]
 @dataclass(frozen=True)
 class Rotate(Rewrite):
     """seed: of the random signs. online: rotate the inputs of down projections at run time, in the widest blocks that
-    a Hadamard matrix fits. heads: rotate the values of attention, head by head."""
+    a Hadamard matrix fits, where they are rounded. heads: rotate the values of attention, head by head."""
 
     seed: int = 0
     online: bool = True
@@ -35,6 +37,7 @@ class Rotate(Rewrite):
 
     name: ClassVar[str] = "rotate"
     observes: ClassVar[bool] = False
+    serves_weights: ClassVar[bool] = True
 
     def outcome(self, scene: Scene, decided: Decisions) -> Outcome:
         result, structure = Outcome(), scene.structure
@@ -44,7 +47,7 @@ class Rotate(Rewrite):
         else:
             assert structure.stream is not None
             self._rotate_stream(scene, structure.stream, result.edits)
-        for site in scene.rounded_sites():
+        for site in scene.quantized_sites():
             self._rotate_site(scene, site, result)
         return result
 
@@ -81,8 +84,10 @@ class Rotate(Rewrite):
                 return
             result.declined.append(f"{site.name} is not rotated: no Hadamard matrix of {producer.dim} channels a head")
         elif self.online and (isinstance(producer, Rows) or producer is None):
-            block = largest_order(site.width)
-            if any(scene.activation(p) is None or structure.shared(p) for p in site.consumers):
+            block, rounded = largest_order(site.width), [p for p in site.consumers if scene.activation(p) is not None]
+            if not rounded:
+                return
+            if len(rounded) < len(site.consumers) or any(map(structure.shared, rounded)):
                 result.declined.append(f"{site.name} is not rotated: one of its readers stays as it is")
                 return
             if block < 4:

@@ -43,6 +43,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "rotated": {
         "weight": "int4.ch.sym", "activation": "int4.token.c90", "rewrites": ["rotate"], "options": {"refits": 0},
     },
+    "weights alone": {"weight": "int4.g32.sym", "rewrites": ["rotate"], "options": {"refits": 0}},
     "static": {
         "weight": "int8.g32.sym", "method": "rtn", "activation": "int8.token.static",
         "rewrites": ["smooth", "rotate", "permute"], "activations": {"*.o_proj": "int8.g32", "*.1.mlp.*": "keep"},
@@ -98,13 +99,16 @@ def test_the_checkpoint_computes_what_was_chosen(name: str, tmp_path: Path) -> N
         found = {what["activation"] for what in inputs.values()}
         assert {"int8.token"} < found <= {"int8.token", "int8.token.w32x16", "int8.token.w64x16", "int8.token.w96x16"}
     by_transformers = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
+    if name == "weights alone":  # all of it is in the weights: nothing is left to do at run time
+        config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        assert config["quant_method"] == "compressed-tensors"
     if name == "w8a8":  # read by compressed-tensors, which divides by 127.5 where the largest level is 127
         assert float((by_transformers - loaded).norm()) < 1e-2 * scale
     else:
         torch.testing.assert_close(by_transformers, loaded, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["w4a4", "static"])
+@pytest.mark.parametrize("name", ["w4a4", "static", "weights alone"])
 def test_in_memory_is_the_same(name: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model")
     quantize(source, tmp_path / "out", scheme_of(name))
@@ -116,9 +120,8 @@ def test_in_memory_is_the_same(name: str, tmp_path: Path) -> None:
 
 def test_the_report_and_the_checkpoint_say_what_is_rounded(tmp_path: Path) -> None:
     result = quantize(save_tiny(tmp_path / "model"), tmp_path / "out", scheme_of("w4a4"))
-    found = result.report["activations"]
-    assert found["rewrites"] == ["permute"]
-    assert 0.15 < found["share_of_8_bits"] <= 0.25
+    assert result.report["rewrites"] == {"done": ["permute"], "declined": []}
+    assert 0.15 < result.report["activations"]["share_of_8_bits"] <= 0.25
     checkpoint = read_checkpoint(tmp_path / "out")
     path = "model.layers.0.mlp."
     assert str(checkpoint.modules[f"{path}gate_proj"]) == "int4.g32.sym.perm"

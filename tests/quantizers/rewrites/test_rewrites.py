@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,20 @@ def test_one_after_the_other_and_through_a_checkpoint(family: str, tmp_path: Pat
     assert loaded.config.tie_word_embeddings is False
     assert difference(model, changed) < 1e-4
     assert difference(changed, loaded) < 1e-5
+
+
+def test_without_rounded_activations_nothing_is_rotated_at_run_time() -> None:
+    model = random_model("llama-tied")
+    with torch.no_grad():  # a channel of values that is large in all heads
+        model.get_submodule("model.layers.0.self_attn.v_proj").weight[::12] *= 30  # type: ignore[operator]
+    scene = replace(scene_of(model), activation=lambda path: None)
+    outcome = parse_rewrite("rotate").outcome(scene, {})
+    assert (outcome.online, outcome.declined) == ({}, [])
+    changed = copy.deepcopy(model)
+    rewrite_module(changed, outcome.edits)
+    assert difference(model, changed) < 1e-4
+    rows = changed.get_submodule("model.layers.0.self_attn.v_proj").weight.norm(dim=1)  # type: ignore[operator]
+    assert float(rows.max()) < 4 * float(rows.min())
 
 
 def test_what_a_llama_is_made_of() -> None:
