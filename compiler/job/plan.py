@@ -23,6 +23,7 @@ from lowbit.compiler.ir.layout import LAYOUTS
 from lowbit.compiler.ir.target import Target, host_target
 from lowbit.compiler.job.blocks import linears_in
 from lowbit.compiler.job.consumers import consumers
+from lowbit.compiler.job.foresee import Foreseen, foresee
 from lowbit.compiler.job.layers import select_layers
 from lowbit.compiler.job.prepare import calibrates, check_inputs
 from lowbit.quantizers.formats import (
@@ -34,7 +35,6 @@ from lowbit.quantizers.formats import (
     sixteen_bit_products,
 )
 from lowbit.quantizers.methods import METHODS, Fmpq, Method, asymmetric, in_mode, make_method
-from lowbit.quantizers.rewrites import rewrite_text
 from lowbit.quantizers.scheme import Scheme
 from lowbit.quantizers.weights import stored_shapes
 
@@ -150,7 +150,8 @@ def make_plan(
     """
     layers = tuple(_layers(source, scheme))
     chosen = [layer for layer in layers if layer.format and not layer.problem]
-    sizes = _sizes(source, chosen, name)
+    foreseen = foresee(source, scheme)
+    sizes = _sizes(source, chosen, name, foreseen)
     problems = [f"{layer.path}: {layer.problem}" for layer in layers if layer.problem][:5]
     kept_notes: tuple[str, ...] = ()
     method = make_method(scheme.method, scheme.options)
@@ -180,13 +181,13 @@ def make_plan(
         _seconds(chosen, tokens, sequential, scheme, method, seen),
         _runs(chosen),
         consumers(chosen, scheme, source.empty_model()),
-        (*kept_notes, *_notes(layers, chosen)),
+        (*kept_notes, *_notes(layers, chosen), *(_untied_note(p) for p in foreseen.untied)),
         tuple(problems),
-        _activation_lines(source, scheme, chosen),
+        _activation_lines(foreseen, scheme, chosen),
     )
 
 
-def _activation_lines(source: ModelSource, scheme: Scheme, chosen: list[LayerPlan]) -> dict[str, str]:
+def _activation_lines(foreseen: Foreseen, scheme: Scheme, chosen: list[LayerPlan]) -> dict[str, str]:
     """What inputs and the cache will be rounded to, and which rewrites can be done where; nothing where none are."""
     lines: dict[str, str] = {}
     rounded = [x for x in chosen if x.activation]
@@ -196,24 +197,9 @@ def _activation_lines(source: ModelSource, scheme: Scheme, chosen: list[LayerPla
         lines["activations"] = f"{', '.join(dict.fromkeys(x.activation for x in rounded))}: {bits:.2f} bits a value"
         share = scheme.options.get("share", Fmpq.share) if scheme.method == "fmpq" else 0
         lines["activations"] += f", about {share:.0%} of them 8 bits wide" if share else ""
-    if scheme.rewrites:
-        lines["rewrites"] = ", ".join(rewrite_text(r) for r in scheme.rewrites) + _unfollowed(source, scheme)
+    if foreseen.line:
+        lines["rewrites"] = foreseen.line
     return {**lines, **({"key-value cache": str(scheme.kv)} if scheme.kv is not None else {})}
-
-
-def _unfollowed(source: ModelSource, scheme: Scheme) -> str:
-    """How many sites rewrites will leave alone."""
-    from lowbit.compiler.frontend.structure import model_structure
-
-    try:
-        structure = model_structure(source.empty_model())
-    except LowbitError as e:
-        return f"; none can be done: {e.message}"
-    sites = [s for s in structure.sites if scheme.activation_for(s.name) is not None]
-    unknown = [s for s in sites if s.producer is None]
-    said = f"; {len(unknown)} of {len(sites)} inputs are left alone: {unknown[0].problem}" if unknown else ""
-    turned = any(r.name == "rotate" for r in scheme.rewrites) and structure.problem
-    return said + (f"; the residual stream is not rotated: {structure.problem}" if turned else "")
 
 
 def _layers(source: ModelSource, scheme: Scheme) -> Iterable[LayerPlan]:
@@ -246,11 +232,11 @@ def _stored_bytes(fmt: WeightFormat, n: int, k: int) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in stored_shapes(fmt, n, k).values())
 
 
-def _sizes(source: ModelSource, chosen: list[LayerPlan], name_of_model: str) -> Sizes:
+def _sizes(source: ModelSource, chosen: list[LayerPlan], name_of_model: str, foreseen: Foreseen) -> Sizes:
     from lowbit.compiler.io.checkpoint import stored_dtype
 
     weights = {f"{layer.path}.weight": layer for layer in chosen}
-    parameters = kept = 0
+    parameters, kept = 0, foreseen.bytes_more(source)
     for name in source.names():
         count = math.prod(source.shape(name))
         parameters += count
@@ -412,6 +398,10 @@ def _refusal(name: str, reasons: list[tuple[int, str]], host: Target) -> str | N
     except ImportError as e:
         return str(e)
     return backend.available(host) if host.kind in backend.kinds else None
+
+
+def _untied_note(path: str) -> str:
+    return f"{path} shares the embedding table, and becomes a tensor of its own when the model is rotated"
 
 
 def _notes(layers: tuple[LayerPlan, ...], chosen: list[LayerPlan]) -> Iterable[str]:

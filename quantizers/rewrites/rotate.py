@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.compiler.errors import FormatError
-from lowbit.compiler.ir.sites import Norm, Rows, Site, Stream, Values
+from lowbit.compiler.ir.sites import Norm, Rows, Site, Stream, Structure, Values
 from lowbit.quantizers.hadamard import largest_order, split_order
 from lowbit.quantizers.rewrites.base import Decisions, Outcome, Rewrite, Scene
 from lowbit.quantizers.rewrites.edits import Edits, Fill, Rotation, Scale, Turn
@@ -39,6 +39,12 @@ class Rotate(Rewrite):
     observes: ClassVar[bool] = False
     serves_weights: ClassVar[bool] = True
 
+    @staticmethod
+    def unties(structure: Structure) -> dict[str, str]:
+        """Tables by the path of the layer that shares one: rotated, its weight is another matrix than the table."""
+        tables = structure.stream.tables if structure.stream is not None else ()
+        return {path: name for path, name in structure.weights.items() if name in tables}
+
     def outcome(self, scene: Scene, decided: Decisions) -> Outcome:
         result, structure = Outcome(), scene.structure
         problem = _stream_problem(scene)
@@ -55,10 +61,9 @@ class Rotate(Rewrite):
         structure = scene.structure
         turn = Rotation(stream.width, self.seed, fixed=any(n.centered for n in stream.norms))
         weights = dict(structure.weights)
-        for path, name in structure.weights.items():
-            if name in stream.tables:
-                weights[path] = f"{path}.weight"
-                edits.untie(weights[path], name)
+        for path, name in self.unties(structure).items():
+            weights[path] = f"{path}.weight"
+            edits.untie(weights[path], name)
         for table in stream.tables:
             edits.add(table, Turn(1, turn))
         for norm in stream.norms:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from _cli import error_line, invoke, invoke_json, save_tiny_llama
+from safetensors import safe_open
 
 from lowbit.compiler.job.consumers import vllm_notes
 from lowbit.quantizers.formats import parse_format
@@ -36,6 +37,16 @@ def test_sizes_are_exact(tiny: Path, tmp_path: Path) -> None:
     )
     assert plan["possible"] is True
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rotated_head_is_counted(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "model", tie_word_embeddings=True)
+    how = (tmp_path / "model", "--format", "int4.g32.sym", "--method", "rtn", "--rewrite", "rotate")
+    plan = invoke_json("plan", *how)
+    assert any(note.startswith("lm_head shares the embedding table") for note in plan["notes"])
+    assert invoke("run", *how, "--out", tmp_path / "out").exit_code == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert plan["sizes"]["output_bytes"] == sum(file.get_tensor(name).nbytes for name in file.keys())
 
 
 def test_plan_lists_layers_and_who_runs_them(tiny: Path) -> None:
