@@ -4,8 +4,8 @@
 
 Perplexity is over the first windows of the test text, tokenized once, cut into consecutive windows, nothing added. In
 parallel mode one pass over the calibration text serves every format and every size, because the statistics come from
-the float model; in sequential mode each combination is a run of its own. With `--rewrite rotate` the model is rotated
-first, and everything measured on the rotated one.
+the float model; in sequential mode each combination is a run of its own. With `--rewrite` the model is rewritten first,
+as a run with the first of the formats and the largest size would do it, and everything measured on the rewritten one.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ def parallel(
     return found
 
 
-def rewrite(model: nn.Module, args: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Rewrite the model as a run for the first of the formats would."""
+def rewrite(model: nn.Module, tokens: Tensor, args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Rewrite the model in place."""
     scheme = Scheme("bench", parse_format(args.formats[0]), args.method, options, rewrites=parse_rewrites(args.rewrite))
     selection = select_layers(model, scheme, lambda path: True, need_blocks=False)
-    prepared, _ = prepare_model(model, None, selection, scheme, make_method(args.method, options))
+    prepared, _ = prepare_model(model, tokens, selection, scheme, make_method(args.method, options))
     for note in prepared.notes:
         print(note, flush=True)
 
@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     options = json.loads(args.options)
     in_mode(make_method(args.method, options), args.mode == "sequential")
     if args.rewrite:
-        rewrite(model, args, options)
+        rewrite(model, tokens, args, options)
     rows: list[dict[str, Any]] = [{"format": "float32", "perplexity": perplexity(model, windows)}]
     print(rows[0], flush=True)
     if args.mode == "parallel":

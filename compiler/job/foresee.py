@@ -42,7 +42,9 @@ def foresee(source: ModelSource, scheme: Scheme) -> Foreseen:
         structure = model_structure(source.empty_model())
     except LowbitError as e:
         return Foreseen(f"{line}; none can be done: {e.message}")
-    sites = [s for s in structure.sites if scheme.activation_for(s.name) is not None]
+    weights = any(r.observes and r.serves_weights for r in scheme.rewrites)
+    served = [scheme.activation_for, scheme.format_for] if weights else [scheme.activation_for]
+    sites = [s for s in structure.sites if any(has(s.name) is not None for has in served)]
     unknown = [s for s in sites if s.producer is None]
     if unknown:
         line += f"; {len(unknown)} of {len(sites)} inputs are left alone: {unknown[0].problem}"

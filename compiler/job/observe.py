@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,9 @@ from lowbit.quantizers.observe import SiteObserver, SiteStats
 
 __all__ = ["observe_model", "observe_source"]
 
+_MOST_PRODUCTS = 2 << 30
+"""Bytes of matrices of inputs that are held at a time for a model in memory."""
+
 
 @torch.no_grad()
 def observe_source(
@@ -27,11 +30,12 @@ def observe_source(
     inputs: Mapping[str, LayerInput],
     sink: ProgressSink,
     folder: Path,
+    costs: bool = False,
 ) -> dict[str, SiteStats]:
     """Statistics of what the layers `readers` read, by path, for those in the model's blocks.
 
     tokens: int64 [samples, length]. inputs: rotations that happen at run time. folder: where the hidden states live
-    meanwhile. One block is in memory at a time.
+    meanwhile. costs: see `SiteObserver`. One block is in memory at a time.
     """
     network = source.empty_model()
     names = frozenset(source.names())
@@ -55,7 +59,7 @@ def observe_source(
             if index % 8 == 0:
                 sink.message(f"looking at activations: block {index + 1} of {len(blocks.modules)}")
             materialize(block, blocks.name(index), load)
-            found |= _observe_block(blocks, index, calls[index], hidden, tokens.numel(), readers, inputs)
+            found |= _observe_block(blocks, index, calls[index], hidden, tokens.numel(), readers, inputs, costs)
             release(block)
     finally:
         path.unlink(missing_ok=True)
@@ -79,11 +83,12 @@ def _observe_block(
     tokens: int,
     readers: Sequence[str],
     inputs: Mapping[str, LayerInput],
+    costs: bool,
 ) -> dict[str, SiteStats]:
     """One pass; the block's outputs replace its inputs."""
     block, prefix = blocks.modules[index], blocks.name(index) + "."
     modules = {p: block.get_submodule(p.removeprefix(prefix)) for p in (*inputs, *readers) if p.startswith(prefix)}
-    observer = SiteObserver({p: modules[p] for p in readers if p in modules}, tokens)
+    observer = SiteObserver({p: modules[p] for p in readers if p in modules}, tokens, costs)
     with input_hooks(modules, inputs, rounding=False), observer:
         for part, states in hidden:
             hidden.write(part, call(block, states))
@@ -92,13 +97,36 @@ def _observe_block(
 
 @torch.no_grad()
 def observe_model(
-    model: nn.Module, tokens: Tensor, readers: Sequence[str], inputs: Mapping[str, LayerInput]
+    model: nn.Module,
+    tokens: Tensor,
+    readers: Sequence[str],
+    inputs: Mapping[str, LayerInput],
+    costs: bool = False,
 ) -> dict[str, SiteStats]:
-    """The same for a model in memory, which is run as a whole."""
+    """The same for a model in memory, which is run as a whole: once, or with `costs` as often as the memory for them
+    asks for."""
     device = next(model.parameters()).device
     modules = {p: model.get_submodule(p) for p in (*inputs, *readers)}
-    observer = SiteObserver({p: modules[p] for p in readers}, tokens.numel())
-    with input_hooks(modules, inputs, rounding=False), observer:
-        for row in tokens:
-            model(input_ids=row[None].to(device), use_cache=False)
-    return observer.stats()
+    found: dict[str, SiteStats] = {}
+    for part in _parts(modules, readers) if costs else [readers]:
+        observer = SiteObserver({p: modules[p] for p in part}, tokens.numel(), costs)
+        with input_hooks(modules, inputs, rounding=False), observer:
+            for row in tokens:
+                model(input_ids=row[None].to(device), use_cache=False)
+        found |= observer.stats()
+    return found
+
+
+def _parts(modules: Mapping[str, nn.Module], readers: Sequence[str]) -> Iterator[list[str]]:
+    """Readers in turn, so many at a time that the matrices of their inputs fit `_MOST_PRODUCTS`."""
+    part: list[str] = []
+    held = 0
+    for path in readers:
+        size = 8 * modules[path].get_parameter("weight").shape[1] ** 2
+        if part and held + size > _MOST_PRODUCTS:
+            yield part
+            part, held = [], 0
+        part.append(path)
+        held += size
+    if part:
+        yield part

@@ -30,7 +30,7 @@ from lowbit.quantizers.inputs import LayerInput, static_scales, wide_share
 from lowbit.quantizers.methods import Fmpq, Method
 from lowbit.quantizers.methods.fmpq import group_gains
 from lowbit.quantizers.observe import SiteStats
-from lowbit.quantizers.rewrites import Decisions, Edits, Outcome, Permute, Scene, rewrite_text
+from lowbit.quantizers.rewrites import Decisions, Edits, Outcome, Permute, Rewrite, Scene, rewrite_text
 from lowbit.quantizers.scheme import Scheme
 
 __all__ = [
@@ -60,8 +60,8 @@ class Host(ABC):
         """Change tensors."""
 
     @abstractmethod
-    def observe(self, readers: Sequence[str], inputs: Mapping[str, LayerInput]) -> dict[str, SiteStats]:
-        """What layers read, as the model is now."""
+    def observe(self, readers: Sequence[str], inputs: Mapping[str, LayerInput], costs: bool) -> dict[str, SiteStats]:
+        """What layers read, as the model is now; `costs` of their columns' errors too."""
 
 
 @dataclass
@@ -79,9 +79,9 @@ class SourceHost(Host):
     def apply(self, edits: Edits) -> None:
         self.source = RewrittenSource(self.source, edits)
 
-    def observe(self, readers: Sequence[str], inputs: Mapping[str, LayerInput]) -> dict[str, SiteStats]:
+    def observe(self, readers: Sequence[str], inputs: Mapping[str, LayerInput], costs: bool) -> dict[str, SiteStats]:
         assert self.tokens is not None
-        return observe_source(self.source, self.tokens, readers, inputs, self.sink, self.folder)
+        return observe_source(self.source, self.tokens, readers, inputs, self.sink, self.folder, costs)
 
 
 @dataclass
@@ -99,9 +99,9 @@ class ModuleHost(Host):
         rewrite_module(self.model, edits)
         self.edits.append(edits)
 
-    def observe(self, readers: Sequence[str], inputs: Mapping[str, LayerInput]) -> dict[str, SiteStats]:
+    def observe(self, readers: Sequence[str], inputs: Mapping[str, LayerInput], costs: bool) -> dict[str, SiteStats]:
         assert self.tokens is not None
-        return observe_model(self.model, self.tokens, readers, inputs)
+        return observe_model(self.model, self.tokens, readers, inputs, costs)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Preparation:
         for rewrite in self.scheme.rewrites:
             decided = self._recall(rewrite.name)
             if decided is None:
-                self._stats = self._observe() if rewrite.observes else {}
+                self._stats = self._observe(rewrite) if rewrite.observes else {}
                 decided = self._remember(rewrite.name, rewrite.decide(self._scene(self._stats)))
             outcome = rewrite.outcome(self._scene({}), decided)
             self._adopt(outcome)
@@ -199,9 +199,13 @@ class Preparation:
     def _format(self, path: str) -> ActivationFormat | None:
         return self.scheme.activation_for(path) if path in self.formats else None
 
-    def _observe(self) -> dict[str, SiteStats]:
-        readers = [s.name for s in self._scene({}).rounded_sites()]
-        return self.host.observe(readers, {p: LayerInput(rotation=n) for p, n in self._online.items()})
+    def _observe(self, rewrite: Rewrite | None = None) -> dict[str, SiteStats]:
+        """For a rewrite, or for what is settled after all of them."""
+        scene = self._scene({})
+        weights = rewrite is not None and rewrite.serves_weights
+        sites = scene.quantized_sites() if weights else scene.rounded_sites()
+        online = {p: LayerInput(rotation=n) for p, n in self._online.items()}
+        return self.host.observe([s.name for s in sites], online, weights and self.method.needs_hessian)
 
     def _adopt(self, outcome: Outcome) -> None:
         if outcome.edits:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.quantizers.methods.factor import Prepared
+from lowbit.quantizers.factor import Prepared
 from lowbit.quantizers.methods.sweep import ColumnGrid, feedback
 
 __all__ = ["BoxSystems", "box_feedback"]

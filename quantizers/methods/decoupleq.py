@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.factor import Prepared, prepare
 from lowbit.quantizers.formats import Format, WeightFormat
 from lowbit.quantizers.methods.base import Quantized, check_finite, proxy_error, row_errors, scalar_only
 from lowbit.quantizers.methods.box import BoxSystems, box_feedback
-from lowbit.quantizers.methods.factor import Prepared, prepare
 from lowbit.quantizers.methods.fit import choose_rows, fitted
 from lowbit.quantizers.methods.gptq import keep_better
 from lowbit.quantizers.methods.grid import Grid, search_grid, stored_offset

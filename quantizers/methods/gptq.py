@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.factor import Prepared, prepare
 from lowbit.quantizers.formats import Format, WeightFormat
 from lowbit.quantizers.methods.base import Quantized, check_finite, row_errors, scalar_only
-from lowbit.quantizers.methods.factor import Prepared, prepare
 from lowbit.quantizers.methods.fit import refit_scales
 from lowbit.quantizers.methods.grid import Grid, search_grid
 from lowbit.quantizers.methods.rtn import Rtn
@@ -127,8 +127,7 @@ class Gptq(SecondOrder):
             return None
         if self.weighting == "diagonal":
             return prepared.damped.diagonal().masked_fill(prepared.dead, 1e-6)
-        cost = torch.empty(len(prepared.order))
-        cost[prepared.order] = prepared.upper.diagonal().square().reciprocal()
+        cost = prepared.costs()
         return cost / cost.mean()
 
     def _researcher(self, fmt: Format, importance: Tensor | None, tensor: Tensor | None) -> GroupSearch:

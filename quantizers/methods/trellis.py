@@ -15,9 +15,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lowbit.quantizers.factor import Prepared
 from lowbit.quantizers.formats import Element, Format
 from lowbit.quantizers.formats.trellis import state_of
-from lowbit.quantizers.methods.factor import Prepared
 from lowbit.quantizers.methods.fit import refit_scales
 from lowbit.quantizers.methods.grid import Grid
 from lowbit.quantizers.qtensor import QTensor

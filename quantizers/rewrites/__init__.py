@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from lowbit.compiler.errors import FormatError
+from lowbit.quantizers.rewrites.awq import Awq
 from lowbit.quantizers.rewrites.base import Decisions, Outcome, Rewrite, Scene
 from lowbit.quantizers.rewrites.edits import Edits, TensorEdit
 from lowbit.quantizers.rewrites.permute import Permute
@@ -15,6 +16,7 @@ from lowbit.quantizers.rewrites.smooth import Smooth
 
 __all__ = [
     "REWRITES",
+    "Awq",
     "Decisions",
     "Edits",
     "Outcome",
@@ -29,7 +31,7 @@ __all__ = [
     "rewrite_text",
 ]
 
-REWRITES: dict[str, type[Rewrite]] = {"smooth": Smooth, "rotate": Rotate, "permute": Permute}
+REWRITES: dict[str, type[Rewrite]] = {"smooth": Smooth, "rotate": Rotate, "awq": Awq, "permute": Permute}
 """Name -> rewrite, in the order in which they make sense. Options are the fields of the dataclass."""
 
 
@@ -88,5 +90,5 @@ def rewrite_text(rewrite: Rewrite) -> str:
 
 def _unknown(text: str, why: str) -> FormatError:
     return FormatError(
-        "LB0245", f"cannot read rewrite {text!r}: {why}", hint="write smooth{alpha=0.5}, rotate{seed=0} or permute"
+        "LB0245", f"cannot read rewrite {text!r}: {why}", hint="write smooth{alpha=0.5}, rotate{seed=0}, awq or permute"
     )

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from lowbit.compiler.errors import FormatError
-from lowbit.compiler.ir.sites import Norm, Rows, Site, Structure, Values
+from lowbit.compiler.ir.sites import Norm, Site, Structure, Values
 from lowbit.quantizers.formats import Format
-from lowbit.quantizers.methods.rtn import Rtn
 from lowbit.quantizers.observe import SiteStats
 from lowbit.quantizers.rewrites.base import Decisions, Outcome, Rewrite, Scene
-from lowbit.quantizers.rewrites.edits import Edits, Scale
+from lowbit.quantizers.rewrites.scaling import cannot_scale, divide, least_error, over_heads, readers_of
 
 __all__ = ["Smooth"]
 
@@ -57,7 +56,7 @@ class Smooth(Rewrite):
                 found[site.name] = self._scales(scene, site, stats, self.outputs)
             elif self.search and all(isinstance(scene.weight(p), Format) for p in site.consumers):
                 tried = [self._scales(scene, site, stats, a) for a in (self.alpha, *_ALPHAS)]
-                found[site.name] = min(tried, key=lambda s: _error(scene, site, stats.rows, s))
+                found[site.name] = least_error(stats, readers_of(scene, site), tried)
             else:
                 found[site.name] = self._scales(scene, site, stats, self.alpha)
         return found
@@ -66,7 +65,7 @@ class Smooth(Rewrite):
         result = Outcome()
         for site in scene.rounded_sites():
             if site.name in decided:
-                _divide(scene.structure, site, decided[site.name].double(), result.edits)
+                divide(scene.structure, site, decided[site.name].double(), result.edits)
             elif self.inputs if isinstance(site.producer, Norm) else self.outputs:
                 why = self._problem(scene.structure, site) or "calibration did not reach it"
                 result.declined.append(f"{site.name} is not smoothed: {why}")
@@ -74,57 +73,17 @@ class Smooth(Rewrite):
 
     def _problem(self, structure: Structure, site: Site) -> str:
         """Why a site cannot be smoothed, or an empty text."""
-        producer = site.producer
-        if producer is None:
-            return site.problem
-        shared = [p for p in site.consumers if structure.shared(p)]
-        if shared:
-            return f"{shared[0]} shares its weight"
-        if isinstance(producer, Norm):
+        problem = cannot_scale(structure, site)
+        if problem or site.producer is None:
+            return problem
+        if isinstance(site.producer, Norm):
             return "" if self.inputs else "only the inputs behind other layers are"
-        if not self.outputs:
-            return "only the inputs behind norms are"
-        source = producer.value if isinstance(producer, Values) else producer.scaled
-        return "no factor passes through what makes it" if source is None else ""
+        return "" if self.outputs else "only the inputs behind norms are"
 
     def _scales(self, scene: Scene, site: Site, stats: SiteStats, alpha: float) -> Tensor:
         largest = torch.stack([w.abs().amax(0) for w in scene.consumer_weights(site)]).amax(0)
         seen = stats.absmax
         if isinstance(site.producer, Values):
-            seen, largest = (_over_heads(t, site.producer) for t in (seen, largest))
+            seen, largest = (over_heads(t, site.producer) for t in (seen, largest))
         s = seen.clamp(min=_FLOOR).double() ** alpha / largest.clamp(min=_FLOOR).double() ** (1 - alpha)
         return torch.where(seen > 0, s.clamp(min=_FLOOR), torch.ones_like(s)).float()
-
-
-def _over_heads(t: Tensor, values: Values) -> Tensor:
-    """[K] -> [K]: the largest over the heads that share a value head."""
-    per_head = t.reshape(values.kv_heads, values.heads // values.kv_heads, values.dim)
-    return per_head.amax(1, keepdim=True).expand_as(per_head).reshape(-1)
-
-
-def _divide(structure: Structure, site: Site, s: Tensor, edits: Edits) -> None:
-    producer = site.producer
-    if isinstance(producer, Norm):
-        edits.add(producer.weight, Scale(0, 1 / s), offset=producer.offset)
-        if producer.bias is not None:
-            edits.add(producer.bias, Scale(0, 1 / s))
-    elif isinstance(producer, Rows):
-        assert producer.scaled is not None
-        edits.rows(producer.scaled, structure.weights, structure.biases, Scale(0, 1 / s))
-    elif isinstance(producer, Values):
-        per_value = s.reshape(producer.kv_heads, -1, producer.dim)[:, 0].reshape(-1)
-        edits.rows(producer.value, structure.weights, structure.biases, Scale(0, 1 / per_value))
-    for path in site.consumers:
-        edits.add(structure.weights[path], Scale(1, s))
-
-
-def _error(scene: Scene, site: Site, rows: Tensor, s: Tensor) -> float:
-    """Squared error of the readers' outputs on sampled tokens, inputs and weights rounded after smoothing by `s`."""
-    total = 0.0
-    for path, weight in zip(site.consumers, scene.consumer_weights(site), strict=True):
-        fmt, rounding = scene.weight(path), scene.activation(path)
-        assert isinstance(fmt, Format)
-        x = rows / s if rounding is None or rounding.static else rounding.apply(rows / s)
-        w = Rtn(clip_search=False).round(weight * s, fmt).dequantize()
-        total += float((x @ w.T - rows @ weight.T).square().sum())
-    return total

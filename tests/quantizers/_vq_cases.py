@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.factor import Prepared, prepare
 from lowbit.quantizers.formats import VectorFormat, parse_format
-from lowbit.quantizers.methods.factor import Prepared, prepare
 from lowbit.quantizers.methods.vptq.kmeans import kmeans
 from lowbit.quantizers.methods.vptq.layout import make_norm, make_parts, make_problem
 from lowbit.quantizers.methods.vptq.problem import Part, Problem

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lowbit.compiler.errors import CheckpointError, FormatError, RunError
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.factor import Prepared, prepare
 from lowbit.quantizers.formats import parse_format, scalar_format
 from lowbit.quantizers.methods import DecoupleQ, Gptq, Rtn, make_method
 from lowbit.quantizers.methods.base import row_errors
-from lowbit.quantizers.methods.factor import Prepared, prepare
 from lowbit.quantizers.methods.grid import search_grid
 from lowbit.quantizers.methods.sweep import ColumnGrid, feedback
 from lowbit.quantizers.qtensor import QTensor

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.factor import prepare
 from lowbit.quantizers.formats import scalar_format
 from lowbit.quantizers.methods import Gptq, Rtn, proxy_error
 from lowbit.quantizers.methods.base import row_errors
 from lowbit.quantizers.methods.box import BoxSystems, _Relaxation, box_feedback
-from lowbit.quantizers.methods.factor import prepare
 from lowbit.quantizers.methods.fit import best_sides, refit_scales
 from lowbit.quantizers.methods.grid import Grid, search_grid
 from lowbit.quantizers.methods.sweep import ColumnGrid, feedback

@@ -8,9 +8,9 @@ import pytest
 from torch import Tensor
 
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.factor import prepare
 from lowbit.quantizers.formats import parse_format, scalar_format
 from lowbit.quantizers.methods import DecoupleQ, Gptq, Method
-from lowbit.quantizers.methods.factor import prepare
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from _vq_cases import correlated_stats, random_weight, vector_format, with_books
 from torch import Tensor
 
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.factor import Prepared, prepare
 from lowbit.quantizers.methods import Vptq
-from lowbit.quantizers.methods.factor import Prepared, prepare
 from lowbit.quantizers.methods.vptq import stages
 from lowbit.quantizers.methods.vptq.layout import Norm, make_norm, make_problem, to_vqtensor
 from lowbit.quantizers.methods.vptq.norms import fit_row_norm

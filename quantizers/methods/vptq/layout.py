@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.quantizers.factor import Prepared
 from lowbit.quantizers.formats import VectorFormat
-from lowbit.quantizers.methods.factor import Prepared
 from lowbit.quantizers.methods.vptq.problem import Part, Problem, Solution
 from lowbit.quantizers.vqtensor import VQTensor, book_tensors
 

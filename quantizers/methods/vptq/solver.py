@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.codebooks import store_books
+from lowbit.quantizers.factor import Prepared
 from lowbit.quantizers.formats import VectorFormat
-from lowbit.quantizers.methods.factor import Prepared
 from lowbit.quantizers.methods.vptq import row_stages, stages
 from lowbit.quantizers.methods.vptq.kmeans import kmeans
 from lowbit.quantizers.methods.vptq.layout import make_norm, make_parts, make_problem, to_vqtensor

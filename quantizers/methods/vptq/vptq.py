@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lowbit.compiler.errors import RunError
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.factor import prepare
 from lowbit.quantizers.formats import VectorFormat, WeightFormat
 from lowbit.quantizers.methods.base import Quantized, check_finite, proxy_error
-from lowbit.quantizers.methods.factor import prepare
 from lowbit.quantizers.methods.target import SecondOrder
 from lowbit.quantizers.methods.vptq.solver import Settings, Solver, Weighting
 

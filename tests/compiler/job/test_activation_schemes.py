@@ -44,6 +44,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "weight": "int4.ch.sym", "activation": "int4.token.c90", "rewrites": ["rotate"], "options": {"refits": 0},
     },
     "weights alone": {"weight": "int4.g32.sym", "rewrites": ["rotate"], "options": {"refits": 0}},
+    "scaled weights": {"weight": "int4.g32.sym", "rewrites": ["awq{grid=6}"], "options": {"refits": 0}},
     "static": {
         "weight": "int8.g32.sym", "method": "rtn", "activation": "int8.token.static",
         "rewrites": ["smooth", "rotate", "permute"], "activations": {"*.o_proj": "int8.g32", "*.1.mlp.*": "keep"},
@@ -99,7 +100,7 @@ def test_the_checkpoint_computes_what_was_chosen(name: str, tmp_path: Path) -> N
         found = {what["activation"] for what in inputs.values()}
         assert {"int8.token"} < found <= {"int8.token", "int8.token.w32x16", "int8.token.w64x16", "int8.token.w96x16"}
     by_transformers = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
-    if name == "weights alone":  # all of it is in the weights: nothing is left to do at run time
+    if name in ("weights alone", "scaled weights"):  # all of it is in the weights: nothing is left to do at run time
         config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
         assert config["quant_method"] == "compressed-tensors"
     if name == "w8a8":  # read by compressed-tensors, which divides by 127.5 where the largest level is 127
@@ -108,7 +109,7 @@ def test_the_checkpoint_computes_what_was_chosen(name: str, tmp_path: Path) -> N
         torch.testing.assert_close(by_transformers, loaded, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["w4a4", "static", "weights alone"])
+@pytest.mark.parametrize("name", ["w4a4", "static", "weights alone", "scaled weights"])
 def test_in_memory_is_the_same(name: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model")
     quantize(source, tmp_path / "out", scheme_of(name))

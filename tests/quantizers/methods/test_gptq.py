@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lowbit.compiler.errors import CheckpointError, FormatError, RunError
 from lowbit.quantizers.calibration import LayerStats
+from lowbit.quantizers.factor import factor_inverse, prepare
 from lowbit.quantizers.formats import catalog, parse_format
 from lowbit.quantizers.methods import METHODS, Gptq, Rtn, make_method, proxy_error
-from lowbit.quantizers.methods.factor import factor_inverse, prepare
 from lowbit.quantizers.methods.fit import refit_scales
 from lowbit.quantizers.methods.grid import search_grid
 from lowbit.quantizers.methods.sweep import ColumnGrid, descend, feedback

@@ -9,73 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from _families import FAMILIES, random_model
+from _rewrites import applied, difference, observed, scene_of, with_run_time
 from torch import nn
 
 from lowbit.compiler.errors import FormatError
 from lowbit.compiler.frontend.structure import model_structure
 from lowbit.compiler.io.rewritten import RewrittenSource, rewrite_module
 from lowbit.compiler.io.source import open_model
-from lowbit.compiler.ir.sites import Norm, Rows, Structure, Values
+from lowbit.compiler.ir.sites import Norm, Rows, Values
 from lowbit.compiler.job.models import load_dense
-from lowbit.quantizers.formats import parse_activation, parse_format
-from lowbit.quantizers.observe import SiteObserver, SiteStats
-from lowbit.quantizers.rewrites import Outcome, Rewrite, Scene, parse_rewrite, parse_rewrites, rewrite_text
+from lowbit.quantizers.rewrites import Decisions, Outcome, Scene, parse_rewrite, parse_rewrites, rewrite_text
+from lowbit.quantizers.rewrites.scaling import readers_of, rounding_error
 
-IDS = torch.randint(0, 80, (2, 24), generator=torch.Generator().manual_seed(1))
-FULL = {"smooth": "smooth{outputs=0.3}", "rotate": "rotate", "permute": "permute"}
-
-
-def observed(model: nn.Module, readers: list[str]) -> dict[str, SiteStats]:
-    """Statistics of the inputs of some layers."""
-    with SiteObserver({p: model.get_submodule(p) for p in readers}, IDS.numel()) as seen, torch.no_grad():
-        model(IDS)
-    return seen.stats()
-
-
-def scene_of(
-    model: nn.Module,
-    weight: str = "int8.ch.sym",
-    structure: Structure | None = None,
-    online: dict[str, int] | None = None,
-) -> Scene:
-    """Everything but the output layer gets rounded."""
-    structure = structure or model_structure(model)
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    rounded = parse_activation("int8.token")
-    return Scene(
-        structure,
-        state.__getitem__,
-        lambda path: None if path.endswith(("lm_head", "embed_out")) else rounded,
-        lambda path: parse_format(weight),
-        observed(model, [s.name for s in structure.sites]),
-        online or {},
-    )
-
-
-def applied(model: nn.Module, rewrite: Rewrite) -> tuple[nn.Module, Outcome]:
-    """A rewritten copy."""
-    scene = scene_of(model)
-    outcome = rewrite.outcome(scene, rewrite.decide(scene))
-    changed = copy.deepcopy(model)
-    rewrite_module(changed, outcome.edits)
-    return changed, outcome
-
-
-def with_run_time(model: nn.Module, outcome: Outcome) -> nn.Module:
-    """The model with the rotations that happen at run time."""
-    from lowbit.quantizers.hadamard import rotate
-
-    for path, block in outcome.online.items():
-        hook = lambda _m, args, block=block: (rotate(args[0], block),)  # noqa: E731
-        model.get_submodule(path).register_forward_pre_hook(hook)
-    return model
-
-
-@torch.no_grad()
-def difference(a: nn.Module, b: nn.Module) -> float:
-    """Largest difference of logits, relative to the largest logit."""
-    x, y = a(IDS).logits, b(IDS).logits
-    return float((x - y).abs().max() / x.abs().max())
+FULL = {"smooth": "smooth{outputs=0.3}", "rotate": "rotate", "awq": "awq{grid=4}", "permute": "permute"}
 
 
 @pytest.mark.parametrize("name", list(FULL))
@@ -93,7 +39,7 @@ def test_one_after_the_other_and_through_a_checkpoint(family: str, tmp_path: Pat
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
     source, changed, online = open_model(tmp_path / "model"), copy.deepcopy(model), {}
     structure = model_structure(model)
-    for rewrite in parse_rewrites(["smooth{alpha=0.7}", "rotate{seed=3}", "permute"]):
+    for rewrite in parse_rewrites(["smooth{alpha=0.7}", "rotate{seed=3}", "awq{grid=4}", "permute"]):
         scene = scene_of(changed, structure=structure, online=online)
         outcome = rewrite.outcome(scene, rewrite.decide(scene))
         rewrite_module(changed, outcome.edits)
@@ -169,26 +115,37 @@ def test_smoothing_flattens_and_rotation_spreads() -> None:
 
 
 def test_searching_alpha_lowers_the_error_it_looks_at() -> None:
-    from lowbit.quantizers.rewrites.smooth import _error
-
     scene = scene_of(random_model("llama"), "int4.ch.sym")
-    fixed, searched = (parse_rewrite(t).decide(scene) for t in ("smooth", "smooth{search=true}"))
+    fixed, searched = (errors_of(scene, parse_rewrite(t).decide(scene)) for t in ("smooth", "smooth{search=true}"))
+    assert all(searched[name] <= fixed[name] for name in fixed)
+    assert sum(searched.values()) < sum(fixed.values())
+
+
+def errors_of(scene: Scene, found: Decisions) -> dict[str, float]:
+    """What rounding to nearest costs each site after it is divided by the factors found."""
     sites = {s.name: s for s in scene.structure.sites}
-    errors = [
-        {name: _error(scene, sites[name], scene.stats[name].rows, s) for name, s in found.items()}
-        for found in (fixed, searched)
-    ]
-    assert all(errors[1][name] <= errors[0][name] for name in errors[0])
-    assert sum(errors[1].values()) < sum(errors[0].values())
+    return {name: rounding_error(scene.stats[name], readers_of(scene, sites[name]), s) for name, s in found.items()}
 
 
-@pytest.mark.parametrize("text", ["smooth", "smooth{alpha=0.8,search=true}", "rotate{seed=4,online=false}", "permute"])
+@pytest.mark.parametrize(
+    "text",
+    ["smooth", "smooth{alpha=0.8,search=true}", "rotate{seed=4,online=false}", "awq{grid=5,outputs=false}", "permute"],
+)
 def test_texts_round_trip(text: str) -> None:
     assert rewrite_text(parse_rewrite(text)) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["smoth", "smooth{beta=1}", "smooth{alpha=x}", "smooth{alpha=2}", "rotate{online=1}", "permute{rank=sum}"]
+    "text",
+    [
+        "smoth",
+        "smooth{beta=1}",
+        "smooth{alpha=x}",
+        "smooth{alpha=2}",
+        "rotate{online=1}",
+        "awq{grid=0}",
+        "permute{rank=sum}",
+    ],
 )
 def test_bad_texts_are_refused(text: str) -> None:
     with pytest.raises(FormatError, match="LB0245"):

@@ -29,6 +29,13 @@ class Prepared:
     dead: Tensor
     notes: tuple[str, ...]
 
+    def costs(self) -> Tensor:
+        """float32 [K]: what a squared error of one in each column costs after the columns behind it in `order` have
+        made up for it as well as they can."""
+        cost = torch.empty(len(self.order))
+        cost[self.order] = self.upper.diagonal().square().reciprocal()
+        return cost
+
 
 def prepare(stats: LayerStats, damping: float, act_order: bool, run: int = 1) -> Prepared | None:
     """A damped copy of the Hessian and the factor of its inverse; None when it holds no usable information.
