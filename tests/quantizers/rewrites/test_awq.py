@@ -77,7 +77,7 @@ def test_the_error_counts_costs_where_they_are_known() -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_layers_lose_less_where_some_channels_are_loud(method: str) -> None:
-    """The loss on tokens that nobody chose by, after the method has done what it can."""
+    """The loss on the calibration tokens, after the method has done what it can."""
     model = random_model("llama")
     with torch.no_grad():  # a few channels that the layer before makes loud
         model.get_submodule("model.layers.0.mlp.up_proj").weight[::9] *= 25  # type: ignore[operator]
